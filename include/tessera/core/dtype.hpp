@@ -5,7 +5,6 @@
 /// @file
 /// Element types: `bfloat16` as a storage type, and the names that errors, states and checkpoints use.
 
-#include <bit>
 #include <cstdint>
 #include <string_view>
 #include <type_traits>
@@ -27,12 +26,13 @@ struct bfloat16 {
 
   /// Exact.
   TESSERA_HD constexpr operator float() const {  // NOLINT: widening is exact, so it may be implicit
-    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+    // the builtin, because std::bit_cast is a host function to nvcc
+    return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits) << 16);
   }
 
  private:
   TESSERA_HD static constexpr std::uint16_t round(float value) {
-    const auto word = std::bit_cast<std::uint32_t>(value);
+    const auto word = __builtin_bit_cast(std::uint32_t, value);
     const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
     const std::uint32_t rounded = word + 0x7fffu + ((word >> 16) & 1u);
     return static_cast<std::uint16_t>(is_nan ? ((word >> 16) | 0x40u) : (rounded >> 16));

@@ -58,7 +58,9 @@ class memory_builder {
   /// Counts only: `take` returns null.
   memory_builder() = default;
 
-  /// Carves `memory`. @param what How errors call the buffer, a literal.
+  /// Carves a buffer.
+  /// @param memory The buffer.
+  /// @param what   How errors call it, a literal.
   /// @throws invalid_argument if the buffer is not aligned to `memory_alignment`.
   template <class Lifetime>
   memory_builder(const memory_ref<Lifetime>& memory, const char* what)

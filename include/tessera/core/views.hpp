@@ -35,7 +35,7 @@ struct matrix_view {
   std::int64_t cols = 0;    ///< Number of columns.
   std::int64_t stride = 0;  ///< Elements between the starts of two rows, at least `cols`.
 
-  TESSERA_HD constexpr matrix_view() = default;
+  constexpr matrix_view() = default;
 
   /// Packed rows.
   TESSERA_HD constexpr matrix_view(T* data_, std::int64_t rows_, std::int64_t cols_)
@@ -75,8 +75,13 @@ struct matrix_view {
   TESSERA_HD constexpr std::int64_t span_elements() const { return rows == 0 ? 0 : (rows - 1) * stride + cols; }
 };
 
-/// Checks that `view` is `[rows, cols]` (a negative extent is not checked), that its data are there, aligned for `T`,
-/// and that its stride is at least its number of columns. @param name How the message calls it.
+/// Checks the shape of a view, that its data are there and aligned for `T`, and that its stride is at least its number
+/// of columns.
+/// @param view What is checked.
+/// @param rows Expected number of rows; negative: any.
+/// @param cols Expected number of columns; negative: any.
+/// @param name How the message calls the view.
+/// @throws invalid_argument with the numbers.
 template <class T>
 void expect_matrix(const matrix_view<T>& view, std::int64_t rows, std::int64_t cols, const char* name) {
   TESSERA_EXPECTS((rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols),
@@ -90,7 +95,14 @@ void expect_matrix(const matrix_view<T>& view, std::int64_t rows, std::int64_t c
                        << alignof(T) << " bytes");
 }
 
-/// Checks that two byte ranges do not overlap. @param a_name,b_name How the message calls them.
+/// Checks that two byte ranges do not overlap.
+/// @param a       Start of the first range.
+/// @param a_bytes Its size.
+/// @param a_name  How the message calls it.
+/// @param b       Start of the second range.
+/// @param b_bytes Its size.
+/// @param b_name  How the message calls it.
+/// @throws invalid_argument with both ranges.
 inline void expect_disjoint(const void* a, std::int64_t a_bytes, const char* a_name, const void* b,
                             std::int64_t b_bytes, const char* b_name) {
   const auto a_begin = reinterpret_cast<std::uintptr_t>(a);

@@ -1,0 +1,100 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// The exponential and what activations make of it, without branches and tables, so that loops over them vectorise.
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include <tessera/core/dtype.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+namespace detail {
+
+/// Constants of `exp_of`: beyond `lowest` the result is 0, beyond `highest` infinity; `ln2_high` times any exponent in
+/// between is exact; the Taylor polynomial of `degree` is exact to a tenth of a unit in the last place on
+/// |r| <= ln(2) / 2.
+template <accumulate_type A>
+struct exp_constants;
+
+template <>
+struct exp_constants<float> {
+  using word = std::int32_t;
+  static constexpr int degree = 7, mantissa_bits = 23, exponent_bias = 127;
+  static constexpr float lowest = -105.0f, highest = 90.0f;
+  static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
+};
+
+template <>
+struct exp_constants<double> {
+  using word = std::int64_t;
+  static constexpr int degree = 13, mantissa_bits = 52, exponent_bias = 1023;
+  static constexpr double lowest = -746.0, highest = 711.0;
+  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+};
+
+template <class A, int K>
+struct inverse_factorial {
+  static constexpr A value = static_cast<A>(inverse_factorial<double, K - 1>::value / K);
+};
+template <class A>
+struct inverse_factorial<A, 0> {
+  static constexpr A value = A(1);
+};
+
+/// Sum of r^k / k! from `K` on, divided by r^K: Horner's rule, unrolled by the recursion.
+template <int K, class A>
+TESSERA_HD constexpr A exp_series(A r) {
+  if constexpr (K == exp_constants<A>::degree)
+    return inverse_factorial<A, K>::value;
+  else
+    return inverse_factorial<A, K>::value + r * exp_series<K + 1>(r);
+}
+
+/// 2^`exponent`, for exponents of normal numbers.
+template <class A>
+TESSERA_HD constexpr A power_of_two(std::int32_t exponent) {
+  using constants = exp_constants<A>;
+  using word = typename constants::word;
+  return std::bit_cast<A>(
+      static_cast<word>(static_cast<word>(exponent + constants::exponent_bias) << constants::mantissa_bits));
+}
+
+/// e^x to 2 units in the last place; 0 and infinity where it leaves the range, NaN for NaN.
+template <accumulate_type A>
+TESSERA_HD constexpr A exp_of(A x) {
+  using constants = exp_constants<A>;
+  const A bounded = x < constants::lowest ? constants::lowest : x > constants::highest ? constants::highest : x;
+  const A halves = bounded * A(1.4426950408889634074) + (bounded < A(0) ? A(-0.5) : A(0.5));
+  const A defined = bounded == bounded ? halves : A(0);  // converting NaN to an integer is undefined
+  const auto exponent = static_cast<std::int32_t>(defined);
+  const A n = static_cast<A>(exponent);
+  const A r = (bounded - n * constants::ln2_high) - n * constants::ln2_low;
+  const std::int32_t half = exponent / 2;  // in two steps, because results may be subnormal or infinite
+  return exp_series<0>(r) * power_of_two<A>(half) * power_of_two<A>(exponent - half);
+}
+
+/// 1 / (1 + e^-x).
+template <accumulate_type A>
+TESSERA_HD constexpr A sigmoid_of(A x) {
+  return A(1) / (A(1) + exp_of(-x));
+}
+
+/// The standard normal distribution function, exact in both tails.
+template <accumulate_type A>
+TESSERA_HD A normal_cdf(A x) {
+  return A(0.5) * std::erfc(x * A(-0.70710678118654752440));
+}
+
+/// The standard normal density.
+template <accumulate_type A>
+TESSERA_HD constexpr A normal_density(A x) {
+  return A(0.39894228040143267794) * exp_of(A(-0.5) * x * x);
+}
+
+}  // namespace detail
+TESSERA_NAMESPACE_END

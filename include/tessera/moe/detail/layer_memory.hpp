@@ -1,0 +1,184 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <tessera/core/chunks.hpp>
+#include <tessera/core/memory.hpp>
+#include <tessera/dispatch/dispatch.hpp>
+#include <tessera/experts/experts.hpp>
+#include <tessera/moe/shape.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// Everything that sizes memory: made from the same values by `sizes` and by every call.
+template <class Layer>
+struct layer_plan {
+  using experts_type = typename Layer::experts_type;
+  using shared_type = typename Layer::shared_type;
+
+  layer_plan(const shape& s, const typename Layer::layout_type& placement, int rank,
+             const typename Layer::options& chosen)
+      : sizes(s),
+        chunk_tokens(chosen.chunk_tokens),
+        dispatch(chosen.dispatch),
+        bounds(dispatch_bounds::make(placement.num_ranks(), s.num_experts, placement.num_slots(rank), s.top_k,
+                                     s.max_tokens, chosen.dispatch)),
+        experts({placement.num_slots(rank), s.hidden, s.intermediate, s.expert_bias}, chosen.activation),
+        // Without shared experts the container is made all the same (width 1) and never used.
+        shared(shared_expert_dims(s.hidden, s.num_shared_experts == 0 ? 1 : s.intermediate,
+                                  s.num_shared_experts == 0 ? 1 : s.num_shared_experts, s.expert_bias),
+               chosen.activation),
+        max_chunks(num_chunks(s.max_tokens, chosen.chunk_tokens)) {}
+
+  bool has_shared() const { return sizes.num_shared_experts > 0; }
+  bool alone() const { return bounds.num_ranks == 1; }
+
+  shape sizes;
+  std::int64_t chunk_tokens;
+  dispatch_options dispatch;
+  dispatch_bounds bounds;
+  experts_type experts;
+  shared_type shared;
+  std::int64_t max_chunks;
+
+  static constexpr weight_on weights_on = Layer::router_type::weights_on_input ? weight_on::input : weight_on::output;
+};
+
+template <class Layer>
+struct layer_saved {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+
+  A* logits;                  // [T, E]
+  std::int32_t* expert_ids;   // [T, K]
+  A* weights;                 // [T, K]
+  std::int64_t* counts;       // [E + 2] of all ranks
+  dispatch_handle<A> handle;  //
+  S* received;                // [received rows, d]; null at one rank
+  typename Layer::experts_type::saved_view experts;
+  typename Layer::shared_type::saved_view shared;
+
+  layer_saved(memory_builder& b, const layer_plan<Layer>& plan) {
+    const shape& s = plan.sizes;
+    logits = b.take<A>("logits", s.max_tokens * s.num_experts);
+    expert_ids = b.take<std::int32_t>("expert ids", s.max_tokens * s.top_k);
+    weights = b.take<A>("routing weights", s.max_tokens * s.top_k);
+    counts = b.take<std::int64_t>("global counts", balance_counts::size(s.num_experts));
+    handle = dispatch_handle<A>::layout(b, plan.bounds);
+    received = b.take<S>("received rows", plan.alone() ? 0 : plan.bounds.max_received_rows() * s.hidden);
+    experts = plan.experts.carve_saved(b, plan.bounds.max_pairs);
+    if (plan.has_shared()) shared = plan.shared.carve_saved(b, s.max_tokens);
+  }
+
+  routing<A> chosen(std::int64_t num_tokens, const shape& s) const {
+    return {{expert_ids, num_tokens, s.top_k}, {weights, num_tokens, s.top_k}};
+  }
+};
+
+template <class Layer>
+struct layer_forward_scratch {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+
+  std::int64_t* counts;  // [E + 2] of this rank
+  routing_exchange_workspace<A> plan;
+  dispatch_workspace<S> rows;
+  S* pairs;  // [max pairs, d] outputs of experts
+  typename Layer::experts_type::forward_scratch experts;
+  combine_workspace<S, A> sums;
+  A* routed;                    // [T, d]; null without shared experts
+  S* shared_out;                // [T, d]; null without shared experts
+  std::int32_t* token_offsets;  // [2]
+  typename Layer::shared_type::forward_scratch shared;
+
+  layer_forward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
+    const shape& s = p.sizes;
+    counts = b.take<std::int64_t>("local counts", balance_counts::size(s.num_experts));
+    plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
+    rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
+    pairs = b.take<S>("expert outputs", p.bounds.max_pairs * s.hidden);
+    experts = p.experts.carve_forward(b, p.bounds.max_pairs, p.weights_on);
+    sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
+    routed = b.take<A>("routed sums", p.has_shared() ? s.max_tokens * s.hidden : 0);
+    shared_out = b.take<S>("shared outputs", p.has_shared() ? s.max_tokens * s.hidden : 0);
+    token_offsets = b.take<std::int32_t>("token offsets", 2);
+    if (p.has_shared()) shared = p.shared.carve_forward(b, s.max_tokens, weight_on::output);
+  }
+};
+
+template <class Layer>
+struct layer_deferred {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+
+  A* dlogits;                   // [T, E]
+  S* dy_received;               // [received rows, d]; null at one rank
+  std::int32_t* chunk_offsets;  // [chunks + 1]
+  typename Layer::experts_type::deferred_view experts;
+  typename Layer::experts_type::backward_weights_scratch experts_scratch;
+  typename Layer::shared_type::deferred_view shared;
+  typename Layer::shared_type::backward_weights_scratch shared_scratch;
+
+  layer_deferred(memory_builder& b, const layer_plan<Layer>& p) {
+    const shape& s = p.sizes;
+    dlogits = b.take<A>("logit gradients", s.max_tokens * s.num_experts);
+    dy_received = b.take<S>("received gradients", p.alone() ? 0 : p.bounds.max_received_rows() * s.hidden);
+    chunk_offsets = b.take<std::int32_t>("chunk offsets", p.max_chunks + 1);
+    experts = p.experts.carve_deferred(b, p.bounds.max_pairs);
+    experts_scratch = p.experts.carve_backward_weights(b, p.bounds.max_pairs, p.weights_on);
+    if (!p.has_shared()) return;
+    shared = p.shared.carve_deferred(b, s.max_tokens);
+    shared_scratch = p.shared.carve_backward_weights(b, s.max_tokens, weight_on::output);
+  }
+};
+
+template <class Layer>
+struct layer_backward_scratch {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+
+  dispatch_workspace<S> rows;
+  S* dpairs;         // [max pairs, d]
+  A* dpair_weights;  // [max pairs]
+  pair_values_workspace<A> values;
+  A* dweights;  // [T, K]
+  typename Layer::experts_type::backward_input_scratch experts;
+  combine_workspace<S, A> sums;
+  A* routed;                    // [T, d]
+  A* gate;                      // [T, d]
+  S* shared_dx;                 // [T, d]; null without shared experts
+  std::int32_t* token_offsets;  // [2]
+  typename Layer::shared_type::backward_input_scratch shared;
+
+  layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
+    const shape& s = p.sizes;
+    rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
+    dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);
+    dpair_weights = b.take<A>("weight gradients of expert rows", p.bounds.max_pairs);
+    values = pair_values_workspace<A>::layout(b, p.bounds);
+    dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
+    experts = p.experts.carve_backward_input(b, p.bounds.max_pairs, p.weights_on);
+    sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
+    routed = b.take<A>("routed gradients", s.max_tokens * s.hidden);
+    gate = b.take<A>("gate's input gradients", s.max_tokens * s.hidden);
+    shared_dx = b.take<S>("shared gradients", p.has_shared() ? s.max_tokens * s.hidden : 0);
+    token_offsets = b.take<std::int32_t>("token offsets", 2);
+    if (p.has_shared()) shared = p.shared.carve_backward_input(b, s.max_tokens, weight_on::output);
+  }
+};
+
+// Bytes of a slice set. @tparam Slices One of the above.
+template <class Slices, class Layer>
+std::size_t bytes_of(const layer_plan<Layer>& plan) {
+  memory_builder counting;
+  Slices slices(counting, plan);
+  return counting.bytes();
+}
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END

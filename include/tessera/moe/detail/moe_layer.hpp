@@ -1,0 +1,131 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <tessera/moe/detail/layer_device.hpp>
+#include <tessera/moe/detail/layer_host.hpp>
+#include <tessera/moe/moe_layer.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// Where `Fixed` names a size, the run-time one must be equal.
+constexpr void expect_fixed(const shape& fixed, const shape& sizes) {
+  const auto check = [](const char* name, std::int64_t known, std::int64_t given) {
+    TESSERA_EXPECTS(known == 0 || known == given,
+                    "the layer's type fixes " << name << " = " << known << ", it was made with " << given);
+  };
+  check("num_experts", fixed.num_experts, sizes.num_experts);
+  check("top_k", fixed.top_k, sizes.top_k);
+  check("hidden", fixed.hidden, sizes.hidden);
+  check("intermediate", fixed.intermediate, sizes.intermediate);
+  check("max_tokens", fixed.max_tokens, sizes.max_tokens);
+  check("num_shared_experts", fixed.num_shared_experts, sizes.num_shared_experts);
+}
+
+inline const shape& checked_shape(const shape& sizes, int layout_experts) {
+  const auto positive = [](const char* name, std::int64_t value) {
+    TESSERA_EXPECTS(value > 0, name << " = " << value << ", it must be positive");
+  };
+  positive("num_experts", sizes.num_experts);
+  positive("top_k", sizes.top_k);
+  positive("hidden", sizes.hidden);
+  positive("intermediate", sizes.intermediate);
+  positive("max_tokens", sizes.max_tokens);
+  TESSERA_EXPECTS(sizes.top_k <= sizes.num_experts,
+                  "top_k = " << sizes.top_k << " exceeds num_experts = " << sizes.num_experts);
+  TESSERA_EXPECTS(sizes.num_shared_experts >= 0, "num_shared_experts = " << sizes.num_shared_experts << " is negative");
+  TESSERA_EXPECTS(
+      layout_experts == sizes.num_experts,
+      "the layout places " << layout_experts << " experts, the shape has num_experts = " << sizes.num_experts);
+  return sizes;
+}
+
+template <class Options>
+Options with_sizes(Options routing, const shape& sizes) {
+  const auto merge = [](int& chosen, int size, const char* name) {
+    TESSERA_EXPECTS(chosen == 0 || chosen == size,
+                    "the router's options have " << name << " = " << chosen << ", the shape has " << size);
+    chosen = size;
+  };
+  merge(routing.num_experts, sizes.num_experts, "num_experts");
+  merge(routing.top_k, sizes.top_k, "top_k");
+  return routing;
+}
+
+}  // namespace detail
+
+#define TESSERA_LAYER_TEMPLATE \
+  template <class Router, class Experts, class Layout, class Comm, class Combine, shape Fixed>
+#define TESSERA_LAYER moe_layer<Router, Experts, Layout, Comm, Combine, Fixed>
+
+TESSERA_LAYER_TEMPLATE
+layer_sizes TESSERA_LAYER::sizes(const shape& sizes_of, const Layout& placement, int rank, const options& chosen) {
+  using namespace detail;
+  expect_fixed(Fixed, checked_shape(sizes_of, placement.num_experts()));
+  TESSERA_EXPECTS(rank >= 0 && rank < placement.num_ranks(),
+                  "rank " << rank << " of a layout over " << placement.num_ranks() << " ranks");
+  TESSERA_EXPECTS(chosen.chunk_tokens >= 0, "chunk_tokens = " << chosen.chunk_tokens << " is negative");
+  const layer_plan<moe_layer> plan(sizes_of, placement, rank, chosen);
+  memory_builder state;
+  state_type::layout(state, sizes_of.num_experts, Router::has_bias, num_losses, plan.max_chunks);
+  memory_builder eval;
+  layer_saved<moe_layer> saved(eval, plan);
+  layer_forward_scratch<moe_layer> forward(eval, plan);
+  return {.saved_bytes = bytes_of<layer_saved<moe_layer>>(plan),
+          .deferred_bytes = bytes_of<layer_deferred<moe_layer>>(plan),
+          .workspace_bytes = std::max(bytes_of<layer_forward_scratch<moe_layer>>(plan),
+                                      bytes_of<layer_backward_scratch<moe_layer>>(plan)),
+          .eval_workspace_bytes = eval.bytes(),
+          .state_bytes = state.bytes()};
+}
+
+TESSERA_LAYER_TEMPLATE
+TESSERA_LAYER::moe_layer(const shape& sizes_of, const router_options& routing, const Layout& placement, Comm& comm,
+                         state_memory state, const options& chosen)
+    : shape_(detail::checked_shape(sizes_of, placement.num_experts())),
+      options_(chosen),
+      placement_(placement),
+      comm_(&comm),
+      router_(detail::with_sizes(routing, sizes_of)) {
+  TESSERA_EXPECTS(placement.num_ranks() == comm.size(), "the layout places experts on "
+                                                            << placement.num_ranks() << " ranks, the communicator has "
+                                                            << comm.size());
+  const layer_sizes needed = sizes(sizes_of, placement, comm.rank(), chosen);
+  TESSERA_EXPECTS(state.bytes >= needed.state_bytes,
+                  "state memory has " << state.bytes << " bytes, " << needed.state_bytes << " are needed");
+  memory_builder builder(state, "state memory");
+  state_ = state_type::layout(builder, shape_.num_experts, Router::has_bias, num_losses,
+                              num_chunks(shape_.max_tokens, chosen.chunk_tokens));
+}
+
+TESSERA_LAYER_TEMPLATE
+void TESSERA_LAYER::reset_state(stream_type stream) { detail::layer_reset_state(stream, *this); }
+
+TESSERA_LAYER_TEMPLATE
+void TESSERA_LAYER::forward(stream_type stream, pass mode, const inputs& in, const weights& params,
+                            matrix_view<storage> y, saved_memory saved, workspace_memory workspace) {
+  detail::layer_forward(stream, *this, mode, in, params, y, saved, workspace);
+}
+
+TESSERA_LAYER_TEMPLATE
+void TESSERA_LAYER::backward_input(stream_type stream, const inputs& in, matrix_view<const storage> dy,
+                                   const weights& params, saved_memory saved, matrix_view<storage> dx,
+                                   deferred_memory deferred, workspace_memory workspace) {
+  detail::layer_backward_input(stream, *this, in, dy, params, saved, dx, deferred, workspace);
+}
+
+TESSERA_LAYER_TEMPLATE
+void TESSERA_LAYER::backward_weights(stream_type stream, const inputs& in, matrix_view<const storage> dy,
+                                     saved_memory saved, deferred_memory deferred, const gradients& grads, write mode) {
+  detail::layer_backward_weights(stream, *this, in, dy, saved, deferred, grads, mode);
+}
+
+TESSERA_LAYER_TEMPLATE
+void TESSERA_LAYER::end_step(stream_type stream, Comm& batch) { detail::layer_end_step(stream, *this, batch); }
+
+#undef TESSERA_LAYER_TEMPLATE
+#undef TESSERA_LAYER
+
+TESSERA_NAMESPACE_END

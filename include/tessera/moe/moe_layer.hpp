@@ -1,0 +1,194 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// The mixture-of-experts layer: gate, router, dispatch, experts, combine and shared experts, forward and backward.
+
+#include <cstddef>
+#include <cstdint>
+
+#include <tessera/comm/communicator.hpp>
+#include <tessera/core/memory.hpp>
+#include <tessera/core/passes.hpp>
+#include <tessera/core/stream.hpp>
+#include <tessera/core/views.hpp>
+#include <tessera/dispatch/dispatch.hpp>
+#include <tessera/experts/experts.hpp>
+#include <tessera/layout/expert_layout.hpp>
+#include <tessera/moe/shape.hpp>
+#include <tessera/moe/state.hpp>
+#include <tessera/moe/weights.hpp>
+#include <tessera/router/router.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+/// What a user tunes besides sizes and router options.
+/// @tparam Experts The expert container.
+template <class Experts>
+struct layer_options {
+  dispatch_options dispatch = {};             ///< Bounds, capacity, overflow.
+  typename Experts::options activation = {};  ///< Of the activation, routed and shared.
+  std::int64_t chunk_tokens = 0;  ///< Tokens of a chunk of gradients and losses; 0: one contribution per call.
+};
+
+/// Bytes of each memory class on one rank. Pure functions of bounds: equal sizes give equal bytes.
+struct layer_sizes {
+  std::size_t saved_bytes = 0;           ///< Per layer and micro-batch, from forward to `backward_weights`.
+  std::size_t deferred_bytes = 0;        ///< Per layer and micro-batch, from `backward_input` to `backward_weights`.
+  std::size_t workspace_bytes = 0;       ///< During one call, any pass but eval; shared by all layers.
+  std::size_t eval_workspace_bytes = 0;  ///< During forward with `pass::eval`, which needs no saved memory.
+  std::size_t state_bytes = 0;           ///< Per layer.
+};
+
+/// A mixture-of-experts layer on one rank of an expert-parallel group.
+///
+///     logits = x W_g^T + b_g                             y[t] = sum_k w[t, k] expert_{id[t, k]}(x[t]) + shared(x[t])
+///
+/// The object holds sizes, options and pointers to state: the caller owns all memory. Calls on the hot path do not
+/// allocate; on the host they return when the work is done, in device space they enqueue on the stream and do not
+/// synchronise. Every call but `backward_weights` is a collective of the communicator.
+///
+/// If a call throws, state is unchanged; outputs, saved, deferred and workspace memory are undefined.
+///
+/// The host half is defined with this header, the device half in `moe_layer.cuh`: which of them is used follows from
+/// `Comm::space`. An engine may write `extern template class tessera::moe_layer<...>` in its `.cpp` files and
+/// instantiate the layer in one `.cu` file; without that file the program does not link.
+///
+/// @tparam Router  Score, selection, weights and balances: `router<...>`.
+/// @tparam Experts Expert container: `experts<...>`, or a user's own `expert_container`.
+/// @tparam Layout  Which rank owns which expert: `layout::block`, `layout::round_robin`, `layout::table`, or a user's
+/// own.
+/// @tparam Comm    Communicator of the expert-parallel group.
+/// @tparam Combine `combine::reduced` (fewer bytes) or `combine::ordered` (the same bits for every number of ranks).
+/// @tparam Fixed   Sizes known at compile time; 0 leaves a size to run time.
+template <class Router, class Experts, class Layout, class Comm, class Combine = combine::reduced,
+          shape Fixed = shape{}>
+class moe_layer {
+  static_assert(
+      communicator<Comm>,
+      "moe_layer: the fourth argument must be a communicator. Models: comm::self<space::host>, comm::threads, "
+      "comm::mpi; a user's own derives from comm::collectives");
+  static_assert(
+      expert_container<Experts, typename Comm::space>,
+      "moe_layer: the second argument must be an expert container for the communicator's memory space. Model: "
+      "experts<activation::swiglu, precision::bf16>");
+  static_assert(is_expert_layout<Layout>());
+  static_assert(combine_policy<Combine>, "moe_layer: the fifth argument is combine::reduced or combine::ordered");
+
+ public:
+  using router_type = Router;                       ///< The router.
+  using experts_type = Experts;                     ///< Routed experts.
+  using shared_type = shared_container_t<Experts>;  ///< Shared experts.
+  using layout_type = Layout;                       ///< Placement of experts.
+  using communicator_type = Comm;                   ///< Communicator.
+  using combine_type = Combine;                     ///< Where sums are made.
+  using space = typename Comm::space;               ///< Where memory lives.
+  using stream_type = stream_ref<space>;            ///< Order of work.
+  using storage = typename Experts::storage;        ///< Type of activations.
+  using accumulate = typename Experts::accumulate;  ///< Type of sums and of the router's weights.
+  using router_options = typename Router::options;  ///< `num_experts` and `top_k` may stay 0: the shape has them.
+  using options = layer_options<Experts>;           ///< The rest of what a user tunes.
+  using inputs = layer_inputs<storage>;             ///< Tokens.
+  using weights = layer_weights<Experts>;           ///< Parameters.
+  using gradients = layer_gradients<Experts>;       ///< Gradients.
+  using state_type = layer_state<accumulate>;       ///< What outlives a call.
+
+  /// Number of the router's balances that are losses.
+  static constexpr int num_losses = Router::num_losses;
+
+  /// Bytes that a layer needs on `rank`.
+  /// @param sizes_of  Sizes of the layer. @param placement Placement of experts. @param rank Rank in the communicator.
+  /// @param chosen    Options the layer will be made with.
+  /// @throws invalid_argument if sizes cannot work.
+  static layer_sizes sizes(const shape& sizes_of, const Layout& placement, int rank, const options& chosen = {});
+
+  /// @param sizes_of   Sizes of the layer, the same on all ranks.
+  /// @param routing    Options of the router.
+  /// @param placement  Placement of experts over `comm.size()` ranks, the same on all ranks.
+  /// @param comm       The expert-parallel group; outlives the layer.
+  /// @param state      `sizes(...).state_bytes` bytes in the communicator's space, outlive the layer. The content is
+  /// kept: call
+  ///                   `reset_state` for a new layer, or load a checkpoint.
+  /// @param chosen     The rest.
+  /// @throws invalid_argument if sizes, options, placement and communicator do not fit each other, or the state is too
+  /// small.
+  moe_layer(const shape& sizes_of, const router_options& routing, const Layout& placement, Comm& comm,
+            state_memory state, const options& chosen = {});
+
+  /// Sets the state of a new layer: bias, counters and losses 0, loss scale 1, coefficients and rate as the options
+  /// have them.
+  /// @param stream Order of the work.
+  void reset_state(stream_type stream);
+
+  /// Computes the layer's output.
+  ///
+  /// Balance losses are those of the micro-batch of all ranks of the communicator. With losses, passes `train` and
+  /// `recompute` all-reduce `E + 2` integers.
+  /// @param stream    Order of the work.
+  /// @param mode      `train` and `recompute` fill `saved`; `train` counts the load; `eval` does neither.
+  /// @param in        `x [T, d]`, T at most `max_tokens`, and what the router's policies ask for.
+  /// @param params    Parameters.
+  /// @param y         `[T, d]`, overwritten; does not overlap `x`.
+  /// @param saved     `saved_bytes`, aligned to `memory_alignment`; may be empty for `eval`.
+  /// @param workspace `workspace_bytes`, or `eval_workspace_bytes` for `eval`; aligned to `memory_alignment`.
+  /// @throws invalid_argument if a shape, a view or a memory size is wrong, or a logit is not finite.
+  /// @throws error if a row bound is exceeded (on every rank).
+  void forward(stream_type stream, pass mode, const inputs& in, const weights& params, matrix_view<storage> y,
+               saved_memory saved, workspace_memory workspace);
+
+  /// Computes the gradient of the input, with that of the balance losses times the state's `loss_scale`.
+  /// @param stream    Order of the work.
+  /// @param in        As in forward.
+  /// @param dy        `[T, d]`, gradient of the output; unchanged until `backward_weights`.
+  /// @param params    As in forward.
+  /// @param saved     From forward; consumed: afterwards it serves `backward_weights` only.
+  /// @param dx        `[T, d]`, overwritten; overlaps neither `x` nor `dy`.
+  /// @param deferred  `deferred_bytes`, written for `backward_weights`.
+  /// @param workspace `workspace_bytes`.
+  void backward_input(stream_type stream, const inputs& in, matrix_view<const storage> dy, const weights& params,
+                      saved_memory saved, matrix_view<storage> dx, deferred_memory deferred,
+                      workspace_memory workspace);
+
+  /// Computes the gradients of the parameters; any time after `backward_input`, without communication.
+  /// @param stream   Order of the work.
+  /// @param in       As in forward.
+  /// @param dy       As in `backward_input`.
+  /// @param saved    As `backward_input` left it.
+  /// @param deferred From `backward_input`.
+  /// @param grads    Gradients.
+  /// @param mode     Overwrite, or add to what is there.
+  void backward_weights(stream_type stream, const inputs& in, matrix_view<const storage> dy, saved_memory saved,
+                        deferred_memory deferred, const gradients& grads, write mode);
+
+  /// Ends an optimizer step: sums the load of every rank of `batch` into `global_load`, moves the bias by `bias_rate`
+  /// where the router has one, and starts counting anew. Once per optimizer step, after any number of micro-batches.
+  /// @param stream Order of the work.
+  /// @param batch  All ranks that share the global batch: the expert-parallel group, or a larger one that contains it.
+  void end_step(stream_type stream, Comm& batch);
+
+  /// Sizes.
+  const shape& dims() const noexcept { return shape_; }
+  /// Named state in the communicator's space.
+  const state_type& state() const noexcept { return state_; }
+  /// Options.
+  const options& get_options() const noexcept { return options_; }
+  /// Placement of experts.
+  const Layout& placement() const noexcept { return placement_; }
+  /// The router.
+  const Router& get_router() const noexcept { return router_; }
+  /// The expert-parallel group.
+  Comm& comm() const noexcept { return *comm_; }
+
+ private:
+  shape shape_;
+  options options_;
+  Layout placement_;
+  Comm* comm_;
+  Router router_;
+  state_type state_;
+};
+
+TESSERA_NAMESPACE_END
+
+#include <tessera/moe/detail/moe_layer.hpp>

@@ -1,0 +1,8 @@
+// expect: was not declared
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+int h() { return undeclared; }
+#if defined(TESSERA_EXPECT_FAILURE)
+int g() { return undeclared; }
+#endif

@@ -1,0 +1,6 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#if defined(TESSERA_EXPECT_FAILURE)
+int g() { return undeclared; }
+#endif

@@ -1,0 +1,9 @@
+// expect: a sentence of the source
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#if defined(TESSERA_EXPECT_FAILURE)
+int g() { return "a sentence of the source"; }
+#else
+int g() { return 1; }
+#endif
