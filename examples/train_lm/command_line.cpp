@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <sstream>
 #include <string>
 #include <thread>
 
@@ -11,7 +12,8 @@
 
 namespace train_lm {
 
-std::optional<settings> read_command_line(int argc, char** argv, int processes, int& exit_code) {
+std::optional<settings> read_command_line(int argc, char** argv, int processes, bool speaks,
+                                          int& exit_code) {
   settings s;
   CLI::App app{
       "Trains a byte-level mixture-of-experts language model on real text, its experts spread over several ranks,\n"
@@ -37,7 +39,7 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   const char* data = "Text";
   app.add_option("--data", s.data, "Text files or folders (default: the Debian system's licence and copyright files)")
       ->group(data)
-      ->type_name("PATH ...")
+      ->type_name("PATH")
       ->default_str("");
   app.add_option("--output,-o", s.output, "Folder for everything that is written")->group(data)->type_name("DIR");
   app.add_option("--sample", s.sample_bytes, "Bytes of text to generate at the end")->group(data)->type_name("BYTES");
@@ -51,7 +53,7 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
       ->default_str("");
   app.add_option("--balance", s.balances, "none, loss, bias: one run each, compared if several")
       ->group(experts)
-      ->type_name("KIND ...")
+      ->type_name("KIND")
       ->default_str("bias")
       ->transform(CLI::CheckedTransformer(balance_names, CLI::ignore_case).description(""));
   app.add_option("--combine", s.combine, "ordered (bits do not depend on the ranks) or reduced (fewer bytes travel)")
@@ -90,7 +92,8 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    const int code = app.exit(e);
+    std::ostringstream silence;
+    const int code = speaks ? app.exit(e) : app.exit(e, silence, silence);
     exit_code = code == 0 ? 0 : 1;
     return std::nullopt;
   }

@@ -4,11 +4,13 @@
 /// @file
 /// train_lm: trains a byte-level mixture-of-experts language model with expert parallelism, on the host.
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,15 @@
 #include "trainer.hpp"
 
 namespace train_lm {
+
+// The layers are compiled in layers_threads.cpp and layers_mpi.cpp, side by side with this file.
+extern template std::unique_ptr<moe_block<float>> make_block(const settings&, balance_kind, std::int64_t, std::int64_t,
+                                                             ts::comm::threads&);
+#if defined(TRAIN_LM_HAS_MPI)
+extern template std::unique_ptr<moe_block<float>> make_block(const settings&, balance_kind, std::int64_t, std::int64_t,
+                                                             ts::comm::mpi&);
+#endif
+
 namespace {
 
 constexpr int exit_stopped = 130;
@@ -154,27 +165,43 @@ int run_processes(const settings& s, ts::comm::mpi& comm) {
 }
 #endif
 
-int run(int argc, char** argv) {
+int complain(const char* what) {
+  std::fprintf(stderr, "train_lm: error: %s\n", what);
+  return EXIT_FAILURE;
+}
+
+#if defined(TRAIN_LM_HAS_MPI)
+int run_under_mpi(int argc, char** argv, int processes) {
+  const ts::comm::mpi_session session;
+  // Rank 0 fits the baselines and draws while the others wait.
+  ts::comm::mpi comm(MPI_COMM_WORLD, {.timeout = std::chrono::minutes(5)});
   int exit_code = EXIT_SUCCESS;
+  std::optional<settings> s;
+  try {
+    s = read_command_line(argc, argv, processes, comm.rank() == 0, exit_code);
+  } catch (const ts::error& e) {
+    return comm.rank() == 0 ? complain(e.what()) : EXIT_FAILURE;  // the same on every rank
+  }
+  if (!s) return exit_code;
+  try {
+    watch_for_stop();
+    return run_processes(*s, comm);
+  } catch (const std::exception& e) {
+    comm.fail(e.what());
+    return complain(e.what());
+  }
+}
+#endif
+
+int run(int argc, char** argv) {
   const int processes = launched_processes();
 #if defined(TRAIN_LM_HAS_MPI)
-  if (processes > 0) {
-    ts::comm::mpi_session session(argc, argv);
-    ts::comm::mpi comm(MPI_COMM_WORLD);
-    try {
-      watch_for_stop();
-      const auto s = read_command_line(argc, argv, processes, exit_code);
-      return s ? run_processes(*s, comm) : exit_code;
-    } catch (const std::exception& e) {
-      comm.fail(e.what());
-      throw;
-    }
-  }
-#else
+  if (processes > 0) return run_under_mpi(argc, argv, processes);
+#endif
   TESSERA_EXPECTS_AS(ts::error, processes <= 1, "started as one of " << processes
                                                                      << " processes, but built without MPI: use --ranks");
-#endif
-  const auto s = read_command_line(argc, argv, 0, exit_code);
+  int exit_code = EXIT_SUCCESS;
+  const auto s = read_command_line(argc, argv, 0, true, exit_code);
   if (!s) return exit_code;
   watch_for_stop();
   return run_threads(*s);
@@ -187,7 +214,6 @@ int main(int argc, char** argv) {
   try {
     return train_lm::run(argc, argv);
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "train_lm: error: %s\n", e.what());
-    return EXIT_FAILURE;
+    return train_lm::complain(e.what());
   }
 }

@@ -3,7 +3,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
+#include <barrier>
 #include <chrono>
 #include <functional>
 #include <stdexcept>
@@ -218,9 +220,10 @@ TEST_CASE(
       CHECK(o.phase == name);
       CHECK(contains(cause(o), "rank 2 did not arrive within 150 ms"));
       CHECK(cause(o) == cause(outcomes[0]));  // the stalled rank learns of it when it comes back
-      if (r != 2) CHECK(o.took >= short_timeout - milliseconds(1));
       CHECK(o.took < short_timeout + soon);
     }
+    const milliseconds longest = std::max({outcomes[0].took, outcomes[1].took, outcomes[3].took});
+    CHECK(longest >= short_timeout - milliseconds(1));
   }
 }
 
@@ -296,6 +299,7 @@ TEST_CASE("different sizes of one message are an error that says both") {
 
 TEST_CASE("after a failure everything throws until all ranks reset; then everything works, again and again") {
   std::atomic<int> thrown{0};
+  std::barrier rounds(4);  // not of the library: the next failure must not hit ranks that are still in this round
   CHECK_NOTHROW(ts::comm::threads::run(
       4,
       [&](ts::comm::threads& c) {
@@ -315,8 +319,7 @@ TEST_CASE("after a failure everything throws until all ranks reset; then everyth
             }
             (round % 3 == 0 ? part : c).fail("round " + std::to_string(round));
           }
-          const auto first =
-              observe([&] { (round % 2 == 1 ? part : c).all_reduce({}, data.data(), data.data(), count); });
+          const auto first = observe([&] { c.all_reduce({}, data.data(), data.data(), count); });
           const auto second = observe([&] { part.barrier({}); });
           comm_checks::require(c.failed() && !first.text.empty(), "all_reduce did not fail in round ", round);
           comm_checks::require(contains(second.text, "reset()") && second.peer == first.peer, second.text);
@@ -329,6 +332,7 @@ TEST_CASE("after a failure everything throws until all ranks reset; then everyth
           comm_checks::require(sum == (c.rank() % 2 == 0 ? 2 : 4), "sum ", sum);
           comm_checks::check_exchange(c, 5);
           comm_checks::check_moves<int>(part);
+          rounds.arrive_and_wait();
         }
         comm_checks::check_all(c);
       },
@@ -337,6 +341,7 @@ TEST_CASE("after a failure everything throws until all ranks reset; then everyth
 }
 
 TEST_CASE("a failed split is forgotten by reset") {
+  std::barrier rounds(3);
   CHECK_NOTHROW(ts::comm::threads::run(3,
                                        [&](ts::comm::threads& c) {
                                          for (int round = 0; round < 3; ++round) {

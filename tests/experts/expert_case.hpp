@@ -250,25 +250,13 @@ struct arrays {
   }
 };
 
-/// What `carve` takes, from a buffer that has exactly the bytes it counts.
-template <class Carve>
-auto carve_exactly(ts::host_buffer& buffer, Carve&& carve) {
-  ts::memory_builder counter;
-  carve(counter);
-  buffer = ts::host_buffer(counter.bytes());
-  ts::memory_builder carver(ts::workspace_memory(buffer.data(), buffer.size()), "a test's buffer");
-  auto result = carve(carver);
-  REQUIRE(carver.bytes() == counter.bytes());
-  return result;
-}
-
 /// Experts, a problem's arrays, and the memory that they need.
 template <class Experts>
 struct solution : arrays<typename Experts::storage, typename Experts::accumulate, typename Experts::gradient> {
   using base = arrays<typename Experts::storage, typename Experts::accumulate, typename Experts::gradient>;
   Experts experts;
   std::int64_t max_pairs;
-  ts::host_buffer buffers[5];
+  ts::host_buffer buffer;  // has exactly the bytes that counting gives
   typename Experts::saved_view saved;
   typename Experts::deferred_view deferred;
   typename Experts::forward_scratch forward_scratch;
@@ -279,18 +267,21 @@ struct solution : arrays<typename Experts::storage, typename Experts::accumulate
       : base(q, order_of<typename Experts::layout_type>::value),
         experts({.num_local_experts = q.L, .hidden = q.d, .intermediate = q.n, .bias = q.s.bias}, options),
         max_pairs(q.P + spare_rows) {
-    const auto applied = q.s.applied;
-    using builder = ts::memory_builder;
-    saved = carve_exactly(buffers[0], [&](builder& m) { return experts.carve_saved(m, max_pairs); });
-    deferred = carve_exactly(buffers[1], [&](builder& m) { return experts.carve_deferred(m, max_pairs); });
-    forward_scratch =
-        carve_exactly(buffers[2], [&](builder& m) { return experts.carve_forward(m, max_pairs, applied); });
-    input_scratch =
-        carve_exactly(buffers[3], [&](builder& m) { return experts.carve_backward_input(m, max_pairs, applied); });
-    weights_scratch =
-        carve_exactly(buffers[4], [&](builder& m) { return experts.carve_backward_weights(m, max_pairs, applied); });
+    ts::memory_builder counter;
+    carve(counter);
+    buffer = ts::host_buffer(counter.bytes());
+    ts::memory_builder carver(ts::workspace_memory(buffer.data(), buffer.size()), "a test's buffer");
+    carve(carver);
+    REQUIRE(carver.bytes() == counter.bytes());
   }
 
+  void carve(ts::memory_builder& memory) {
+    saved = experts.carve_saved(memory, max_pairs);
+    deferred = experts.carve_deferred(memory, max_pairs);
+    forward_scratch = experts.carve_forward(memory, max_pairs, this->s.applied);
+    input_scratch = experts.carve_backward_input(memory, max_pairs, this->s.applied);
+    weights_scratch = experts.carve_backward_weights(memory, max_pairs, this->s.applied);
+  }
   void forward() {
     experts.forward(ts::host_stream{}, this->rows(), this->x_view(), this->weighting(), this->weights(), saved,
                     this->y_view(), forward_scratch);

@@ -185,11 +185,8 @@ TEST_CASE("single precision and bfloat16 stay within their rounding of double") 
     s.applied = applied;
     using ts::weight_layout::in_out_interleaved, ts::weight_layout::out_in_concatenated;
     check_precision<ts::activation::swiglu, ts::precision::fp32, out_in_concatenated>(s, 5e-7);
-    check_precision<ts::activation::clamped_swiglu, ts::precision::fp32, in_out_interleaved>(s, 5e-7);
     check_precision<ts::activation::swiglu, ts::precision::bf16, out_in_concatenated>(s, 6e-3);
     check_precision<ts::activation::clamped_swiglu, ts::precision::bf16, in_out_interleaved>(s, 6e-3);
-    check_precision<ts::activation::relu2, ts::precision::bf16, out_in_concatenated>(s, 6e-3);
     check_precision<ts::activation::geglu, ts::precision::bf16_gradients, out_in_concatenated>(s, 6e-3);
-    check_precision<ts::activation::gelu, ts::precision::policy<float, double, double>, out_in_concatenated>(s, 2e-7);
   }
 }

@@ -7,9 +7,10 @@ balance losses of the preset; inputs, weights, outputs and gradients go to a fil
 moe_layer with the preset's types, and compares. In `f64` the block's own casts to float32 are widened to float64, so
 that both sides compute in double throughout; in `f32` it runs as published.
 
-    parity.py --driver build/tests/parity/parity_driver [--only deepseek] [--keep DIR]
+    parity.py --driver build/tests/parity/tessera_parity_driver [--only deepseek] [--keep DIR]
 
-Exit status: 0 all agree, 1 a difference, 77 torch or transformers is missing (the reason is printed).
+Needs torch (its CPU build suffices) and transformers 5, for example in a virtual environment. Exit status: 0 all as
+expected, 1 a difference, 77 torch or transformers is missing (the reason is printed).
 """
 
 import argparse
@@ -31,6 +32,10 @@ try:
     import transformers
 except Exception as reason:  # a broken installation raises more than ImportError
     print(f"skipped: torch and transformers are needed, importing them failed: {reason}")
+    sys.exit(SKIPPED)
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    print(f"skipped: transformers 5 is needed, which stacks the weights of experts; this is {transformers.__version__}")
     sys.exit(SKIPPED)
 
 torch.set_num_threads(1)
@@ -122,14 +127,13 @@ def widened(module, active):
 
 
 @contextlib.contextmanager
-def masking_with_zero(active):
-    """Inside, unselected groups are masked with 0.0 where the code says -inf: what transformers did before 5.x."""
-    if not active:
+def masking_with(value):
+    """Inside, unselected groups are masked with `value` whatever the code says; None leaves the code alone."""
+    if value is None:
         yield
         return
     masked_fill = torch.Tensor.masked_fill
-    torch.Tensor.masked_fill = lambda tensor, mask, value: masked_fill(
-        tensor, mask, 0.0 if value == float("-inf") else value)
+    torch.Tensor.masked_fill = lambda tensor, mask, _: masked_fill(tensor, mask, value)
     try:
         yield
     finally:
@@ -140,7 +144,7 @@ def masking_with_zero(active):
 
 
 def balance_losses(model, config_top_k, logits, bias):
-    """The balance losses of the preset, on the logits of the gate. Coefficients are those of the options file."""
+    """The balance losses of the preset, on the logits of the gate, with the coefficients of the case."""
     loss = logits.new_zeros(())
     if "switch_loss" in model.values:
         # transformers' function sums over the K choices where ours takes their mean: hence 1 / K.
@@ -179,7 +183,7 @@ def stack_shared(shared, layout, read):
     return (up.T, down.T) if layout == "in_out" else (up, down)
 
 
-def make_case(model, precision, *, negative_scores=False, zero_mask=False):
+def make_case(model, precision, *, negative_scores=False, mask=None):
     """Runs the reference and returns (options, tensors)."""
     dtype = {"f64": torch.float64, "f32": torch.float32}[precision]
     num_tokens = SEQUENCES[-1]
@@ -191,10 +195,10 @@ def make_case(model, precision, *, negative_scores=False, zero_mask=False):
         gate = getattr(block, model.gate)
         bias = getattr(gate, "e_score_correction_bias", None)
         if negative_scores:
-            bias.sub_(1.5)  # every biased score is below 0, the value of a masked one under the old rule
+            bias.sub_(1.5)  # every biased score is below 0
         block, x, dy = block.to(dtype), x.to(dtype), dy.to(dtype)
         bias = getattr(gate, "e_score_correction_bias", None)
-        with torch.no_grad(), widened(model.module, precision == "f64"), masking_with_zero(zero_mask):
+        with torch.no_grad(), widened(model.module, precision == "f64"), masking_with(mask):
             chosen = selected_experts(block, model, x)
             noise = 1.0 + 1e-5 * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(dtype)
             stable = torch.equal(chosen, selected_experts(block, model, x * noise))
@@ -208,7 +212,7 @@ def make_case(model, precision, *, negative_scores=False, zero_mask=False):
     logits = []
     position = 1 if model.module_name == "llama4" else 0
     hook = gate.register_forward_hook(lambda _, __, out: logits.append(out[position]))
-    with widened(model.module, precision == "f64"), masking_with_zero(zero_mask):
+    with widened(model.module, precision == "f64"), masking_with(mask):
         y = block(x.unsqueeze(0) if model.module_name != "llama4" else x)
         y = (y[0] if isinstance(y, tuple) else y).reshape(num_tokens, HIDDEN)
         losses = balance_losses(model, top_k, logits[0], bias)
@@ -261,7 +265,7 @@ def run_driver(driver, path, ranks, tolerance):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--driver", required=True, help="the built parity_driver")
+    parser.add_argument("--driver", required=True, help="the built tessera_parity_driver")
     parser.add_argument("--only", default="", help="run the models whose name contains this")
     parser.add_argument("--keep", default="", help="folder for the case files; a temporary one if not given")
     arguments = parser.parse_args()
@@ -293,12 +297,16 @@ def main():
                 for precision in ("f64", "f32"):
                     check(model.name, make_case(model, precision), precision)
             if model.name == "deepseek_v3" and arguments.only in model.name:
-                # Where all biased scores are negative the value that masks unselected groups decides. DeepSeek's own
-                # code and transformers 5.x mask with -inf, as we do; older transformers masked with 0.0, which lets
-                # experts of unselected groups win: with that rule the layers must disagree.
-                check("deepseek_v3_negative_scores", make_case(model, "f64", negative_scores=True), "f64")
-                check("deepseek_v3_zero_mask", make_case(model, "f64", negative_scores=True, zero_mask=True), "f64",
-                      expect_difference=True)
+                # Where all biased scores are negative, the value that masks unselected groups decides. DeepSeek's own
+                # code and ours mask with -inf; transformers has also masked with 0.0, which lets experts of unselected
+                # groups win: with that rule the layers must disagree. As published, whichever rule that is.
+                cases_by_rule = {mask: make_case(model, "f64", negative_scores=True, mask=mask)
+                                 for mask in (None, float("-inf"), 0.0)}
+                check("deepseek_v3_inf_mask", cases_by_rule[float("-inf")], "f64")
+                check("deepseek_v3_zero_mask", cases_by_rule[0.0], "f64", expect_difference=True)
+                as_published, with_zero = (cases_by_rule[mask][1]["y"] for mask in (None, 0.0))
+                check("deepseek_v3_negative_scores", cases_by_rule[None], "f64",
+                      expect_difference=torch.equal(as_published, with_zero))
     print(f"{cases - failures} of {cases} comparisons as expected")
     return 1 if failures or not cases else 0
 

@@ -4,7 +4,7 @@
 // The C++ half of the parity test: reads a case that parity.py wrote, runs it through moe_layer with the types of the
 // model's preset, and compares output and gradients.
 //
-//     parity_driver CASE [--ranks N] [--tolerance R]
+//     tessera_parity_driver CASE [--ranks N] [--tolerance R]
 //
 // Exit status: 0 all agree, 1 a difference (tensors and worst elements are printed), 2 the case could not be run.
 
@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <exception>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <limits>
 #include <map>
@@ -21,6 +22,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -387,7 +389,7 @@ bool compare(const parity_case& values, int ranks, double tolerance) {
 
 int main(int argc, char** argv) {
   try {
-    TESSERA_EXPECTS(argc >= 2 && argc % 2 == 0, "usage: parity_driver CASE [--ranks N] [--tolerance R]");
+    TESSERA_EXPECTS(argc >= 2 && argc % 2 == 0, "usage: tessera_parity_driver CASE [--ranks N] [--tolerance R]");
     int ranks = 1;
     double tolerance = 1e-9;
     for (int i = 2; i < argc; i += 2) {

@@ -267,6 +267,8 @@ struct combination : fixture {
     expect_close(gradient(q), reference, 1e-4, "single-precision gradient");
   }
 
+  // Single precision is compiled for some rows only: it is the same code.
+  template <bool Single>
   void run() {
     p.route(r);
     check_routing();
@@ -277,20 +279,20 @@ struct combination : fixture {
     expect_close(analytic, expected, 1e-8, "gradient");
     CHECK(std::any_of(expected.begin(), expected.end(), [](double g) { return std::abs(g) > 1e-2; }));
     p.route(r);
-    check_single_precision(analytic);
+    if constexpr (Single) check_single_precision(analytic);
   }
 };
 
-template <class Score, class Select, class Weigh, class... Balances>
+template <bool Single, class Score, class Select, class Weigh, class... Balances>
 void run_one(balances<Balances...>) {
-  combination<Score, Select, Weigh, Balances...>{}.run();
+  combination<Score, Select, Weigh, Balances...>{}.template run<Single>();
 }
 
 template <std::size_t I>
 void run_row() {
   constexpr row r = combinations.rows[I];
   INFO("row ", I, ": score ", r[0], ", selection ", r[1], ", weighing ", r[2], ", balances ", r[3]);
-  run_one<at<r[0], scores>, at<r[1], selections>, at<r[2], weighings>>(at<r[3], balancings>{});
+  run_one<I % 3 == 0, at<r[0], scores>, at<r[1], selections>, at<r[2], weighings>>(at<r[3], balancings>{});
 }
 
 template <class Score, class Select, class Weigh, class Balances>

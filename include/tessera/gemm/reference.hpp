@@ -24,10 +24,11 @@ namespace gemm {
 ///
 /// **Bits.** An element of the result is `((0 + p_0) + p_1) + ...` in the accumulation type `A`, over products in
 /// ascending order (with one rounding per step where the machine multiplies and adds in one operation and the compiler
-/// may use it, with two elsewhere), then bias, then old content, then one rounding to the type of the result. So its
-/// bits depend on the operands' rows and columns that it is made of, and on nothing else: not on the number of rows,
-/// the other rows or groups, gather lists, the strides of any operand, or where in a tile it falls. They do depend on
-/// the instruction set compiled for: fused and separate multiply-add differ.
+/// may use it, with two elsewhere), then bias, then old content, then one rounding to the type of the result (from
+/// double to bf16 two, by way of float). So its bits depend on the operands' rows and columns that it is made of, and
+/// on nothing else: not on the number of rows, the other rows or groups, gather lists, the strides of any operand, or
+/// where in a tile it falls. They do depend on the instruction set compiled for: fused and separate multiply-add
+/// differ.
 ///
 /// **Memory.** Scratch is on the stack, at most 512 KiB; nothing is allocated.
 ///

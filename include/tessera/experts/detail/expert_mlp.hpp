@@ -40,23 +40,47 @@ inline std::int64_t expect_rows(const expert_rows& rows, std::int64_t bound, std
   return num_rows;
 }
 
-/// Checks that `view` is `[>= num_rows, cols]`.
-template <class T>
-void expect_capacity(const matrix_view<T>& view, std::int64_t num_rows, std::int64_t cols, const char* name) {
+/// Checks that the rows are of as many experts as there are weights.
+inline void expect_experts(const expert_rows& rows, int num_local_experts) {
+  TESSERA_EXPECTS(rows.num_local_experts == num_local_experts, "the expert rows are of " << rows.num_local_experts
+                                                                                         << " experts, this object has "
+                                                                                         << num_local_experts);
+}
+
+/// A matrix of any element type: the checks are compiled once, not for each instantiation of the experts.
+struct any_matrix {
+  const void* data;
+  std::int64_t rows, cols, stride;
+  std::size_t alignment;
+
+  template <class T>
+  any_matrix(const matrix_view<T>& m)  // NOLINT: meant to be implicit
+      : data(m.data), rows(m.rows), cols(m.cols), stride(m.stride), alignment(alignof(T)) {}
+};
+
+/// Checks that `m` is `[>= num_rows, cols]`, there, and aligned; nothing where no row is needed.
+inline void expect_capacity(const any_matrix& m, std::int64_t num_rows, std::int64_t cols, const char* name) {
   if (num_rows == 0) return;
-  TESSERA_EXPECTS(view.rows >= num_rows, name << " has " << view.rows << " rows, " << num_rows << " are needed");
-  expect_matrix(view, -1, cols, name);
+  TESSERA_EXPECTS(m.rows >= num_rows && m.cols == cols, name << " is [" << m.rows << ", " << m.cols << "], at least ["
+                                                             << num_rows << ", " << cols << "] is needed");
+  TESSERA_EXPECTS(m.rows == 1 || m.stride >= m.cols,
+                  name << " has row stride " << m.stride << ", at least " << m.cols << " is needed");
+  TESSERA_EXPECTS(m.data != nullptr && reinterpret_cast<std::uintptr_t>(m.data) % m.alignment == 0,
+                  name << " starts at " << m.data << ", an address aligned to " << m.alignment << " bytes is needed");
 }
 
 /// Checks that weights or gradients are there. @param what How the message calls them.
-template <class S>
-void expect_weights(const expert_weights<S>& w, std::int32_t num_groups, bool bias, const char* what) {
+inline void expect_weights(const expert_weights<const void>& w, std::int32_t num_groups, bool bias, const char* what) {
   if (num_groups == 0) return;
-  TESSERA_EXPECTS(w.up != nullptr && w.down != nullptr, what << " are missing: up is " << static_cast<const void*>(w.up)
-                                                             << ", down is " << static_cast<const void*>(w.down));
-  TESSERA_EXPECTS(!bias || (w.up_bias != nullptr && w.down_bias != nullptr),
-                  what << " have biases by their dims, but up_bias is " << static_cast<const void*>(w.up_bias)
-                       << " and down_bias is " << static_cast<const void*>(w.down_bias));
+  TESSERA_EXPECTS(w.up != nullptr && w.down != nullptr,
+                  what << " are missing: up is " << w.up << ", down is " << w.down);
+  TESSERA_EXPECTS(
+      !bias || (w.up_bias != nullptr && w.down_bias != nullptr),
+      what << " have biases by their dims, but up_bias is " << w.up_bias << " and down_bias is " << w.down_bias);
+}
+template <class S>
+expert_weights<const void> untyped(const expert_weights<S>& w) {
+  return {w.up, w.down, w.up_bias, w.down_bias};
 }
 
 /// The same matrices, with rows and columns exchanged.
@@ -154,7 +178,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(host_stream, co
   detail::expect_capacity(y, P, d, "y");
   detail::expect_capacity(scratch.activation, P, n, "the activation scratch");
   if (weighted_input) detail::expect_capacity(scratch.input, P, d, "the weighted input scratch");
-  detail::expect_weights(w, rows.num_local_experts, dims_.bias, "the experts' weights");
+  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_.bias, "the experts' weights");
   if (P == 0) return;
   expect_disjoint(x, "x", y, "y");
   expect_disjoint(x, "x", saved.h, "the saved h");
@@ -196,7 +220,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
     detail::expect_capacity(x, P == 0 ? 0 : 1, d, "x");
     detail::expect_capacity(scratch.dinput, P, d, "the dinput scratch");
   }
-  detail::expect_weights(w, rows.num_local_experts, dims_.bias, "the experts' weights");
+  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_.bias, "the experts' weights");
   if (P == 0) return;
   expect_disjoint(dy, "dy", dx, "dx");
   expect_disjoint(dy, "dy", saved.h, "the saved h");
@@ -240,7 +264,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
   detail::expect_capacity(saved.h, P, U, "the saved h");
   detail::expect_capacity(deferred.activation, P, n, "the deferred activation");
   if (weighted_input) detail::expect_capacity(scratch.input, P, d, "the weighted input scratch");
-  detail::expect_weights(g, groups.num_local_experts, dims_.bias, "the experts' gradients");
+  detail::expect_weights(detail::untyped(g), groups.num_local_experts, dims_.bias, "the experts' gradients");
 
   gemm::row_operand<storage> input{x.data, x.stride, groups.gather};
   if (weighted_input) {

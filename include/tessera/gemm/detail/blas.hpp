@@ -7,7 +7,6 @@
 #include <cblas.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <type_traits>
 
@@ -63,8 +62,9 @@ blas_matrix<A> blas_rows(const row_operand<A>& rows, bool copy, std::int64_t i, 
   return {block, cols, transposed};
 }
 
-inline bool blas_addresses(std::initializer_list<std::int64_t> sizes) {
-  return std::all_of(sizes.begin(), sizes.end(), [](std::int64_t n) { return n <= std::numeric_limits<int>::max(); });
+template <class... Sizes>
+bool blas_addresses(Sizes... sizes) {
+  return ((sizes <= std::numeric_limits<int>::max()) && ...);
 }
 
 }  // namespace gemm::detail
@@ -79,7 +79,7 @@ void blas::variable_m(std::span<const std::int32_t> row_offsets, std::int64_t N,
     const bool rows_contiguous = b.col_stride == 1 && b.row_stride >= K;  // [N, K] in memory, otherwise [K, N]
     const int64_t b_step = rows_contiguous ? b.row_stride : b.col_stride;
     const bool addressable = (rows_contiguous || (b.row_stride == 1 && b.col_stride >= N)) &&
-                             detail::blas_addresses({N, K, a.stride, b_step, c.stride});
+                             detail::blas_addresses(N, K, a.stride, b_step, c.stride);
     if (addressable && N > 0 && K > 0) {
       detail::expect_variable_m(row_offsets, N, K, a, b, c);
       const bool copy = detail::blas_needs_copy(a, K);
@@ -118,7 +118,7 @@ void blas::variable_k(std::span<const std::int32_t> row_offsets, std::int64_t M,
       return;
     }
     const bool addressable =
-        c.col_stride == 1 && c.row_stride >= N && detail::blas_addresses({M, N, a.stride, b.stride, c.row_stride});
+        c.col_stride == 1 && c.row_stride >= N && detail::blas_addresses(M, N, a.stride, b.stride, c.row_stride);
     if (addressable && M > 0 && N > 0) {
       detail::expect_variable_k(row_offsets, M, N, a, b, c);
       const bool copy_a = detail::blas_needs_copy(a, M);

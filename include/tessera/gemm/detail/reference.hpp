@@ -5,6 +5,7 @@
 // Definitions of gemm/reference.hpp: the loops around multiply_tile.
 
 #include <algorithm>
+#include <type_traits>
 
 #include <tessera/gemm/detail/expect_operands.hpp>
 #include <tessera/gemm/detail/pack.hpp>
@@ -71,6 +72,16 @@ void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const PackA& pack_
   }
 }
 
+// A sum as it is stored.
+template <class TC, class A>
+TC narrow(A sum) {
+  if constexpr (std::is_same_v<TC, bfloat16>) {
+    return bfloat16(static_cast<float>(sum));
+  } else {
+    return static_cast<TC>(sum);
+  }
+}
+
 // out[j] = sums[j] + bias[j] + (accumulate: out[j]), rounded once; a null bias is none. `sums` is used up.
 template <class Count, class A, class TBias, class TC>
 void put_row(Count cols, A* TESSERA_RESTRICT sums, const TBias* TESSERA_RESTRICT bias, TC* TESSERA_RESTRICT out,
@@ -79,7 +90,7 @@ void put_row(Count cols, A* TESSERA_RESTRICT sums, const TBias* TESSERA_RESTRICT
     for (int j = 0; j < cols; ++j) sums[j] += static_cast<A>(bias[j]);
   if (mode == write::accumulate)
     for (int j = 0; j < cols; ++j) sums[j] += static_cast<A>(out[j]);
-  for (int j = 0; j < cols; ++j) out[j] = static_cast<TC>(sums[j]);
+  for (int j = 0; j < cols; ++j) out[j] = narrow<TC>(sums[j]);
 }
 
 // The same, with a constant number of columns where it is that of a tile: such loops are vectorised at -O2 too.

@@ -214,12 +214,6 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
   const std::int64_t num_tokens = in.x.rows;
   check_tokens(layer, in);
   expect_matrix(dy, num_tokens, s.hidden, "dy");
-  TESSERA_EXPECTS(grads.gate != nullptr, "the gradient of the gate has no data");
-  TESSERA_EXPECTS((grads.gate_bias != nullptr) == s.gate_bias,
-                  "the gradient of gate_bias is "
-                      << (grads.gate_bias == nullptr ? "null" : "given")
-                      << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
-
   const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   memory_builder saved_builder(saved_bytes, "saved memory");
   memory_builder deferred_builder(deferred_bytes, "deferred memory");
@@ -230,11 +224,17 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
   const matrix_view<const S> dy_rows =
       plan.alone() ? dy : matrix_view<const S>{deferred.dy_received, saved.handle.total->received_rows, s.hidden};
 
+  // A rank without a chunk contributes nothing to replicated parameters, so it needs no room for them.
+  const expert_rows chunks = chunked_rows(deferred.chunk_offsets, num_tokens, plan.chunk_tokens);
+  TESSERA_EXPECTS(grads.gate != nullptr || chunks.num_local_experts == 0, "the gradient of the gate has no data");
+  TESSERA_EXPECTS((grads.gate_bias != nullptr) == s.gate_bias || chunks.num_local_experts == 0,
+                  "the gradient of gate_bias is "
+                      << (grads.gate_bias == nullptr ? "null" : "given")
+                      << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
   plan.experts.backward_weights(stream, saved.handle.rows(), x_rows, dy_rows,
                                 {saved.handle.pair_weights, plan.weights_on}, saved.experts, deferred.experts,
                                 grads.experts, mode, deferred.experts_scratch);
 
-  const expert_rows chunks = chunked_rows(deferred.chunk_offsets, num_tokens, plan.chunk_tokens);
   if (plan.has_shared())
     plan.shared.backward_weights(stream, chunks, in.x, dy, {}, saved.shared, deferred.shared, grads.shared, mode,
                                  deferred.shared_scratch);

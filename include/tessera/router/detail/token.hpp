@@ -21,7 +21,7 @@ namespace detail {
 
 /// By the bits of the exponent, so that a consumer's -ffast-math does not fold it to true.
 template <accumulate_type A>
-inline bool is_finite(A x) {
+bool is_finite(A x) {
   using word = std::conditional_t<sizeof(A) == 4, std::uint32_t, std::uint64_t>;
   constexpr word exponent = sizeof(A) == 4 ? word{0x7f800000u} : static_cast<word>(0x7ff0000000000000ull);
   return (std::bit_cast<word>(x) & exponent) != exponent;
@@ -29,7 +29,7 @@ inline bool is_finite(A x) {
 
 /// Index of the first element that is not finite, -1 where all are.
 template <accumulate_type A>
-inline int find_not_finite(const A* x, int n) {
+int find_not_finite(const A* x, int n) {
   int bad = 0;
   for (int i = 0; i < n; ++i) bad += int(!is_finite(x[i]));
   if (bad == 0) [[likely]]
@@ -41,7 +41,7 @@ inline int find_not_finite(const A* x, int n) {
 
 /// Turns `x` into `exp(x - max)`. Returns the sum; `max` is written.
 template <accumulate_type A>
-inline A exponentials(A* x, int n, A& max) {
+A exponentials(A* x, int n, A& max) {
   max = x[0];
   for (int i = 1; i < n; ++i) max = x[i] > max ? x[i] : max;
   A sum = A(0);
@@ -54,7 +54,7 @@ inline A exponentials(A* x, int n, A& max) {
 
 /// Softmax in place.
 template <accumulate_type A>
-inline void softmax_in_place(A* x, int n) {
+void softmax_in_place(A* x, int n) {
   A max;
   const A sum = exponentials(x, n, max);
   for (int i = 0; i < n; ++i) x[i] /= sum;
@@ -62,7 +62,7 @@ inline void softmax_in_place(A* x, int n) {
 
 /// Scores of all experts; for a score over the selected, the values that its softmax takes.
 template <class Score, accumulate_type A>
-inline void all_scores(const typename Score::options& options, const A* logits, int num_experts, A* scores) {
+void all_scores(const typename Score::options& options, const A* logits, int num_experts, A* scores) {
   for (int e = 0; e < num_experts; ++e) scores[e] = Score::value(logits[e], options);
   if constexpr (Score::over == score_over::all) softmax_in_place(scores, num_experts);
 }
@@ -70,7 +70,7 @@ inline void all_scores(const typename Score::options& options, const A* logits, 
 /// Turns what `all_scores` wrote into the probabilities of the balance losses. Returns the sum that scores over each
 /// expert were divided by (0: they all underflowed, the probabilities are 0), 1 for the others.
 template <class Score, accumulate_type A>
-inline A scores_to_probabilities(A* scores, int num_experts) {
+A scores_to_probabilities(A* scores, int num_experts) {
   if constexpr (Score::over == score_over::each) {
     A sum = A(0);
     for (int e = 0; e < num_experts; ++e) sum += scores[e];
@@ -119,7 +119,7 @@ class largest {
 
 /// Ids of the K largest keys, in descending order, ties to the lowest id. False where fewer than K are above -inf.
 template <accumulate_type A>
-inline bool select_top_k(const A* keys, int num_experts, int k, std::int32_t* ids) {
+bool select_top_k(const A* keys, int num_experts, int k, std::int32_t* ids) {
   largest<A, max_top_k> best(k);
   for (int e = 0; e < num_experts; ++e) best.offer(keys[e], e);
   for (int i = 0; i < k; ++i) ids[i] = best.id(i);
@@ -128,7 +128,7 @@ inline bool select_top_k(const A* keys, int num_experts, int k, std::int32_t* id
 
 /// The same among the experts of the best groups.
 template <class GroupScore, accumulate_type A>
-inline bool select_in_groups(const A* keys, int num_experts, int k, int groups, int kept_groups, std::int32_t* ids) {
+bool select_in_groups(const A* keys, int num_experts, int k, int groups, int kept_groups, std::int32_t* ids) {
   const int group_size = num_experts / groups;
   largest<A, max_experts> best_groups(kept_groups);
   for (int g = 0; g < groups; ++g) {
@@ -153,7 +153,7 @@ inline bool select_in_groups(const A* keys, int num_experts, int k, int groups, 
 /// Scores of the selected experts; 0 in unused slots.
 /// @param scores What `all_scores` wrote, or null where the score is over each expert or over the selected.
 template <class Score, accumulate_type A>
-inline void selected_scores(const typename Score::options& options, const A* logits, const A* scores,
+void selected_scores(const typename Score::options& options, const A* logits, const A* scores,
                             const std::int32_t* ids, int k, A* selected) {
   A packed[max_top_k];
   int used = 0;

@@ -1,0 +1,12 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+/// @file
+/// The layers of ranks that are threads, instantiated once.
+
+#include <tessera/comm/threads.hpp>
+
+#include "layers.hpp"
+
+template std::unique_ptr<train_lm::moe_block<float>> train_lm::make_block(const settings&, balance_kind, std::int64_t,
+                                                                          std::int64_t, ts::comm::threads&);

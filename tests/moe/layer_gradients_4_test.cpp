@@ -1,0 +1,8 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+#include "../support/pairwise_rows.hpp"
+
+TEST_CASE("gradients equal central differences: rows 30 to 39 of the pairwise table") {
+  tessera_test::pairwise::check_rows<30>(std::make_index_sequence<10>{});
+}
