@@ -27,11 +27,11 @@ std::string draw(const std::string& folder, const std::string& name, const std::
   return "gnuplot failed on " + folder + "/" + name + ", see gnuplot.log beside it";
 }
 
-/// A named block of data in a gnuplot script: step and the centred mean of `value` over a fortieth of the run.
+/// A named block of data in a gnuplot script: step and the mean of `value` over the `half` steps before and after it.
 template <class Value>
-void smoothed(std::ostream& script, const std::string& name, const std::vector<step_metrics>& steps, Value value) {
+void curve(std::ostream& script, const std::string& name, const std::vector<step_metrics>& steps, Value value,
+           std::int64_t half) {
   const auto n = static_cast<std::int64_t>(steps.size());
-  const std::int64_t half = std::max<std::int64_t>(1, n / 80);
   script << "$" << name << " << EOD\n";
   for (std::int64_t i = 0; i < n; ++i) {
     const std::int64_t first = std::max<std::int64_t>(0, i - half), last = std::min(n - 1, i + half);
@@ -40,6 +40,11 @@ void smoothed(std::ostream& script, const std::string& name, const std::vector<s
     script << steps[static_cast<std::size_t>(i)].step << ' ' << sum / static_cast<double>(last - first + 1) << '\n';
   }
   script << "EOD\n";
+}
+
+/// Half of a fortieth of the run: what curves are smoothed over.
+std::int64_t smoothing(const run_result& run) {
+  return std::max<std::int64_t>(1, static_cast<std::int64_t>(run.steps.size()) / 80);
 }
 
 double bits(const step_metrics& step) { return step.loss * bits_per_nat; }
@@ -79,7 +84,8 @@ std::string plot_run(const std::string& folder, const run_result& run, const bas
   std::ostringstream script;
   script << style << "set terminal svg size 900,520 dynamic background rgb 'white' font 'sans,13'\n"
          << "set output 'loss.svg'\n";
-  smoothed(script, "mean", run.steps, bits);
+  curve(script, "steps", run.steps, bits, 0);
+  curve(script, "mean", run.steps, bits, smoothing(run));
   script << "$validation << EOD\n";
   for (const step_metrics& step : run.steps)
     if (step.validation) script << step.step << ' ' << *step.validation << '\n';
@@ -88,16 +94,12 @@ std::string plot_run(const std::string& folder, const run_result& run, const bas
          << "set title 'Loss, " << title << "'\nset xlabel 'step'\nset ylabel 'bits per byte'\n"
          << "set yrange [0:*]\nset xrange [1:" << std::max<std::int64_t>(2, run.steps.back().step) << "]\n"
          << "set key top right\n"
-         << "plot 'metrics.csv' using 1:4 every ::1 with lines lc rgb '#c9d3e6' notitle, \\\n"
+         << "plot $steps with lines lc rgb '#c9d3e6' notitle, \\\n"
          << "  $mean with lines ls 3 title 'training', \\\n"
          << "  $validation with points pt 7 ps 0.8 lc rgb '#55a868' title 'validation'";
   plot_baselines(script, references);
   script << "\n";
-  // The CSV separator would also apply to the blocks of data, so the file is named with its own.
-  std::string text = script.str();
-  const std::string plain = "'metrics.csv' using 1:4 every ::1";
-  text.replace(text.find(plain), plain.size(), "\"< tail -n +2 metrics.csv | cut -d, -f1,4 | tr , ' '\" using 1:2");
-  if (const std::string problem = draw(folder, "loss.gp", text); !problem.empty()) return problem;
+  if (const std::string problem = draw(folder, "loss.gp", script.str()); !problem.empty()) return problem;
 
   if (run.loads.empty()) return {};
   const std::size_t layers = run.loads.front().loads.size(), experts = run.loads.front().loads.front().size();
@@ -139,11 +141,14 @@ std::string plot_comparison(const std::string& folder, const std::vector<run_res
   script << style << "set terminal svg size 1280,520 dynamic background rgb 'white' font 'sans,13'\n"
          << "set output 'comparison.svg'\n";
   std::int64_t last_step = 2;
+  double worst = 1, highest = 0;  // room above the curves for the key, and the start of training left out
   for (const run_result& run : runs) {
     if (run.steps.empty()) return "there is nothing to compare: a run finished no step";
-    smoothed(script, std::string("loss_") + name_of(run.balance), run.steps, bits);
-    smoothed(script, std::string("load_") + name_of(run.balance), run.steps, imbalance);
+    curve(script, std::string("loss_") + name_of(run.balance), run.steps, bits, smoothing(run));
+    curve(script, std::string("load_") + name_of(run.balance), run.steps, imbalance, smoothing(run));
     last_step = std::max(last_step, run.steps.back().step);
+    for (const step_metrics& step : run.steps) worst = std::max(worst, step.worst_imbalance());
+    for (std::size_t i = run.steps.size() / 10; i < run.steps.size(); ++i) highest = std::max(highest, bits(run.steps[i]));
   }
   const auto curves = [&](const char* what) {
     for (std::size_t i = 0; i < runs.size(); ++i) {
@@ -153,10 +158,10 @@ std::string plot_comparison(const std::string& folder, const std::vector<run_res
   };
   script << "set multiplot layout 1,2\nset xlabel 'step'\nset xrange [1:" << last_step << "]\nset key top right\n"
          << "set title 'What balancing buys: largest expert load / mean (worst layer)'\n"
-         << "set ylabel 'max / mean load'\nset yrange [0:*]\nplot ";
+         << "set ylabel 'max / mean load'\nset yrange [0:" << 1.3 * worst << "]\nplot ";
   curves("load");
   script << ", \\\n  1 with lines ls 9 title 'perfect balance'\n"
-         << "set title 'and what it costs: training loss'\nset ylabel 'bits per byte'\nset yrange [1:*]\nplot ";
+         << "set title 'and what it costs: training loss'\nset ylabel 'bits per byte'\nset yrange [1:" << 1.2 * highest << "]\nplot ";
   curves("loss");
   plot_baselines(script, references);
   script << "\nunset multiplot\n";
