@@ -1,13 +1,16 @@
 // SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The three passes of SwiGLU experts on the host. Counters: `flops` of the matrix products alone (2 m n k each), and
-// `bytes`, the least that a pass reads and writes: weights or gradients once, rows once per use.
-
-#include <cstdint>
-#include <vector>
+// The three passes of SwiGLU experts on the host, weights on the output, by precision and backend.
+//
+// flops: of the matrix products alone, 6 * rows * d * n. bytes: weights or gradients once, rows once per use. items:
+// rows.
 
 #include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
 
 #include <tessera/experts/experts.hpp>
 #if defined(TESSERA_HAS_CBLAS)
@@ -15,6 +18,7 @@
 #endif
 
 #include "context.hpp"
+#include "defaults.hpp"
 
 namespace ts = tessera;
 
@@ -51,9 +55,13 @@ struct fixture {
         experts({.num_local_experts = static_cast<int>(L),
                  .hidden = static_cast<int>(d),
                  .intermediate = static_cast<int>(n)}) {
-    fill(x, tokens * d, 1), fill(dy, tokens * d, 1), fill(y, pairs * d, 0), fill(dx, pairs * d, 0);
-    fill(up, L * 2 * n * d, 0.05), fill(down, L * d * n, 0.05), fill(weight, pairs, 1), fill(dweight, pairs, 0);
-    fill(dup, L * 2 * n * d, 0), fill(ddown, L * d * n, 0);
+    const auto elements = [](std::int64_t count) { return static_cast<std::size_t>(count); };
+    x = tessera_bench::normal<S>(elements(tokens * d)), dy = tessera_bench::normal<S>(elements(tokens * d));
+    up = tessera_bench::normal<S>(elements(L * 2 * n * d), 0.05f);
+    down = tessera_bench::normal<S>(elements(L * d * n), 0.05f);
+    weight = tessera_bench::normal<A>(elements(pairs));
+    y.resize(elements(pairs * d)), dx.resize(elements(pairs * d)), dweight.resize(elements(pairs));
+    dup.resize(up.size()), ddown.resize(down.size());
     for (std::int64_t e = 0; e <= L; ++e) offsets.push_back(static_cast<std::int32_t>(e * state.range(3)));
     for (std::int64_t i = 0; i < pairs; ++i) gather.push_back(static_cast<std::int32_t>(i * 7919 % tokens));
     ts::memory_builder count;
@@ -64,15 +72,6 @@ struct fixture {
     forward(), backward_input();
   }
 
-  template <class T>
-  static void fill(std::vector<T>& v, std::int64_t count, double scale) {
-    v.resize(static_cast<std::size_t>(count));
-    std::uint32_t bits = 1;
-    for (T& e : v) {
-      bits = bits * 1664525u + 1013904223u;
-      e = static_cast<T>(static_cast<float>(scale * (static_cast<double>(bits >> 8) / (1 << 23) - 1)));
-    }
-  }
   void carve(ts::memory_builder& memory) {
     saved = experts.carve_saved(memory, pairs);
     deferred = experts.carve_deferred(memory, pairs);
@@ -97,18 +96,13 @@ struct fixture {
   }
 
   // `row_elements` and `sum_elements`: of storage and of sums, that each row reads or writes.
-  void count(benchmark::State& state, std::int64_t row_elements, std::int64_t sum_elements, std::size_t weight_bytes) {
-    const auto iterations = static_cast<double>(state.iterations());
-    const double weights = static_cast<double>(3 * d * n);
+  void report(benchmark::State& state, std::int64_t row_elements, std::int64_t sum_elements, std::size_t weight_bytes) {
+    const double weights = static_cast<double>(3 * d * n), rows = static_cast<double>(pairs);
     const double row_bytes =
         static_cast<double>(row_elements) * sizeof(S) + static_cast<double>(sum_elements) * sizeof(A);
-    using counter = benchmark::Counter;
-    state.counters["flops"] = counter(2 * weights * static_cast<double>(pairs) * iterations, counter::kIsRate);
-    state.counters["bytes"] = counter((weights * static_cast<double>(L) * static_cast<double>(weight_bytes) +
-                                       row_bytes * static_cast<double>(pairs)) *
-                                          iterations,
-                                      counter::kIsRate, counter::kIs1024);
-    state.SetItemsProcessed(state.iterations() * pairs);
+    tessera_bench::report_rates(state, 2 * weights * rows,
+                                weights * static_cast<double>(L) * static_cast<double>(weight_bytes) + row_bytes * rows,
+                                rows);
   }
 };
 
@@ -119,18 +113,23 @@ void forward(benchmark::State& state) {
     f.forward();
     benchmark::ClobberMemory();
   }
-  f.count(state, 2 * f.d + 6 * f.n, 0, sizeof(typename Precision::storage));  // x, y; H and A, written and read
+  f.report(state, 2 * f.d + 6 * f.n, 0, sizeof(typename Precision::storage));  // x, y; H and A, written and read
 }
 
 template <class Precision, class Gemm>
 void backward_input(benchmark::State& state) {
   fixture<Precision, Gemm> f(state);
+  f.forward();
+  const std::vector<typename Precision::storage> h(f.saved.h.data, f.saved.h.data + f.pairs * 2 * f.n);
   for (auto _ : state) {
+    state.PauseTiming();  // dH stands in the place of H
+    std::copy(h.begin(), h.end(), f.saved.h.data);
+    state.ResumeTiming();
     f.backward_input();
     benchmark::ClobberMemory();
   }
   // dy, dx; H read, dH written and read, A written; dA written and read
-  f.count(state, 2 * f.d + 7 * f.n, 2 * f.n, sizeof(typename Precision::storage));
+  f.report(state, 2 * f.d + 7 * f.n, 2 * f.n, sizeof(typename Precision::storage));
 }
 
 template <class Precision, class Gemm>
@@ -140,7 +139,7 @@ void backward_weights(benchmark::State& state) {
     f.backward_weights();
     benchmark::ClobberMemory();
   }
-  f.count(state, 2 * f.d + 3 * f.n, 0, sizeof(typename Precision::gradient));  // x, dy, dH, A
+  f.report(state, 2 * f.d + 3 * f.n, 0, sizeof(typename Precision::gradient));  // x, dy, dH, A
 }
 
 // Hidden, intermediate, local experts, rows per expert: a small language model's layer, and a wide one.
@@ -152,19 +151,17 @@ void shapes(benchmark::internal::Benchmark* b) {
 using ts::gemm::reference;
 using float_precision = ts::precision::fp32;
 using bf16_precision = ts::precision::bf16;
-BENCHMARK(forward<float_precision, reference>)->Name("experts_forward<fp32,reference>")->Apply(shapes);
-BENCHMARK(backward_input<float_precision, reference>)->Name("experts_backward_input<fp32,reference>")->Apply(shapes);
-BENCHMARK(backward_weights<float_precision, reference>)
-    ->Name("experts_backward_weights<fp32,reference>")
-    ->Apply(shapes);
-BENCHMARK(forward<bf16_precision, reference>)->Name("experts_forward<bf16,reference>")->Apply(shapes);
-BENCHMARK(backward_input<bf16_precision, reference>)->Name("experts_backward_input<bf16,reference>")->Apply(shapes);
-BENCHMARK(backward_weights<bf16_precision, reference>)->Name("experts_backward_weights<bf16,reference>")->Apply(shapes);
+BENCHMARK(forward<float_precision, reference>)->Name("forward<fp32,reference>")->Apply(shapes);
+BENCHMARK(backward_input<float_precision, reference>)->Name("backward_input<fp32,reference>")->Apply(shapes);
+BENCHMARK(backward_weights<float_precision, reference>)->Name("backward_weights<fp32,reference>")->Apply(shapes);
+BENCHMARK(forward<bf16_precision, reference>)->Name("forward<bf16,reference>")->Apply(shapes);
+BENCHMARK(backward_input<bf16_precision, reference>)->Name("backward_input<bf16,reference>")->Apply(shapes);
+BENCHMARK(backward_weights<bf16_precision, reference>)->Name("backward_weights<bf16,reference>")->Apply(shapes);
 #if defined(TESSERA_HAS_CBLAS)
 using ts::gemm::blas;
-BENCHMARK(forward<float_precision, blas>)->Name("experts_forward<fp32,blas>")->Apply(shapes);
-BENCHMARK(backward_input<float_precision, blas>)->Name("experts_backward_input<fp32,blas>")->Apply(shapes);
-BENCHMARK(backward_weights<float_precision, blas>)->Name("experts_backward_weights<fp32,blas>")->Apply(shapes);
+BENCHMARK(forward<float_precision, blas>)->Name("forward<fp32,blas>")->Apply(shapes);
+BENCHMARK(backward_input<float_precision, blas>)->Name("backward_input<fp32,blas>")->Apply(shapes);
+BENCHMARK(backward_weights<float_precision, blas>)->Name("backward_weights<fp32,blas>")->Apply(shapes);
 #endif
 
 }  // namespace

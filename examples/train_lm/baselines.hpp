@@ -38,11 +38,11 @@ class witten_bell {
   std::array<std::vector<context_counts>, 3> contexts_;  // by order: [256^order]
 };
 
-/// Bits that `xz -9e` needs for a byte of the validation text when it has the training text already: the compressed size
-/// of both parts minus that of the training part.
+/// Bits that `xz -9e` needs for a byte of the validation text when it has the training text already: the compressed
+/// size of both parts minus that of the training part.
 struct compressor_result {
-  std::string command;        ///< The compressor.
-  double bits_per_byte = 0;   ///< On the validation part.
+  std::string command;       ///< The compressor.
+  double bits_per_byte = 0;  ///< On the validation part.
 };
 
 /// Runs the compressor over files it writes to `folder` and removes again; empty if the machine has no `xz`.

@@ -12,8 +12,7 @@
 
 namespace train_lm {
 
-std::optional<settings> read_command_line(int argc, char** argv, int processes, bool speaks,
-                                          int& exit_code) {
+std::optional<settings> read_command_line(int argc, char** argv, int processes, bool speaks, int& exit_code) {
   settings s;
   CLI::App app{
       "Trains a byte-level mixture-of-experts language model on real text, its experts spread over several ranks,\n"
@@ -100,9 +99,9 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   s.plots = !no_plots;
   s.baselines = !no_baselines;
   if (processes > 0) {
-    TESSERA_EXPECTS(s.ranks == 0 || s.ranks == processes,
-                    "--ranks " << s.ranks << " contradicts mpirun, which has started " << processes
-                               << " processes: leave --ranks out");
+    TESSERA_EXPECTS(s.ranks == 0 || s.ranks == processes, "--ranks " << s.ranks
+                                                                     << " contradicts mpirun, which has started "
+                                                                     << processes << " processes: leave --ranks out");
     s.ranks = processes;
   }
   if (s.ranks == 0) s.ranks = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 4u));

@@ -19,7 +19,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::size_t largest_file = std::size_t{64} << 20;  // a file beyond this is data, not text
-constexpr std::size_t shingle_words = 6;                // run of words that tells a repetition
+constexpr std::size_t shingle_words = 6;                     // run of words that tells a repetition
 constexpr std::size_t least_text = 16u << 10;                // less cannot be split into anything meaningful
 
 struct text_file {
@@ -81,8 +81,8 @@ bool is_separator(std::string_view line) {
   return line[first] == '.' && line.find_first_not_of(" \t\r", first + 1) == std::string_view::npos;
 }
 
-/// Hashes of every run of `shingle_words` words of a paragraph (of all its words if it has fewer). Only letters make words,
-/// in lower case, so that layout, numbers and punctuation do not hide a repetition.
+/// Hashes of every run of `shingle_words` words of a paragraph (of all its words if it has fewer). Only letters make
+/// words, in lower case, so that layout, numbers and punctuation do not hide a repetition.
 std::vector<std::uint64_t> shingles(std::string_view paragraph) {
   std::vector<std::uint64_t> words, result;
   std::string word;
@@ -192,7 +192,8 @@ corpus read_corpus(const corpus_options& options) {
     result.files_used = result.validation_files = 1;
   } else {
     for (const text_file& file : files) {
-      const std::size_t room = options.max_bytes - std::min(options.max_bytes, result.training.size() + result.validation.size());
+      const std::size_t room =
+          options.max_bytes - std::min(options.max_bytes, result.training.size() + result.validation.size());
       if (room == 0) break;
       // The last file always trains, so that both parts have text however few files there are.
       const bool validates = result.validation.size() < wanted && &file != &files.back();

@@ -14,9 +14,9 @@ namespace train_lm {
 
 /// What to read and how much of it to keep.
 struct corpus_options {
-  std::vector<std::string> paths;                ///< Files or folders; empty means the texts of the Debian system.
-  std::size_t max_bytes = 4u << 20;              ///< Bound of training plus validation, in bytes.
-  std::size_t max_file_bytes = 32u << 10;        ///< What one file may contribute, so that no file dominates.
+  std::vector<std::string> paths;                 ///< Files or folders; empty means the texts of the Debian system.
+  std::size_t max_bytes = 4u << 20;               ///< Bound of training plus validation, in bytes.
+  std::size_t max_file_bytes = 32u << 10;         ///< What one file may contribute, so that no file dominates.
   std::size_t max_validation_bytes = 192u << 10;  ///< Bound of the validation part (else a tenth of the text).
 };
 
@@ -38,9 +38,9 @@ struct corpus {
 /// Licence texts repeat each other, and a model could then "predict" validation paragraphs that it has seen word by
 /// word. So text is deduplicated by paragraph over all files, training and validation alike: of paragraphs
 /// with the same letters (whitespace, case, digits and punctuation ignored) the first one stays, in the order of
-/// paths. Files are then put in the order of their content's hash, which mixes the kinds of text; the first ones, a tenth of the
-/// text but no more than `max_validation_bytes`, are the validation part. A single file is split at a paragraph instead.
-/// The result depends on the texts alone.
+/// paths. Files are then put in the order of their content's hash, which mixes the kinds of text; the first ones, a
+/// tenth of the text but no more than `max_validation_bytes`, are the validation part. A single file is split at a
+/// paragraph instead. The result depends on the texts alone.
 /// @throws tessera::error if a path cannot be read, or too little text is found.
 corpus read_corpus(const corpus_options& options);
 

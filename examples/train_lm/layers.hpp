@@ -36,7 +36,8 @@ class layer_block final : public moe_block<A> {
   using layer_type =
       ts::moe_layer<Router, ts::experts<ts::activation::swiglu, precision_of<A>>, ts::layout::block, Comm, Combine>;
 
-  /// @param s Sizes. @param balance Options of the router's balances. @param max_rows Most tokens of any rank in a call.
+  /// @param s Sizes. @param balance Options of the router's balances. @param max_rows Most tokens of any rank in a
+  /// call.
   /// @param chunk_rows Tokens of a chunk. @param comm Outlives the block.
   layer_block(const settings& s, const typename layer_type::router_options& routing, std::int64_t max_rows,
               std::int64_t chunk_rows, Comm& comm)
@@ -75,7 +76,8 @@ class layer_block final : public moe_block<A> {
   }
 
   void forward(ts::pass pass, std::int64_t rows, const A* x, const A* gate, A* y) override {
-    layer_.forward({}, pass, inputs(rows, x), parameters(gate), ts::matrix_view<A>(y, rows, hidden_), saved_, workspace_);
+    layer_.forward({}, pass, inputs(rows, x), parameters(gate), ts::matrix_view<A>(y, rows, hidden_), saved_,
+                   workspace_);
   }
 
   void backward(std::int64_t rows, const A* x, const A* dy, const A* gate, A* dx, A* dgate) override {
@@ -144,7 +146,8 @@ std::unique_ptr<moe_block<A>> make_block(const settings& s, balance_kind balance
                                          std::int64_t chunk_rows, Comm& comm) {
   const auto with_router = [&]<class Router>(const typename Router::options& routing) -> std::unique_ptr<moe_block<A>> {
     if (s.combine == combine_kind::ordered)
-      return std::make_unique<layer_block<A, Router, ts::combine::ordered, Comm>>(s, routing, max_rows, chunk_rows, comm);
+      return std::make_unique<layer_block<A, Router, ts::combine::ordered, Comm>>(s, routing, max_rows, chunk_rows,
+                                                                                  comm);
     return std::make_unique<layer_block<A, Router, ts::combine::reduced, Comm>>(s, routing, max_rows, chunk_rows, comm);
   };
   switch (balance) {
@@ -153,8 +156,10 @@ std::unique_ptr<moe_block<A>> make_block(const settings& s, balance_kind balance
       return with_router.template operator()<router>(
           {.balance = {{.coefficient = static_cast<float>(s.loss_coefficient)}}});
     }
-    case balance_kind::bias: return with_router.template operator()<router_with<ts::balance::bias>>({});
-    case balance_kind::none: break;
+    case balance_kind::bias:
+      return with_router.template operator()<router_with<ts::balance::bias>>({});
+    case balance_kind::none:
+      break;
   }
   return with_router.template operator()<router_with<>>({});
 }

@@ -62,11 +62,12 @@ class reporter {
  public:
   reporter(const settings& s, const corpus& text) : s_(s), text_(text) {
     make_folder(s.output);
-    std::printf("Text: %s\n  %zu files, %.1f MB; %.1f MB dropped as repetitions, %zu files kept\n"
-                "  training %zu bytes, validation %zu bytes (%zu files)\n",
-                text.source.c_str(), text.files_found, static_cast<double>(text.bytes_found) / 1e6,
-                static_cast<double>(text.bytes_deduplicated) / 1e6, text.files_used, text.training.size(),
-                text.validation.size(), text.validation_files);
+    std::printf(
+        "Text: %s\n  %zu files, %.1f MB; %.1f MB dropped as repetitions, %zu files kept\n"
+        "  training %zu bytes, validation %zu bytes (%zu files)\n",
+        text.source.c_str(), text.files_found, static_cast<double>(text.bytes_found) / 1e6,
+        static_cast<double>(text.bytes_deduplicated) / 1e6, text.files_used, text.training.size(),
+        text.validation.size(), text.validation_files);
     if (!s.baselines) return;
     references_.order2 = witten_bell(text.training, 2).bits_per_byte(text.validation);
     references_.compressor = compress_validation(text.training, text.validation, s.output);
@@ -198,8 +199,8 @@ int run(int argc, char** argv) {
 #if defined(TRAIN_LM_HAS_MPI)
   if (processes > 0) return run_under_mpi(argc, argv, processes);
 #endif
-  TESSERA_EXPECTS_AS(ts::error, processes <= 1, "started as one of " << processes
-                                                                     << " processes, but built without MPI: use --ranks");
+  TESSERA_EXPECTS_AS(ts::error, processes <= 1,
+                     "started as one of " << processes << " processes, but built without MPI: use --ranks");
   int exit_code = EXIT_SUCCESS;
   const auto s = read_command_line(argc, argv, 0, true, exit_code);
   if (!s) return exit_code;

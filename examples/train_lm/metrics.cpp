@@ -98,11 +98,11 @@ std::string summary(const std::vector<run_result>& runs, const corpus& text, con
   }
   out += "\n  balance   validation bpb   below order-2   training bpb   max/mean load*   bytes/s   seconds\n";
   for (const run_result& run : runs) {
-    out += format("  %-7s   %14.3f   %13.3f   %12.3f   %14.2f   %7.0f   %7.1f%s\n", name_of(run.balance),
-                  run.validation, references.order2 > 0 ? references.order2 - run.validation : 0.0,
-                  run.final_training(), run.final_imbalance(),
-                  run.seconds > 0 ? static_cast<double>(run.bytes_seen) / run.seconds : 0.0, run.seconds,
-                  run.stopped ? "   (stopped early)" : "");
+    out +=
+        format("  %-7s   %14.3f   %13.3f   %12.3f   %14.2f   %7.0f   %7.1f%s\n", name_of(run.balance), run.validation,
+               references.order2 > 0 ? references.order2 - run.validation : 0.0, run.final_training(),
+               run.final_imbalance(), run.seconds > 0 ? static_cast<double>(run.bytes_seen) / run.seconds : 0.0,
+               run.seconds, run.stopped ? "   (stopped early)" : "");
   }
   out += "  * worst layer's largest expert load over the mean; mean of the last tenth of the steps\n";
   return out;

@@ -21,13 +21,13 @@ inline constexpr double bits_per_nat = 1.4426950408889634;
 
 /// One optimizer step.
 struct step_metrics {
-  std::int64_t step = 0;            ///< From 1.
-  double loss = 0;                  ///< Mean cross entropy of the step's bytes, nats.
-  double auxiliary = 0;             ///< Auxiliary losses of all layers, coefficients included.
-  double gradient_norm = 0;         ///< Before clipping.
-  double rate = 0;                  ///< Learning rate.
-  double tokens_per_second = 0;     ///< Over all ranks.
-  std::vector<double> imbalance;    ///< Per layer: largest expert load over the mean.
+  std::int64_t step = 0;             ///< From 1.
+  double loss = 0;                   ///< Mean cross entropy of the step's bytes, nats.
+  double auxiliary = 0;              ///< Auxiliary losses of all layers, coefficients included.
+  double gradient_norm = 0;          ///< Before clipping.
+  double rate = 0;                   ///< Learning rate.
+  double tokens_per_second = 0;      ///< Over all ranks.
+  std::vector<double> imbalance;     ///< Per layer: largest expert load over the mean.
   std::optional<double> validation;  ///< Bits per byte, where measured.
 
   /// The worst layer's imbalance.

@@ -14,6 +14,7 @@
 /// The recurrence is that of minGRU (Feng et al. 2024) behind the short convolution and the gate of Mamba-like blocks
 /// (Gu and Dao 2023): 4 d^2 products a token whatever the length of the context, and a state that can be carried on.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -72,7 +73,6 @@ class token_mixer {
     before_.assign(state, state + sequences * state_size());
     const A* taps = parameters + taps_;
     const A* shift = parameters + shift_;
-    const A* keep = parameters + keep_;
     for (std::int64_t s = 0; s < sequences; ++s) {
       const A* past = before_.data() + s * state_size();
       for (std::int64_t t = 0; t < length; ++t) {
@@ -81,22 +81,12 @@ class token_mixer {
         for (std::int64_t i = 0; i < d_; ++i) v[i] = shift[i];
         for (std::int64_t j = 0; j < width_; ++j) {
           const A* u = convolved(past, s * length, t - j);
-          const A* tap = taps + j * d_;
-          for (std::int64_t i = 0; i < d_; ++i) v[i] += tap[i] * u[i];
+          multiply_add(d_, taps + j * d_, u, v);
         }
         const A* previous = t == 0 ? past + (width_ - 1) * d_ : hidden_.data() + (r - 1) * d_;
         const A* z = projected_.data() + r * 3 * d_ + d_;
-        const A* g = z + d_;
-        A* f = kept_.data() + r * d_;
-        A* h = hidden_.data() + r * d_;
-        A* open = gate_.data() + r * d_;
-        A* o = gated_.data() + r * d_;
-        for (std::int64_t i = 0; i < d_; ++i) {
-          f[i] = sigmoid(z[i] + keep[i]);
-          h[i] = v[i] + f[i] * (previous[i] - v[i]);
-          open[i] = sigmoid(g[i]);
-          o[i] = h[i] * g[i] * open[i];
-        }
+        recurrence_forward(d_, v, previous, z, parameters + keep_, z + d_, kept_.data() + r * d_,
+                           hidden_.data() + r * d_, gate_.data() + r * d_, gated_.data() + r * d_);
       }
       A* next = state + s * state_size();
       for (std::int64_t j = 0; j + 1 < width_; ++j) {
@@ -130,7 +120,8 @@ class token_mixer {
   }
 
  private:
-  /// The convolution's input at position `t` of the sequence that starts at row `first`; negative positions lie in the past.
+  /// The convolution's input at position `t` of the sequence that starts at row `first`; negative positions lie in the
+  /// past.
   const A* convolved(const A* past, std::int64_t first, std::int64_t t) const {
     return t >= 0 ? projected_.data() + (first + t) * 3 * d_ : past + (width_ - 1 + t) * d_;
   }
@@ -138,42 +129,62 @@ class token_mixer {
   void backward_sequence(const A* parameters, std::int64_t first, std::int64_t length, A* own) {
     const A* past = before_.data() + first / length * state_size();
     const A* taps = parameters + taps_;
-    A* dcarry = dcarry_.data();
-    for (std::int64_t i = 0; i < d_; ++i) dcarry[i] = 0;
+    std::fill(dcarry_.begin(), dcarry_.end(), A(0));
     for (std::int64_t t = length; t-- > 0;) {
       const std::int64_t r = first + t;
-      const A* v = mixed_.data() + r * d_;
-      const A* f = kept_.data() + r * d_;
       const A* h = hidden_.data() + r * d_;
-      const A* open = gate_.data() + r * d_;
-      const A* g = projected_.data() + r * 3 * d_ + 2 * d_;
       const A* previous = t == 0 ? past + (width_ - 1) * d_ : h - d_;
-      const A* dout = dgated_.data() + r * d_;
       A* dv = dmixed_.data() + r * d_;
       A* dz = dprojected_.data() + r * 3 * d_ + d_;
-      A* dg = dz + d_;
-      A* dkeep = own + keep_;
-      A* dshift = own + shift_;
-      for (std::int64_t i = 0; i < d_; ++i) {
-        const A dh = dout[i] * g[i] * open[i] + dcarry[i];
-        dg[i] = dout[i] * h[i] * open[i] * (A(1) + g[i] * (A(1) - open[i]));
-        dz[i] = dh * (previous[i] - v[i]) * f[i] * (A(1) - f[i]);
-        dkeep[i] += dz[i];
-        dv[i] = (A(1) - f[i]) * dh;
-        dshift[i] += dv[i];
-        dcarry[i] = f[i] * dh;
-      }
+      recurrence_backward(d_, mixed_.data() + r * d_, previous, kept_.data() + r * d_, h, gate_.data() + r * d_,
+                          projected_.data() + r * 3 * d_ + 2 * d_, dgated_.data() + r * d_, dcarry_.data(), dv, dz,
+                          dz + d_);
+      add(d_, dz, own + keep_);
+      add(d_, dv, own + shift_);
       A* du = dprojected_.data() + r * 3 * d_;
       for (std::int64_t i = 0; i < d_; ++i) du[i] = 0;
       for (std::int64_t j = 0; j < width_; ++j) {
         const A* u = convolved(past, first, t - j);
-        A* dtap = own + taps_ + j * d_;
-        for (std::int64_t i = 0; i < d_; ++i) dtap[i] += dv[i] * u[i];
-        if (t + j >= length) continue;
-        const A* later = dmixed_.data() + (r + j) * d_;
-        const A* tap = taps + j * d_;
-        for (std::int64_t i = 0; i < d_; ++i) du[i] += tap[i] * later[i];
+        multiply_add(d_, dv, u, own + taps_ + j * d_);
+        if (t + j < length) multiply_add(d_, taps + j * d_, dmixed_.data() + (r + j) * d_, du);
       }
+    }
+  }
+
+  // One row each. The arrays do not overlap: said so, because no compiler checks that at run time for ten pointers.
+
+  static void multiply_add(std::int64_t d, const A* TESSERA_RESTRICT a, const A* TESSERA_RESTRICT b,
+                           A* TESSERA_RESTRICT sum) {
+    for (std::int64_t i = 0; i < d; ++i) sum[i] += a[i] * b[i];
+  }
+
+  static void add(std::int64_t d, const A* TESSERA_RESTRICT a, A* TESSERA_RESTRICT sum) {
+    for (std::int64_t i = 0; i < d; ++i) sum[i] += a[i];
+  }
+
+  static void recurrence_forward(std::int64_t d, const A* TESSERA_RESTRICT v, const A* TESSERA_RESTRICT previous,
+                                 const A* TESSERA_RESTRICT z, const A* TESSERA_RESTRICT keep,
+                                 const A* TESSERA_RESTRICT g, A* TESSERA_RESTRICT f, A* TESSERA_RESTRICT h,
+                                 A* TESSERA_RESTRICT open, A* TESSERA_RESTRICT out) {
+    for (std::int64_t i = 0; i < d; ++i) {
+      f[i] = sigmoid(z[i] + keep[i]);
+      h[i] = v[i] + f[i] * (previous[i] - v[i]);
+      open[i] = sigmoid(g[i]);
+      out[i] = h[i] * g[i] * open[i];
+    }
+  }
+
+  static void recurrence_backward(std::int64_t d, const A* TESSERA_RESTRICT v, const A* TESSERA_RESTRICT previous,
+                                  const A* TESSERA_RESTRICT f, const A* TESSERA_RESTRICT h,
+                                  const A* TESSERA_RESTRICT open, const A* TESSERA_RESTRICT g,
+                                  const A* TESSERA_RESTRICT dout, A* TESSERA_RESTRICT dcarry, A* TESSERA_RESTRICT dv,
+                                  A* TESSERA_RESTRICT dz, A* TESSERA_RESTRICT dg) {
+    for (std::int64_t i = 0; i < d; ++i) {
+      const A dh = dout[i] * g[i] * open[i] + dcarry[i];
+      dg[i] = dout[i] * h[i] * open[i] * (A(1) + g[i] * (A(1) - open[i]));
+      dz[i] = dh * (previous[i] - v[i]) * f[i] * (A(1) - f[i]);
+      dv[i] = (A(1) - f[i]) * dh;
+      dcarry[i] = f[i] * dh;
     }
   }
 

@@ -26,11 +26,11 @@ namespace train_lm {
 
 /// Sizes of the model.
 struct model_shape {
-  std::int64_t hidden = 128;      ///< d.
-  std::int64_t layers = 2;        ///< Blocks.
-  std::int64_t experts = 32;      ///< E per block.
-  std::int64_t conv_width = 4;    ///< Length of the mixers' convolution.
-  std::int64_t max_rows = 0;      ///< Bound of tokens of this rank in a call.
+  std::int64_t hidden = 128;    ///< d.
+  std::int64_t layers = 2;      ///< Blocks.
+  std::int64_t experts = 32;    ///< E per block.
+  std::int64_t conv_width = 4;  ///< Length of the mixers' convolution.
+  std::int64_t max_rows = 0;    ///< Bound of tokens of this rank in a call.
 };
 
 /// Tokens of this rank: `sequences` sequences of `length` each, one after another.
@@ -62,7 +62,8 @@ class language_model {
                 .norm_moe = table_.add(name + ".norm_moe", d, false)};
       own.gate_index = gates_.add(name + ".gate", shape.experts * d, true);
       for (auto* buffer : {&own.x_mixer, &own.normed_mixer, &own.x_moe, &own.normed_moe}) buffer->resize(elements);
-      for (auto* buffer : {&own.inverse_mixer, &own.inverse_moe}) buffer->resize(static_cast<std::size_t>(shape.max_rows));
+      for (auto* buffer : {&own.inverse_mixer, &own.inverse_moe})
+        buffer->resize(static_cast<std::size_t>(shape.max_rows));
       layers_.push_back(std::move(own));
     }
     norm_ = table_.add("norm", d, false);
@@ -105,8 +106,8 @@ class language_model {
   /// `state_size(sequences)` elements: what came before, replaced by what comes next.
   std::span<A> forward(ts::pass pass, const batch& input, std::span<A> state) {
     const std::int64_t rows = input.sequences * input.length, d = shape_.hidden;
-    TESSERA_EXPECTS(rows <= shape_.max_rows, "a batch has " << rows << " tokens on one rank, the model has room for "
-                                                            << shape_.max_rows);
+    TESSERA_EXPECTS(rows <= shape_.max_rows,
+                    "a batch has " << rows << " tokens on one rank, the model has room for " << shape_.max_rows);
     const A* p = parameters_.data();
     embedding_forward(input.tokens, d, p + embedding_, x_.data());
     const std::int64_t layer_state = input.sequences * layers_.front().mixer.state_size();
@@ -140,8 +141,7 @@ class language_model {
     const auto count = static_cast<std::int64_t>(chunks.size()) - 1;
     const std::int64_t stride = table_.size();
     const A* p = parameters_.data();
-    for (std::int64_t c = 0; c < count; ++c)
-      std::fill_n(contributions + c * stride + embedding_, vocabulary * d, A(0));
+    for (std::int64_t c = 0; c < count; ++c) std::fill_n(contributions + c * stride + embedding_, vocabulary * d, A(0));
 
     linear_backward_weights(chunks, d, vocabulary, normed_.data(), logits_.data(), contributions + head_, stride);
     linear_backward_input(rows, d, vocabulary, logits_.data(), p + head_, delta_.data());

@@ -5,8 +5,8 @@
 /// @file
 /// What the model needs from a mixture-of-experts layer, whatever its router, combine policy and communicator are.
 ///
-/// The library states structure by types. The model is one type, so this interface erases them at the granularity of a layer
-/// call: `moe_layer_block` in layers.hpp implements it for every `tessera::moe_layer`.
+/// The library states structure by types. The model is one type, so this interface erases them at the granularity of a
+/// layer call: `moe_layer_block` in layers.hpp implements it for every `tessera::moe_layer`.
 
 #include <cstdint>
 #include <span>
@@ -24,8 +24,8 @@ class moe_block {
  public:
   virtual ~moe_block() = default;
 
-  /// Initial values of the experts. @param name Of the block. @param deviation Of the up projections. @param depth_scale
-  /// Of the down projections relative to their width.
+  /// Initial values of the experts. @param name Of the block. @param deviation Of the up projections. @param
+  /// depth_scale Of the down projections relative to their width.
   virtual void initialize(std::uint64_t seed, const std::string& name, double deviation, double depth_scale) = 0;
 
   /// `y [rows, d]` from `x [rows, d]`. @param gate `[E, d]`, replicated.

@@ -72,9 +72,7 @@ void plot_baselines(std::ostream& script, const baselines& references) {
   }
 }
 
-int line_style(balance_kind kind) {
-  return kind == balance_kind::none ? 1 : kind == balance_kind::loss ? 2 : 3;
-}
+int line_style(balance_kind kind) { return kind == balance_kind::none ? 1 : kind == balance_kind::loss ? 2 : 3; }
 
 }  // namespace
 
@@ -119,8 +117,7 @@ std::string plot_run(const std::string& folder, const run_result& run, const bas
     }
     heat << "EOD\n";
   }
-  const double steps_per_column =
-      static_cast<double>(run.steps.size()) / static_cast<double>(run.loads.size());
+  const double steps_per_column = static_cast<double>(run.steps.size()) / static_cast<double>(run.loads.size());
   heat << "unset grid\nset tics out\n"
        << "set palette defined (0 '#f7f7f7', 0.5 '#c6dbef', 1 '#6baed6', 2 '#fd8d3c', 3 '#d7301f', 4 '#67000d')\n"
        << "set cbrange [0:4]\nset cblabel 'load / mean'\nset xlabel 'step'\nset ylabel 'expert'\n"
@@ -148,7 +145,8 @@ std::string plot_comparison(const std::string& folder, const std::vector<run_res
     curve(script, std::string("load_") + name_of(run.balance), run.steps, imbalance, smoothing(run));
     last_step = std::max(last_step, run.steps.back().step);
     for (const step_metrics& step : run.steps) worst = std::max(worst, step.worst_imbalance());
-    for (std::size_t i = run.steps.size() / 10; i < run.steps.size(); ++i) highest = std::max(highest, bits(run.steps[i]));
+    for (std::size_t i = run.steps.size() / 10; i < run.steps.size(); ++i)
+      highest = std::max(highest, bits(run.steps[i]));
   }
   const auto curves = [&](const char* what) {
     for (std::size_t i = 0; i < runs.size(); ++i) {
@@ -161,7 +159,8 @@ std::string plot_comparison(const std::string& folder, const std::vector<run_res
          << "set ylabel 'max / mean load'\nset yrange [0:" << 1.3 * worst << "]\nplot ";
   curves("load");
   script << ", \\\n  1 with lines ls 9 title 'perfect balance'\n"
-         << "set title 'and what it costs: training loss'\nset ylabel 'bits per byte'\nset yrange [1:" << 1.2 * highest << "]\nplot ";
+         << "set title 'and what it costs: training loss'\nset ylabel 'bits per byte'\nset yrange [1:" << 1.2 * highest
+         << "]\nplot ";
   curves("loss");
   plot_baselines(script, references);
   script << "\nunset multiplot\n";

@@ -38,8 +38,8 @@ void progress::show(const step_metrics& step) {
   std::fprintf(stderr,
                "%s%s [%s] %3.0f%%  step %lld/%lld  %.3f bits/byte  %.1fk tokens/s  max/mean load %.2f  %.0f s left%s",
                terminal_ ? "\r\033[K" : "", label_.c_str(), bar.c_str(), 100 * done, static_cast<long long>(step.step),
-               static_cast<long long>(steps_), loss_, speed_ / 1000, step.worst_imbalance(),
-               elapsed * (1 / done - 1), terminal_ ? "" : "\n");
+               static_cast<long long>(steps_), loss_, speed_ / 1000, step.worst_imbalance(), elapsed * (1 / done - 1),
+               terminal_ ? "" : "\n");
   std::fflush(stderr);
   open_ = terminal_;
 }

@@ -38,37 +38,37 @@ constexpr const char* name_of(balance_kind kind) {
 /// Its name on the command line.
 constexpr const char* name_of(combine_kind kind) { return kind == combine_kind::ordered ? "ordered" : "reduced"; }
 
-/// Chunks of a micro-batch: the unit in which gradients and losses are summed, so that any number of ranks gives the same
-/// bits. 12 splits evenly over 1, 2, 3, 4, 6 and 12 ranks; other counts get unequal shares.
+/// Chunks of a micro-batch: the unit in which gradients and losses are summed, so that any number of ranks gives the
+/// same bits. 12 splits evenly over 1, 2, 3, 4, 6 and 12 ranks; other counts get unequal shares.
 inline constexpr std::int64_t num_chunks = 12;
 
 /// One run.
 struct settings {
-  std::vector<std::string> data;                             ///< Files or folders; empty: the Debian system's texts.
-  std::vector<balance_kind> balances{balance_kind::bias};    ///< One training run each, in this order.
-  combine_kind combine = combine_kind::ordered;              ///< See `combine_kind`.
-  int ranks = 0;                                             ///< 0: the number of cores, at most 4.
-  std::int64_t steps = 480;                                  ///< Optimizer steps.
-  std::int64_t batch = 24;                                   ///< Sequences of a step over all ranks.
-  std::int64_t length = 128;                                 ///< Bytes of a sequence.
-  std::int64_t layers = 2;                                   ///< Blocks of mixer and experts.
-  std::int64_t hidden = 128;                                 ///< d.
-  std::int64_t intermediate = 64;                            ///< n, width of one expert.
-  std::int64_t experts = 32;                                 ///< E per block.
-  std::int64_t top_k = 4;                                    ///< K.
-  double rate = 4e-3;                                        ///< Peak learning rate.
-  double bias_rate = 0.01;                                   ///< Step of the selection bias, cooled with the learning rate.
-  double loss_coefficient = 0.01;                            ///< Of the auxiliary loss.
-  std::uint64_t seed = 1;                                    ///< Of the initial values and the sample.
-  std::int64_t eval_every = 0;                               ///< Steps between validations; 0: only at the end.
-  std::int64_t sample_bytes = 400;                           ///< Length of the sample.
-  std::string prompt = "Permission is hereby granted";       ///< What the sample begins with.
-  double temperature = 0.7;                                  ///< Of the sample.
-  std::string output = "train_lm_output";                    ///< Folder for everything written.
-  bool quiet = false;                                        ///< No progress, only results.
-  bool plots = true;                                         ///< Draw with gnuplot.
-  bool baselines = true;                                     ///< Fit the order-2 model and run the compressor.
-  adamw_options adam;                                        ///< Coefficients of AdamW.
+  std::vector<std::string> data;                           ///< Files or folders; empty: the Debian system's texts.
+  std::vector<balance_kind> balances{balance_kind::bias};  ///< One training run each, in this order.
+  combine_kind combine = combine_kind::ordered;            ///< See `combine_kind`.
+  int ranks = 0;                                           ///< 0: the number of cores, at most 4.
+  std::int64_t steps = 480;                                ///< Optimizer steps.
+  std::int64_t batch = 24;                                 ///< Sequences of a step over all ranks.
+  std::int64_t length = 128;                               ///< Bytes of a sequence.
+  std::int64_t layers = 2;                                 ///< Blocks of mixer and experts.
+  std::int64_t hidden = 128;                               ///< d.
+  std::int64_t intermediate = 64;                          ///< n, width of one expert.
+  std::int64_t experts = 32;                               ///< E per block.
+  std::int64_t top_k = 4;                                  ///< K.
+  double rate = 4e-3;                                      ///< Peak learning rate.
+  double bias_rate = 0.01;                              ///< Step of the selection bias, cooled with the learning rate.
+  double loss_coefficient = 0.01;                       ///< Of the auxiliary loss.
+  std::uint64_t seed = 1;                               ///< Of the initial values and the sample.
+  std::int64_t eval_every = 0;                          ///< Steps between validations; 0: only at the end.
+  std::int64_t sample_bytes = 400;                      ///< Length of the sample.
+  std::string prompt = "Permission is hereby granted";  ///< What the sample begins with.
+  double temperature = 0.7;                             ///< Of the sample.
+  std::string output = "train_lm_output";               ///< Folder for everything written.
+  bool quiet = false;                                   ///< No progress, only results.
+  bool plots = true;                                    ///< Draw with gnuplot.
+  bool baselines = true;                                ///< Fit the order-2 model and run the compressor.
+  adamw_options adam;                                   ///< Coefficients of AdamW.
 };
 
 /// Checks what the library cannot: the sizes of the example itself.
@@ -95,9 +95,8 @@ inline void validate(const settings& s) {
   TESSERA_EXPECTS(s.rate > 0 && s.bias_rate >= 0 && s.loss_coefficient >= 0 && s.temperature > 0,
                   "--lr " << s.rate << " and --temperature " << s.temperature << " must be positive, --bias-rate "
                           << s.bias_rate << " and --loss-coefficient " << s.loss_coefficient << " not negative");
-  TESSERA_EXPECTS(s.eval_every >= 0 && s.sample_bytes >= 0, "--eval-every " << s.eval_every << " and --sample "
-                                                                            << s.sample_bytes
-                                                                            << " must not be negative");
+  TESSERA_EXPECTS(s.eval_every >= 0 && s.sample_bytes >= 0,
+                  "--eval-every " << s.eval_every << " and --sample " << s.sample_bytes << " must not be negative");
   TESSERA_EXPECTS(s.sample_bytes == 0 || !s.prompt.empty(), "--prompt is empty, it must hold at least one byte");
   TESSERA_EXPECTS(!s.balances.empty(), "--balance names no way of balancing: none, loss or bias");
 }

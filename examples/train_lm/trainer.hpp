@@ -5,10 +5,10 @@
 /// @file
 /// One training run on one rank: data, steps, validation, sample.
 ///
-/// Why the rank count cannot change a bit (with `combine::ordered`): the micro-batch is fixed and split contiguously; a token's
-/// forward and backward depend on no other row; replicated parameters get one gradient contribution per chunk, summed in the order of
-/// chunks; an expert's rows arrive in the global order of tokens, so its gradient is one and the same product; everything
-/// else is computed identically on all ranks.
+/// Why the rank count cannot change a bit (with `combine::ordered`): the micro-batch is fixed and split contiguously; a
+/// token's forward and backward depend on no other row; replicated parameters get one gradient contribution per chunk,
+/// summed in the order of chunks; an expert's rows arrive in the global order of tokens, so its gradient is one and the
+/// same product; everything else is computed identically on all ranks.
 
 #include <algorithm>
 #include <chrono>
@@ -54,7 +54,8 @@ class trainer {
     for (std::int64_t c = 0; c <= local_chunks_; ++c) chunks_.push_back(static_cast<std::int32_t>(c * chunk_rows));
 
     std::vector<std::unique_ptr<moe_block<A>>> blocks;
-    for (std::int64_t l = 0; l < s_.layers; ++l) blocks.push_back(make_block<A>(s_, balance, max_rows, chunk_rows, comm_));
+    for (std::int64_t l = 0; l < s_.layers; ++l)
+      blocks.push_back(make_block<A>(s_, balance, max_rows, chunk_rows, comm_));
     model_ = std::make_unique<language_model<A>>(
         model_shape{.hidden = s_.hidden, .layers = s_.layers, .experts = s_.experts, .max_rows = max_rows},
         std::move(blocks));
@@ -114,8 +115,7 @@ class trainer {
     result.gradient_norm = std::sqrt(squared_norm());
     update(index, result);
     measure_load(result);
-    result.tokens_per_second =
-        tokens / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    result.tokens_per_second = tokens / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return result;
   }
 
@@ -198,8 +198,8 @@ class trainer {
   /// Sums `[local_chunks, count]` over the chunks of all ranks, in their order.
   template <class T>
   void sum_chunks(const T* contributions, std::int64_t count, T* result) {
-    const auto bytes = static_cast<std::size_t>(
-        ts::ordered_all_reduce_workspace_bytes<T>(comm_.size(), num_chunks, count));
+    const auto bytes =
+        static_cast<std::size_t>(ts::ordered_all_reduce_workspace_bytes<T>(comm_.size(), num_chunks, count));
     if (bytes > reduce_buffer_.size()) reduce_buffer_ = ts::host_buffer(bytes);
     ts::ordered_all_reduce(ts::host_stream{}, comm_, contributions, local_chunks_, count, result,
                            ts::workspace_memory(reduce_buffer_));
@@ -209,15 +209,16 @@ class trainer {
     std::vector<double> pairs(2 * losses.size());
     for (std::size_t c = 0; c < losses.size(); ++c) {
       pairs[2 * c] = losses[c];
-      for (const auto& block : model_->blocks()) pairs[2 * c + 1] += block->auxiliary_loss(static_cast<std::int64_t>(c));
+      for (const auto& block : model_->blocks())
+        pairs[2 * c + 1] += block->auxiliary_loss(static_cast<std::int64_t>(c));
     }
     double sums[2] = {};
     sum_chunks(pairs.data(), 2, sums);
     result.loss = sums[0] / static_cast<double>(s_.batch * s_.length);
     result.auxiliary = sums[1];
-    TESSERA_EXPECTS_AS(ts::error, std::isfinite(result.loss), "the loss of step " << result.step << " is " << result.loss
-                                                              << ": the run has diverged, try a smaller --lr than "
-                                                              << s_.rate);
+    TESSERA_EXPECTS_AS(ts::error, std::isfinite(result.loss),
+                       "the loss of step " << result.step << " is " << result.loss
+                                           << ": the run has diverged, try a smaller --lr than " << s_.rate);
   }
 
   void sum_gradients() {
@@ -266,7 +267,8 @@ class trainer {
     const auto update_table = [&](const parameter_table& table, adamw<A>& moments, std::span<A> values,
                                   const std::vector<A>& gradients) {
       for (const parameter& p : table.entries())
-        moments.update(s_.adam, index + 1, result.rate, scale, p.decays, p.offset, p.count, values.data(), gradients.data());
+        moments.update(s_.adam, index + 1, result.rate, scale, p.decays, p.offset, p.count, values.data(),
+                       gradients.data());
     };
     update_table(model_->table(), *moments_, model_->parameters(), gradient_);
     update_table(model_->gate_table(), *gate_moments_, model_->gate_parameters(), gate_gradient_);

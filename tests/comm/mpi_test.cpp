@@ -74,7 +74,7 @@ void names_a_failing_rank() {
   const int last = c.size() - 1;
   if (last == 0) return;
   std::vector<double> data(100000, 1.0);
-  c.barrier({});
+  MPI_Barrier(MPI_COMM_WORLD);  // a barrier of the library could still be under way here when the failure arrives
   const auto start = clock_type::now();
   if (c.rank() == last) {
     c.fail("disk full");
@@ -89,7 +89,7 @@ void names_a_failing_rank() {
   const auto later = comm_checks::caught<ts::comm_error>([&] {
     while (true) part.broadcast({}, data.data(), 8, 0);  // sub-communicators share the failure
   });
-  require(part.size() == 1 || later.peer() == last, later.what());
+  require(later.peer() == last, later.what());
 }
 
 void names_a_stalled_rank() {
@@ -98,15 +98,13 @@ void names_a_stalled_rank() {
     ts::comm::mpi c(MPI_COMM_WORLD, {.timeout = short_timeout});
     const int last = c.size() - 1;
     if (last == 0) return;
-    c.barrier({});
+    MPI_Barrier(MPI_COMM_WORLD);
     if (c.rank() == last) std::this_thread::sleep_for(short_timeout + milliseconds(700));
     const auto start = clock_type::now();
     const auto e = comm_checks::caught<ts::comm_error>([&] {
-      if (i == 0) {
-        c.barrier({});
-      } else if (c.rank() == last) {
-        c.barrier({});
-      } else {  // each waits for the next: the end of the chain is to blame
+      if (i == 0 || c.rank() == last) {
+        while (true) c.barrier({});  // the first one may find all messages of the others
+      } else {                       // each waits for the next: the end of the chain is to blame
         double x = 0;
         const ts::transfer receive = ts::receive_from(c.rank() + 1, &x, 1);
         c.exchange({}, {}, {&receive, 1}, "pipeline");

@@ -56,7 +56,8 @@ struct fixture {
     const random_stream random(3, "text");
     for (std::int64_t i = 0; i < rows; ++i) {
       tokens.push_back(static_cast<std::uint8_t>(random.bits(static_cast<std::uint64_t>(i)) % 5 + 97));
-      targets.push_back(i % 7 == 3 ? no_target : static_cast<std::int16_t>(random.bits(static_cast<std::uint64_t>(100 + i)) % 256));
+      targets.push_back(i % 7 == 3 ? no_target
+                                   : static_cast<std::int16_t>(random.bits(static_cast<std::uint64_t>(100 + i)) % 256));
     }
     for (std::int64_t i = 0; i < model->state_size(sequences); ++i)
       state.push_back(0.5 * random.normal(static_cast<std::uint64_t>(1000 + i)));
@@ -89,7 +90,8 @@ struct fixture {
 void check_gradients(balance_kind balance) {
   fixture f(balance);
   language_model<double>& model = *f.model;
-  const auto dense = static_cast<std::size_t>(model.table().size()), gates = static_cast<std::size_t>(model.gate_table().size());
+  const auto dense = static_cast<std::size_t>(model.table().size()),
+             gates = static_cast<std::size_t>(model.gate_table().size());
   // The layers count chunks of 5 tokens, the replicated ones here chunks of 5 and 10: both only split the sum.
   std::vector<double> contributions(2 * dense), gate_contributions(3 * gates);
   f.loss();
@@ -114,12 +116,14 @@ void check_gradients(balance_kind balance) {
   const std::size_t gate = gates / static_cast<std::size_t>(f.s.layers);
   for (std::size_t i = 0; i < gates; i += 3) {
     const std::size_t first = i / gate * 3 * gate + i % gate;
-    const double sum = gate_contributions[first] + gate_contributions[first + gate] + gate_contributions[first + 2 * gate];
+    const double sum =
+        gate_contributions[first] + gate_contributions[first + gate] + gate_contributions[first + 2 * gate];
     check("gate", f.difference(model.gate_parameters()[i]), sum);
   }
   for (const auto& block : model.blocks()) {
     const std::vector<double> gradients(block->gradients().begin(), block->gradients().end());
-    for (std::size_t i = 0; i < gradients.size(); i += 11) check("expert", f.difference(block->weights()[i]), gradients[i]);
+    for (std::size_t i = 0; i < gradients.size(); i += 11)
+      check("expert", f.difference(block->weights()[i]), gradients[i]);
   }
 }
 
@@ -146,7 +150,8 @@ TEST_CASE("a sequence read in two calls with its state carried on gives the logi
   const std::vector<double> whole(logits.begin(), logits.end());
   for (const auto& [first, count] : {std::pair{0, 1}, std::pair{1, 4}, std::pair{5, 1}}) {
     const auto part = f.model->forward(
-        ts::pass::eval, {1, count, tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)), {}}, state);
+        ts::pass::eval,
+        {1, count, tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count)), {}}, state);
     halves.insert(halves.end(), part.begin(), part.end());
   }
   CHECK(halves == whole);

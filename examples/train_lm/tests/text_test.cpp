@@ -67,7 +67,8 @@ TEST_CASE("the order-2 model gives Witten and Bell's numbers on a text small eno
   CHECK(model.probability("zb", 'a') == doctest::Approx(p_a_after_b).epsilon(1e-14));
   CHECK(model.probability("zz", 'a') == doctest::Approx(p_a).epsilon(1e-14));
   CHECK(model.bits_per_byte("abab") ==
-        doctest::Approx(-(std::log2(p_a) + std::log2(p_b_after_a) + std::log2(p_a_after_ab) + std::log2(p_b_after_ba)) / 4)
+        doctest::Approx(-(std::log2(p_a) + std::log2(p_b_after_a) + std::log2(p_a_after_ab) + std::log2(p_b_after_ba)) /
+                        4)
             .epsilon(1e-14));
 }
 
@@ -103,11 +104,14 @@ TEST_CASE("paragraphs end at empty lines and at Debian's dots") {
 
 TEST_CASE("a paragraph repeated in another file, other layout and case, is dropped; files go to one part each") {
   const temporary_folder folder;
-  const std::string shared = "Permission is hereby granted, free of charge, to any person who reads the text of 1999.\n";
-  const std::string relaid = "  PERMISSION is hereby granted free of charge\n  to any person who reads the text of 2024!\n";
+  const std::string shared =
+      "Permission is hereby granted, free of charge, to any person who reads the text of 1999.\n";
+  const std::string relaid =
+      "  PERMISSION is hereby granted free of charge\n  to any person who reads the text of 2024!\n";
   for (char name = 'a'; name < 'u'; ++name)
-    folder.write(std::string(1, name), (name == 'a' ? shared : relaid) + "\n" + words(static_cast<unsigned char>(name), 3000));
-  folder.write("copy", words('b', 3000));                          // all of it is in file b
+    folder.write(std::string(1, name),
+                 (name == 'a' ? shared : relaid) + "\n" + words(static_cast<unsigned char>(name), 3000));
+  folder.write("copy", words('b', 3000));                        // all of it is in file b
   folder.write("binary", std::string("text\0with a zero", 16));  // not text
   const corpus text = read_corpus({.paths = {folder.path.string()}});
   CHECK(text.files_found == 21);

@@ -40,7 +40,8 @@ namespace comm {
 ///                            std::span<const tessera::transfer> receives, const char* phase);
 ///     };
 ///
-/// `exchange_remote` sees checked messages between different ranks only: at least one byte each, data not null. It
+/// `exchange_remote` sees checked messages between different ranks only: at least one byte each, data not null. Every
+/// operation calls it, with no message where there is nothing to do, so that it can report an earlier failure. It
 /// must match the k-th send to a rank with the k-th receive there, must not wait for a receive before its sends are
 /// under way, and returns when its sends may be overwritten and its receives are complete. It throws `comm_error` when
 /// a peer does not do its part; `phase` names the operation for the message and is valid until it returns.
@@ -97,7 +98,11 @@ class collectives {
     if (send != recv) expect_disjoint(send, bytes_of<T>(count), "send", recv, bytes_of<T>(count), "recv");
     const int ranks = derived().size();
     const int rank = derived().rank();
-    if (ranks == 1) return copy(send, recv, count);
+    if (ranks == 1) {
+      copy(send, recv, count);
+      clear();
+      return flush("all_reduce");
+    }
     constexpr std::int64_t small_bytes = 65536;
     if (count < ranks || bytes_of<T>(count) <= small_bytes / ranks) {
       T* all = scratch<T>(ranks * count);
@@ -311,9 +316,7 @@ class collectives {
     if (count > 0 && peer != derived().rank()) receives_.push_back(receive_from(peer, data, count));
   }
 
-  void flush(const char* phase) {
-    if (derived().size() > 1) checked().exchange_remote(sends_, receives_, phase);
-  }
+  void flush(const char* phase) { checked().exchange_remote(sends_, receives_, phase); }
 
   void expect_rank(int peer, const char* phase, const char* name) {
     TESSERA_EXPECTS(peer >= 0 && peer < checked().size(), phase << ": " << name << " = " << peer

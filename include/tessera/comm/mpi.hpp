@@ -71,7 +71,8 @@ struct mpi_options {
 /// All collectives are those of `collectives`, so results are the same bits as with `comm::threads`. Waits poll, and
 /// are bounded by the timeout. A rank that calls `fail`, gets an MPI error, receives another size than it expects or
 /// misses a peer tells every rank of the world; their operations throw a `comm_error` that names the same culprit, or
-/// their own timeout does when no message comes through. Before a timeout is blamed on a rank, the ranks waited for are
+/// their own timeout does when no message comes through; an operation that still finds all its messages may come to an
+/// end before. Before a timeout is blamed on a rank, the ranks waited for are
 /// asked whom they wait for, so that the rank that is really absent is named. Ranks in errors are ranks of the world,
 /// not of a sub-communicator. Nothing here calls `MPI_Abort` or ends the process.
 ///

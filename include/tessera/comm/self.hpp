@@ -37,7 +37,7 @@ class self<space::host> : public collectives<self<space::host>> {
     return self();
   }
 
-  /// There is no other rank, so `collectives` never calls it.
+  /// There is no other rank: nothing to do.
   void exchange_remote(std::span<const transfer>, std::span<const transfer>, const char*) noexcept {}
 };
 

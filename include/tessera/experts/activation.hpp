@@ -154,9 +154,7 @@ struct clamped_swiglu {
   /// The formula above.
   template <accumulate_type A>
   TESSERA_HD static A forward(A gate, A up, const options& o) {
-    const A limit = static_cast<A>(o.limit);
-    const A g = gate > limit ? limit : gate;  // comparisons that keep NaN
-    const A u = up > limit ? limit : up < -limit ? -limit : up;
+    const A g = bounded_gate(gate, o), u = bounded_up(up, o);
     return (u + static_cast<A>(o.up_offset)) * (g * detail::sigmoid_of(static_cast<A>(o.alpha) * g));
   }
 
@@ -164,13 +162,25 @@ struct clamped_swiglu {
   template <accumulate_type A>
   TESSERA_HD static void backward(A gate, A up, A dout, A& dgate, A& dup, const options& o) {
     const A limit = static_cast<A>(o.limit), alpha = static_cast<A>(o.alpha);
-    const A g = gate > limit ? limit : gate;
-    const A u = up > limit ? limit : up < -limit ? -limit : up;
+    const A g = bounded_gate(gate, o), u = bounded_up(up, o);
     const A sigmoid = detail::sigmoid_of(alpha * g);
     const A dg = dout * (u + static_cast<A>(o.up_offset)) * (sigmoid * (A(1) + alpha * g * (A(1) - sigmoid)));
     const A du = dout * (g * sigmoid);
-    dgate = gate > limit ? A(0) : dg;
-    dup = up > limit || up < -limit ? A(0) : du;
+    dgate = detail::choose(gate > limit, A(0), dg);
+    dup = detail::choose(up > limit, A(0), detail::choose(up < -limit, A(0), du));
+  }
+
+ private:
+  // comparisons that keep NaN
+  template <accumulate_type A>
+  TESSERA_HD static A bounded_gate(A gate, const options& o) {
+    const A limit = static_cast<A>(o.limit);
+    return detail::choose(gate > limit, limit, gate);
+  }
+  template <accumulate_type A>
+  TESSERA_HD static A bounded_up(A up, const options& o) {
+    const A limit = static_cast<A>(o.limit);
+    return detail::choose(up > limit, limit, detail::choose(up < -limit, -limit, up));
   }
 };
 

@@ -253,10 +253,14 @@ class mpi_world {
 };
 
 inline void mpi_world::serve(const mpi_wait* wait) {
-  while (true) {
+  for (int misses = 0; misses < 2;) {  // a probe that finds nothing may have fetched what the next one finds
     int found = 0;
     MPI_Status status;
-    if (MPI_Iprobe(MPI_ANY_SOURCE, control_tag, group_->get(), &found, &status) != MPI_SUCCESS || found == 0) return;
+    if (MPI_Iprobe(MPI_ANY_SOURCE, control_tag, group_->get(), &found, &status) != MPI_SUCCESS) return;
+    if (found == 0) {
+      ++misses;
+      continue;
+    }
     control_message message{};
     if (MPI_Recv(&message, static_cast<int>(sizeof(message)), MPI_BYTE, status.MPI_SOURCE, control_tag, group_->get(),
                  MPI_STATUS_IGNORE) != MPI_SUCCESS) {

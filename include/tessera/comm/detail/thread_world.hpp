@@ -162,11 +162,13 @@ class thread_world {
 
  private:
   using clock = std::chrono::steady_clock;
+  static constexpr std::chrono::microseconds max_yield{200};
 
   struct rank_state {
     std::condition_variable sleeping;
     std::atomic<std::uint64_t> events{0};  // advanced, under the mutex, whenever this rank may be able to go on
     thread_wait* waits = nullptr;          // operations this rank is in
+    int patience = 0;                      // negative: yielding has taken long, so it is left out for some waits
     bool gone = false;                     // it will never enter another one
     bool resetting = false;                // it is in reset()
     std::optional<thread_failure> reset_failure;
@@ -204,21 +206,26 @@ class thread_world {
     for (rank_state& state : ranks_) wake(state);
   }
 
-  // Waits for an event or the deadline. Most events come soon: giving the processor to the other ranks a few times
-  // is cheaper than sleeping, even when there are more ranks than processors.
+  // Waits for an event or the deadline. Most events come soon: giving the processor to the other ranks a few times is
+  // cheaper than sleeping, even when there are more ranks than processors, unless it goes to somebody with much to do.
   void wait_event(rank_state& state, std::unique_lock<std::mutex>& lock, clock::time_point deadline) {
     const std::uint64_t seen = state.events.load(std::memory_order_relaxed);
-    lock.unlock();
-    for (int i = 0; i < 64 && state.events.load(std::memory_order_acquire) == seen; ++i) std::this_thread::yield();
-    lock.lock();
+    if (state.patience < 0) {
+      ++state.patience;
+    } else {
+      lock.unlock();
+      const auto start = clock::now();
+      auto took = clock::duration::zero();
+      for (int i = 0; i < 64 && took < max_yield && state.events.load(std::memory_order_acquire) == seen; ++i) {
+        std::this_thread::yield();
+        took = clock::now() - start;
+      }
+      lock.lock();
+      if (took >= max_yield) state.patience = -64;  // sleep the next times
+    }
     while (state.events.load(std::memory_order_relaxed) == seen) {
       if (state.sleeping.wait_until(lock, deadline) == std::cv_status::timeout) return;
     }
-  }
-
-  void set_failure(thread_failure failure) {
-    if (!failure_) failure_ = std::move(failure);
-    wake_all();
   }
 
   [[noreturn]] static void report(int rank, const char* phase, const thread_failure& failure, const char* suffix = "") {

@@ -18,11 +18,12 @@ namespace gemm::detail {
 
 // One product [M, K] x [K, N]. pack_a(i, rows, k, depth, panel) fills a panel whose element (r, d) is
 // panel[r * RowStep + d * DepthStep]; pack_b(j, cols, k, depth, panel) fills a panel, or answers where one lies
-// already; put(i, j, cols, sums) takes the finished sums of row i. Sums stay in the accumulation type until all of the
-// depth has gone by, the blocks of the depth in ascending order.
-template <class Tiling, int RowStep, int DepthStep, class PackA, class PackB, class Put>
+// already; place(i, j, cols) answers where a tile of sums may be kept, so that nothing is left to do when they are
+// finished, or null: then put(i, j, cols, sums) takes the finished sums of row i. Sums stay in the accumulation type
+// until all of the depth has gone by, the blocks of the depth in ascending order.
+template <class Tiling, int RowStep, int DepthStep, class PackA, class PackB, class Place, class Put>
 void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const PackA& pack_a, const PackB& pack_b,
-              const Put& put) {
+              const Place& place, const Put& put) {
   using A = typename Tiling::value;
   using std::int64_t;
   if (M == 0 || N == 0) return;
@@ -30,12 +31,13 @@ void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const PackA& pack_
   alignas(64) A a_panel[RowStep == 1 ? Tiling::depth * DepthStep : Tiling::block_rows * RowStep];
   alignas(64) A b_panels[Tiling::block_cols * Tiling::depth];
   alignas(64) A sums[Tiling::block_tiles * tile_size];
-  panel_ref<A> b[Tiling::block_cols / Tiling::cols] = {};
+  block_ref<const A> b[Tiling::block_cols / Tiling::cols] = {};
 
-  // With one block of depth, finished tiles leave at once: a panel of b serves all rows, and one tile of sums is
-  // enough.
+  // A panel of b serves all rows where no sums of one block of depth have to wait in `sums` for the next: with a single
+  // block, and with all sums kept in the result.
   const bool one_depth = K <= Tiling::depth;
-  const int64_t stripe = one_depth ? M : Tiling::block_rows;
+  const bool all_in_place = N % Tiling::cols == 0 && place(0, 0, Tiling::cols).data != nullptr;
+  const int64_t stripe = one_depth || all_in_place ? M : Tiling::block_rows;
   for (int64_t j0 = 0; j0 < N; j0 += Tiling::block_cols) {
     const int64_t j_end = std::min<int64_t>(N, j0 + Tiling::block_cols);
     for (int64_t i0 = 0; i0 < M; i0 += stripe) {
@@ -57,12 +59,14 @@ void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const PackA& pack_
             for (int64_t t = 0; t < tiles; ++t) {
               const int64_t begin = rows * t / tiles;  // tiles of nearly the same height, none of them low
               const int64_t end = rows * (t + 1) / tiles;
-              A* tile = one_depth ? sums : sums + (p * tiles + t) * tile_size;
+              const auto cols = static_cast<int>(std::min<int64_t>(Tiling::cols, N - j));
+              block_ref<A> tile = place(i1 + begin, j, cols);
+              const bool in_place = tile.data != nullptr;
+              if (!in_place) tile = {one_depth ? sums : sums + (p * tiles + t) * tile_size, Tiling::cols};
               multiply_tile<Tiling, RowStep, DepthStep>(static_cast<int>(end - begin), depth, a_panel + begin * RowStep,
                                                         b[p], k0 == 0, tile);
-              if (!last) continue;
-              const auto cols = static_cast<int>(std::min<int64_t>(Tiling::cols, N - j));
-              for (int64_t r = begin; r < end; ++r) put(i1 + r, j, cols, tile + (r - begin) * Tiling::cols);
+              if (in_place || !last) continue;
+              for (int64_t r = begin; r < end; ++r) put(i1 + r, j, cols, tile.data + (r - begin) * Tiling::cols);
             }
           }
         }
@@ -70,6 +74,15 @@ void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const PackA& pack_
       } while (k0 < K);
     }
   }
+}
+
+// A tile of sums in the result itself, where a sum is stored as it is.
+template <class Tiling, class TC>
+block_ref<typename Tiling::value> place_tile(bool as_it_is, TC* out, std::int64_t step) {
+  if constexpr (std::is_same_v<typename Tiling::value, TC>) {
+    if (as_it_is) return {out, step};
+  }
+  return {nullptr, 0};
 }
 
 // A sum as it is stored.
@@ -124,19 +137,23 @@ void reference::variable_m(std::span<const std::int32_t> row_offsets, std::int64
       const TB* const from = &b(static_cast<std::int64_t>(g), j, k);
       if (b.row_stride == 1) {
         if constexpr (std::is_same_v<A, TB>) {  // few rows do not pay for a copy
-          if (cols == tiling::cols && rows <= tiling::rows) return detail::panel_ref<A>{from, b.col_stride};
+          if (cols == tiling::cols && rows <= tiling::rows) return detail::block_ref<const A>{from, b.col_stride};
         }
         detail::pack_rows<tiling>(from, b.col_stride, cols, depth, panel);
       } else {
         detail::pack_columns<tiling>(from, b.row_stride, b.col_stride, cols, depth, panel);
       }
-      return detail::panel_ref<A>{panel, tiling::cols};
+      return detail::block_ref<const A>{panel, tiling::cols};
+    };
+    const auto place = [&](std::int64_t i, std::int64_t j, int cols) {
+      return detail::place_tile<tiling>(bias == nullptr && mode == write::overwrite && cols == tiling::cols,
+                                        c.row(first + i) + j, c.stride);
     };
     const auto put = [&](std::int64_t i, std::int64_t j, int cols, A* sums) {
       detail::put_tile_row<tiling>(cols, sums, group_bias == nullptr ? nullptr : group_bias + j, c.row(first + i) + j,
                                    mode);
     };
-    detail::multiply<tiling, tiling::depth_step, 1>(rows, N, K, pack_a, pack_b, put);
+    detail::multiply<tiling, tiling::depth_step, 1>(rows, N, K, pack_a, pack_b, place, put);
   }
 }
 
@@ -159,7 +176,11 @@ void reference::variable_k(std::span<const std::int32_t> row_offsets, std::int64
     const auto pack_b = [&](std::int64_t n, int cols, std::int64_t i, std::int64_t depth, A* panel) {
       for (std::int64_t d = 0; d < depth; ++d)
         detail::pack_rows<tiling>(b.row(first + i + d) + n, 0, cols, 1, panel + d * tiling::cols);
-      return detail::panel_ref<A>{panel, tiling::cols};
+      return detail::block_ref<const A>{panel, tiling::cols};
+    };
+    const auto place = [&](std::int64_t m, std::int64_t n, int cols) {
+      return detail::place_tile<tiling>(c.col_stride == 1 && mode == write::overwrite && cols == tiling::cols,
+                                        &c(static_cast<std::int64_t>(g), m, n), c.row_stride);
     };
     const auto put = [&](std::int64_t m, std::int64_t n, int cols, A* sums) {
       constexpr const A* no_bias = nullptr;
@@ -170,7 +191,7 @@ void reference::variable_k(std::span<const std::int32_t> row_offsets, std::int64
         for (int j = 0; j < cols; ++j) detail::put_row(1, sums + j, no_bias, out + j * c.col_stride, mode);
       }
     };
-    detail::multiply<tiling, 1, tiling::block_rows_step>(M, N, rows, pack_a, pack_b, put);
+    detail::multiply<tiling, 1, tiling::block_rows_step>(M, N, rows, pack_a, pack_b, place, put);
   }
 }
 

@@ -46,11 +46,11 @@ struct tiling {
   static_assert(block_rows % rows == 0 && block_cols % cols == 0 && depth % line == 0);
 };
 
-// Where a panel of b `[depth, Tiling::cols]` lies: packed, or in place.
-template <class A>
-struct panel_ref {
-  const A* data;
-  std::int64_t step;  // elements from one depth to the next
+// Where a panel of b `[depth, Tiling::cols]` or a tile of sums `[Tiling::rows, Tiling::cols]` lies.
+template <class T>
+struct block_ref {
+  T* data;
+  std::int64_t step;  // elements from one row to the next
 };
 
 // tile[i, j] (+)= sum over k, ascending, of a[i * RowStep + k * DepthStep] * b.data[k * b.step + j].
@@ -58,14 +58,14 @@ struct panel_ref {
 // of all heights. The compiler contracts the product and the sum into one operation everywhere or nowhere.
 template <class Tiling, int RowStep, int DepthStep, int... I>
 void multiply_tile(std::integer_sequence<int, I...> /*rows*/, std::int64_t depth, const typename Tiling::value* a,
-                   panel_ref<typename Tiling::value> b, bool first, typename Tiling::value* tile) {
+                   block_ref<const typename Tiling::value> b, bool first, block_ref<typename Tiling::value> tile) {
   using vector = typename Tiling::vector;
   constexpr int lanes = Tiling::lanes;
   const auto load = [](vector& to, const typename Tiling::value* from) { std::memcpy(&to, from, sizeof(vector)); };
   const auto store = [](typename Tiling::value* to, const vector& from) { std::memcpy(to, &from, sizeof(vector)); };
   vector low[sizeof...(I)] = {};
   vector high[sizeof...(I)] = {};
-  if (!first) ((load(low[I], tile + I * Tiling::cols), load(high[I], tile + I * Tiling::cols + lanes)), ...);
+  if (!first) ((load(low[I], tile.data + I * tile.step), load(high[I], tile.data + I * tile.step + lanes)), ...);
   for (std::int64_t k = 0; k < depth; ++k) {
     vector b_low, b_high;
     load(b_low, b.data);
@@ -74,13 +74,13 @@ void multiply_tile(std::integer_sequence<int, I...> /*rows*/, std::int64_t depth
     a += DepthStep;
     b.data += b.step;
   }
-  ((store(tile + I * Tiling::cols, low[I]), store(tile + I * Tiling::cols + lanes, high[I])), ...);
+  ((store(tile.data + I * tile.step, low[I]), store(tile.data + I * tile.step + lanes, high[I])), ...);
 }
 
 // `multiply_tile` for 1 to Tiling::rows rows.
 template <class Tiling, int RowStep, int DepthStep>
-void multiply_tile(int rows, std::int64_t depth, const typename Tiling::value* a, panel_ref<typename Tiling::value> b,
-                   bool first, typename Tiling::value* tile) {
+void multiply_tile(int rows, std::int64_t depth, const typename Tiling::value* a,
+                   block_ref<const typename Tiling::value> b, bool first, block_ref<typename Tiling::value> tile) {
   [&]<int... R>(std::integer_sequence<int, R...>) {
     (void)((rows == R + 1 && (multiply_tile<Tiling, RowStep, DepthStep>(std::make_integer_sequence<int, R + 1>{}, depth,
                                                                         a, b, first, tile),

@@ -153,8 +153,8 @@ bool select_in_groups(const A* keys, int num_experts, int k, int groups, int kep
 /// Scores of the selected experts; 0 in unused slots.
 /// @param scores What `all_scores` wrote, or null where the score is over each expert or over the selected.
 template <class Score, accumulate_type A>
-void selected_scores(const typename Score::options& options, const A* logits, const A* scores,
-                            const std::int32_t* ids, int k, A* selected) {
+void selected_scores(const typename Score::options& options, const A* logits, const A* scores, const std::int32_t* ids,
+                     int k, A* selected) {
   A packed[max_top_k];
   int used = 0;
   for (int i = 0; i < k; ++i) {
