@@ -8,7 +8,6 @@
 //   backward  8 T E (logits, dlogits) + 8 T K (ids, dweights)
 
 #include <cstdint>
-#include <random>
 #include <vector>
 
 #include <benchmark/benchmark.h>
@@ -49,16 +48,12 @@ struct problem {
         experts(static_cast<int>(state.range(1))),
         k(static_cast<int>(state.range(2))),
         router(make_router(static_cast<const Router*>(nullptr), experts, k)),
-        logits(static_cast<std::size_t>(tokens * experts)),
-        bias(static_cast<std::size_t>(experts)),
+        logits(tessera_bench::normal<float>(static_cast<std::size_t>(tokens * experts))),
+        bias(tessera_bench::normal<float>(static_cast<std::size_t>(experts), 0.01f)),
         weights(static_cast<std::size_t>(tokens * k)),
         dlogits(logits.size()),
         ids(weights.size()),
         counts(bias.size() + 2) {
-    std::mt19937 generator(1);
-    std::normal_distribution<float> normal;
-    for (float& x : logits) x = normal(generator);
-    for (float& x : bias) x = 0.01f * normal(generator);
     route();
   }
 
@@ -132,4 +127,4 @@ BENCHMARK_TEMPLATE(backward, sigmoid_grouped)->Apply(grouped);
 
 }  // namespace
 
-TESSERA_BENCHMARK_MAIN();
+TESSERA_BENCHMARK_MAIN()

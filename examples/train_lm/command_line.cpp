@@ -28,7 +28,7 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
       "Ctrl-C finishes the step on all ranks, writes everything and exits with 130; a second one ends at once.\n"
       "Exit codes: 0 done, 1 an error that is explained, 130 stopped.");
   app.get_formatter()->column_width(34);
-  app.option_defaults()->always_capture_default();
+  app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
 
   const std::map<std::string, balance_kind> balance_names{
       {"none", balance_kind::none}, {"loss", balance_kind::loss}, {"bias", balance_kind::bias}};
@@ -39,6 +39,7 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   app.add_option("--data", s.data, "Text files or folders (default: the Debian system's licence and copyright files)")
       ->group(data)
       ->type_name("PATH")
+      ->take_all()
       ->default_str("");
   app.add_option("--output,-o", s.output, "Folder for everything that is written")->group(data)->type_name("DIR");
   app.add_option("--sample", s.sample_bytes, "Bytes of text to generate at the end")->group(data)->type_name("BYTES");
@@ -53,6 +54,7 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   app.add_option("--balance", s.balances, "none, loss, bias: one run each, compared if several")
       ->group(experts)
       ->type_name("KIND")
+      ->take_all()
       ->default_str("bias")
       ->transform(CLI::CheckedTransformer(balance_names, CLI::ignore_case).description(""));
   app.add_option("--combine", s.combine, "ordered (bits do not depend on the ranks) or reduced (fewer bytes travel)")

@@ -48,7 +48,7 @@ struct settings {
   std::vector<balance_kind> balances{balance_kind::bias};  ///< One training run each, in this order.
   combine_kind combine = combine_kind::ordered;            ///< See `combine_kind`.
   int ranks = 0;                                           ///< 0: the number of cores, at most 4.
-  std::int64_t steps = 480;                                ///< Optimizer steps.
+  std::int64_t steps = 420;                                ///< Optimizer steps.
   std::int64_t batch = 24;                                 ///< Sequences of a step over all ranks.
   std::int64_t length = 128;                               ///< Bytes of a sequence.
   std::int64_t layers = 2;                                 ///< Blocks of mixer and experts.

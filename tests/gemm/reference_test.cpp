@@ -86,7 +86,39 @@ TEST_CASE("products larger than every block agree with plain loops in double") {
                                                                true, ts::write::accumulate);
     check_variable_k<reference, double, double, double, double>(random, {offsets_of({257}), 150, 66, 0}, layout, false,
                                                                 ts::write::overwrite);
+    // Whole tiles of sums that need no conversion are kept in the result itself.
+    check_variable_m<reference, float, float, float, float, float>(random, {offsets_of({300, 1}), 0, 64, 517}, layout,
+                                                                   true, false, ts::write::overwrite);
+    check_variable_k<reference, float, float, float, float>(random, {offsets_of({300, 1}), 150, 160, 0}, layout, false,
+                                                            ts::write::overwrite);
   }
+}
+
+TEST_CASE_TEMPLATE("overwriting has the bits of adding to zeros", A, float, double) {
+  random_engine random(8);
+  for (const std::int64_t length : {9, 600})
+    for (const std::int64_t N : {64, 75}) {
+      const std::int64_t rows = 150;
+      const auto x = normal<A>(random, std::max(rows, length) * std::max(rows, length));
+      const auto w = normal<A>(random, std::max(N, length) * length);
+      std::vector<A> overwritten(static_cast<std::size_t>(rows * N)), added(overwritten);
+      for (const bool overwrite : {true, false}) {
+        auto& c = overwrite ? overwritten : added;
+        reference::variable_m<A>(offsets_of({rows}), N, length, row_operand<A>{x.data(), length},
+                                 group_operand<const A>{w.data(), 0, length, 1}, nullptr,
+                                 matrix_view<A>(c.data(), rows, N),
+                                 overwrite ? ts::write::overwrite : ts::write::accumulate);
+      }
+      CHECK(same_bits(overwritten.data(), added.data(), rows * N));
+      std::fill(added.begin(), added.end(), A{0});
+      for (const bool overwrite : {true, false}) {
+        auto& c = overwrite ? overwritten : added;
+        reference::variable_k<A>(offsets_of({length}), rows, N, row_operand<A>{x.data(), rows},
+                                 row_operand<A>{w.data(), N}, group_operand<A>{c.data(), 0, N, 1},
+                                 overwrite ? ts::write::overwrite : ts::write::accumulate);
+      }
+      CHECK(same_bits(overwritten.data(), added.data(), rows * N));
+    }
 }
 
 // Bits of c for rows of one group, each row multiplied within a group of the given size.

@@ -4,6 +4,7 @@
 // The shared functions give the same bits on the device as on the host: every bfloat16 word widened and rounded back,
 // and the words in between. Without a GPU it says so and exits with 77, which CTest reports as skipped.
 
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +29,7 @@ void require(cudaError_t status, const char* what) {
 // A float near bfloat16 word `word`: the word itself, and floats below, on and above the tie to the next word.
 TESSERA_HD float probe(std::uint32_t word, int which) {
   const std::uint32_t tails[] = {0x0000u, 0x7fffu, 0x8000u, 0x8001u};
-  return std::bit_cast<float>((word << 16) | tails[which]);
+  return __builtin_bit_cast(float, (word << 16) | tails[which]);
 }
 
 constexpr int num_words = 65536;

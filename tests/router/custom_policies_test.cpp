@@ -39,6 +39,20 @@ struct softmax_by_logit : ts::score::softmax {
   static constexpr bool selects_on_logits = true;
 };
 
+// Not monotone in the logit.
+struct magnitude {
+  struct options {};
+  static constexpr auto over = ts::score_over::each;
+  template <class A>
+  static A value(A logit, const options&) {
+    return std::abs(logit);
+  }
+  template <class A>
+  static A derivative(A logit, A, const options&) {
+    return logit < A(0) ? A(-1) : A(1);
+  }
+};
+
 struct mean_of_group {
   template <class A>
   struct accumulator {
@@ -154,6 +168,27 @@ TEST_CASE("a user's score takes part in selection, weights, losses and gradient"
   expect_gradient<selected>({.num_experts = 6, .top_k = 3, .score = {.cap = 2.0f}, .balance = {{.coefficient = 0.5f}}});
   using by_logit = ts::router<softmax_by_logit, select::top_k, weigh::raw, balance::sequence_loss>;
   expect_gradient<by_logit>({.num_experts = 6, .top_k = 3, .balance = {{.coefficient = 0.5f}}});
+}
+
+TEST_CASE("selection and sequence loss compare scores, not logits") {
+  using router = ts::router<magnitude, select::top_k, weigh::raw, balance::sequence_loss>;
+  const router r({.num_experts = 3, .top_k = 1});
+  problem<double> p(1, 3, 1);
+  p.logits = {-3, 1, 2};
+  p.route(r);
+  CHECK(p.ids_of(0) == std::vector<std::int32_t>{0});
+  const float coefficient = 1.0f;
+  double loss = 0;
+  r.losses(ts::host_stream{}, p.inputs(), p.local(), &coefficient, 0, ts::matrix_view<double>{&loss, 1, 1});
+  CHECK(loss == doctest::Approx(3.0 * (3.0 / 6.0)).epsilon(1e-14));
+  // by the loss alone: d(3 s_0 / sum) / dx_i
+  const double dweight = 0;
+  doubles gradient(3);
+  r.backward(ts::host_stream{}, p.inputs(), p.out(), ts::matrix_view<const double>{&dweight, 1, 1}, p.local(),
+             &coefficient, 1.0, ts::matrix_view<double>{gradient.data(), 1, 3});
+  CHECK(gradient[0] == doctest::Approx(-3.0 * (1.0 / 6.0 - 3.0 / 36.0)).epsilon(1e-13));
+  CHECK(gradient[1] == doctest::Approx(-3.0 * 3.0 / 36.0).epsilon(1e-13));
+  CHECK(gradient[2] == doctest::Approx(-3.0 * 3.0 / 36.0).epsilon(1e-13));
 }
 
 TEST_CASE("a user's group score, weighing and losses compose") {

@@ -206,6 +206,11 @@ class thread_world {
     for (rank_state& state : ranks_) wake(state);
   }
 
+  void set_failure(thread_failure failure) {
+    if (!failure_) failure_ = std::move(failure);
+    wake_all();
+  }
+
   // Waits for an event or the deadline. Most events come soon: giving the processor to the other ranks a few times is
   // cheaper than sleeping, even when there are more ranks than processors, unless it goes to somebody with much to do.
   void wait_event(rank_state& state, std::unique_lock<std::mutex>& lock, clock::time_point deadline) {

@@ -5,7 +5,6 @@
 /// @file
 /// The exponential and what activations make of it, without branches and tables, so that loops over them vectorise.
 
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -14,6 +13,12 @@
 
 TESSERA_NAMESPACE_BEGIN
 namespace detail {
+
+/// `std::bit_cast`, which is a host function to nvcc.
+template <class To, class From>
+TESSERA_HD constexpr To reinterpret_bits(From from) {
+  return __builtin_bit_cast(To, from);
+}
 
 /// Constants of `exp_of`: beyond `lowest` the result is 0, beyond `highest` infinity; `ln2_high` times any exponent in
 /// between is exact; `integer_shift` is 1.5 * 2^mantissa_bits; the Taylor polynomial of `degree` is exact to a tenth of
@@ -26,7 +31,7 @@ struct exp_constants<float> {
   using word = std::int32_t;
   static constexpr int degree = 7, mantissa_bits = 23, exponent_bias = 127;
   static constexpr float lowest = -105.0f, highest = 90.0f;
-  static constexpr float integer_shift = 0x1.8p23f;
+  static constexpr float integer_shift = 0x1.8p23f, infinity = std::numeric_limits<float>::infinity();
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
 };
 
@@ -35,7 +40,7 @@ struct exp_constants<double> {
   using word = std::int64_t;
   static constexpr int degree = 13, mantissa_bits = 52, exponent_bias = 1023;
   static constexpr double lowest = -746.0, highest = 711.0;
-  static constexpr double integer_shift = 0x1.8p52;
+  static constexpr double integer_shift = 0x1.8p52, infinity = std::numeric_limits<double>::infinity();
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
 };
 
@@ -62,7 +67,7 @@ template <class A>
 TESSERA_HD constexpr A power_of_two(std::int32_t exponent) {
   using constants = exp_constants<A>;
   using word = typename constants::word;
-  return std::bit_cast<A>(
+  return reinterpret_bits<A>(
       static_cast<word>(static_cast<word>(exponent + constants::exponent_bias) << constants::mantissa_bits));
 }
 
@@ -71,7 +76,7 @@ template <accumulate_type A>
 TESSERA_HD constexpr A choose(bool condition, A a, A b) {
   using word = typename exp_constants<A>::word;
   const word mask = -static_cast<word>(condition);
-  return std::bit_cast<A>((std::bit_cast<word>(a) & mask) | (std::bit_cast<word>(b) & ~mask));
+  return reinterpret_bits<A>((reinterpret_bits<word>(a) & mask) | (reinterpret_bits<word>(b) & ~mask));
 }
 
 /// e^x to 2 units in the last place; 0 and infinity where it leaves the range, NaN for NaN.
@@ -83,13 +88,12 @@ TESSERA_HD constexpr A exp_of(A x) {
   // defined for NaN and for what is out of range.
   const A shifted = x * A(1.4426950408889634074) + constants::integer_shift;
   const auto exponent =
-      static_cast<std::int32_t>(std::bit_cast<word>(shifted) - std::bit_cast<word>(constants::integer_shift));
+      static_cast<std::int32_t>(reinterpret_bits<word>(shifted) - reinterpret_bits<word>(constants::integer_shift));
   const A n = static_cast<A>(exponent);
   const A r = (x - n * constants::ln2_high) - n * constants::ln2_low;
   const std::int32_t half = exponent / 2;  // in two steps, because results may be subnormal or infinite
   const A inside = exp_series<0>(r) * power_of_two<A>(half) * power_of_two<A>(exponent - half);
-  return choose(x < constants::lowest, A(0),
-                choose(x > constants::highest, std::numeric_limits<A>::infinity(), inside));
+  return choose(x < constants::lowest, A(0), choose(x > constants::highest, constants::infinity, inside));
 }
 
 /// 1 / (1 + e^-x).

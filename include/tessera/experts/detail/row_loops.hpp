@@ -150,7 +150,7 @@ void activation_backward_rows(std::int64_t num_rows, std::int64_t n, const A* we
         for (int j = count; j < row_block; ++j) rounded[j] = A(0);  // an activation of 0 need not be finite
         dweight.add(d, rounded);
       }
-      A dgate[row_block], dup[row_block];
+      [[maybe_unused]] A dgate[row_block], dup[row_block];
       for (int j = 0; j < row_block; ++j) {
         if constexpr (Activation::gated)
           Activation::backward(gate[j], up[j], weight * d[j], dgate[j], dup[j], options);

@@ -4,7 +4,6 @@
 
 // The inner loop of the host products: one tile of sums, kept in registers while a block of the depth goes by.
 
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -56,35 +55,36 @@ struct block_ref {
 // tile[i, j] (+)= sum over k, ascending, of a[i * RowStep + k * DepthStep] * b.data[k * b.step + j].
 // Every element goes through the same instructions whatever the number of rows, so that its bits are the same in tiles
 // of all heights. The compiler contracts the product and the sum into one operation everywhere or nowhere.
-template <class Tiling, int RowStep, int DepthStep, int... I>
-void multiply_tile(std::integer_sequence<int, I...> /*rows*/, std::int64_t depth, const typename Tiling::value* a,
+template <class Tiling, int RowStep, int DepthStep, int... Row>
+void multiply_tile(std::integer_sequence<int, Row...> /*rows*/, std::int64_t depth, const typename Tiling::value* a,
                    block_ref<const typename Tiling::value> b, bool first, block_ref<typename Tiling::value> tile) {
   using vector = typename Tiling::vector;
   constexpr int lanes = Tiling::lanes;
   const auto load = [](vector& to, const typename Tiling::value* from) { std::memcpy(&to, from, sizeof(vector)); };
   const auto store = [](typename Tiling::value* to, const vector& from) { std::memcpy(to, &from, sizeof(vector)); };
-  vector low[sizeof...(I)] = {};
-  vector high[sizeof...(I)] = {};
-  if (!first) ((load(low[I], tile.data + I * tile.step), load(high[I], tile.data + I * tile.step + lanes)), ...);
+  vector low[sizeof...(Row)] = {};
+  vector high[sizeof...(Row)] = {};
+  if (!first)
+    ((load(low[Row], tile.data + Row * tile.step), load(high[Row], tile.data + Row * tile.step + lanes)), ...);
   for (std::int64_t k = 0; k < depth; ++k) {
     vector b_low, b_high;
     load(b_low, b.data);
     load(b_high, b.data + lanes);
-    ((low[I] += a[I * RowStep] * b_low, high[I] += a[I * RowStep] * b_high), ...);
+    ((low[Row] += a[Row * RowStep] * b_low, high[Row] += a[Row * RowStep] * b_high), ...);
     a += DepthStep;
     b.data += b.step;
   }
-  ((store(tile.data + I * tile.step, low[I]), store(tile.data + I * tile.step + lanes, high[I])), ...);
+  ((store(tile.data + Row * tile.step, low[Row]), store(tile.data + Row * tile.step + lanes, high[Row])), ...);
 }
 
 // `multiply_tile` for 1 to Tiling::rows rows.
 template <class Tiling, int RowStep, int DepthStep>
 void multiply_tile(int rows, std::int64_t depth, const typename Tiling::value* a,
                    block_ref<const typename Tiling::value> b, bool first, block_ref<typename Tiling::value> tile) {
-  [&]<int... R>(std::integer_sequence<int, R...>) {
-    (void)((rows == R + 1 && (multiply_tile<Tiling, RowStep, DepthStep>(std::make_integer_sequence<int, R + 1>{}, depth,
-                                                                        a, b, first, tile),
-                              true)) ||
+  [&]<int... Last>(std::integer_sequence<int, Last...>) {
+    (void)((rows == Last + 1 && (multiply_tile<Tiling, RowStep, DepthStep>(std::make_integer_sequence<int, Last + 1>{},
+                                                                           depth, a, b, first, tile),
+                                 true)) ||
            ...);
   }
   (std::make_integer_sequence<int, Tiling::rows>{});
