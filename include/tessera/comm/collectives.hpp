@@ -178,7 +178,7 @@ class collectives {
   /// @param recv_counts  How many come from each rank.
   /// @param recv_offsets Where each rank's part starts in `recv`.
   template <transferable T>
-  void all_to_all_v(host_stream s, const T* send, const std::int64_t* send_counts, const std::int64_t* send_offsets,
+  void all_to_all_v(host_stream, const T* send, const std::int64_t* send_counts, const std::int64_t* send_offsets,
                     T* recv, const std::int64_t* recv_counts, const std::int64_t* recv_offsets) {
     const int rank = checked().rank();
     for (const std::int64_t* sizes : {send_counts, send_offsets, recv_counts, recv_offsets}) {
@@ -202,7 +202,6 @@ class collectives {
     }
     copy(send + send_offsets[rank], recv + recv_offsets[rank], send_counts[rank]);
     flush("all_to_all_v");
-    static_cast<void>(s);
   }
 
   /// Sends and receives messages as one group: none of them waits for another of the same group. Only the ranks named
@@ -250,10 +249,10 @@ class collectives {
 
  protected:
   collectives() = default;
-  collectives(const collectives&) = default;
-  collectives(collectives&&) noexcept = default;
-  collectives& operator=(const collectives&) = default;
-  collectives& operator=(collectives&&) noexcept = default;
+  collectives(const collectives&) = default;                 ///< Copies the scratch too: never wrong, rarely needed.
+  collectives(collectives&&) noexcept = default;             ///< Takes the scratch over.
+  collectives& operator=(const collectives&) = default;      ///< Copies the scratch too.
+  collectives& operator=(collectives&&) noexcept = default;  ///< Takes the scratch over.
   ~collectives() = default;
 
   /// `all_gather` under another name in errors, for collectives of a derived class. @param send `[count]`.
@@ -326,7 +325,8 @@ class collectives {
 
   template <class T>
   void expect_elements(const char* phase, const char* name, const T* data, std::int64_t count, int parts = 1) {
-    const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(sizeof(T)) / parts;
+    const std::int64_t limit =
+        (std::numeric_limits<std::int64_t>::max)() / static_cast<std::int64_t>(sizeof(T)) / parts;
     TESSERA_EXPECTS(count >= 0 && count <= limit, phase << ": rank " << checked().rank() << " gives count = " << count
                                                         << " for " << name << ", it must be in [0, " << limit << "]");
     TESSERA_EXPECTS(count == 0 || data != nullptr, phase << ": rank " << derived().rank() << " gives no data as "

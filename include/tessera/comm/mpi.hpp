@@ -194,7 +194,7 @@ class mpi : public collectives<mpi> {
     constexpr int data_tag = 0;
     auto* data = static_cast<std::byte*>(t.data);
     for (std::int64_t done = 0; done < t.bytes;) {
-      const std::int64_t bytes = std::min(t.bytes - done, max_message_bytes_);
+      const std::int64_t bytes = (std::min)(t.bytes - done, max_message_bytes_);
       MPI_Request request = MPI_REQUEST_NULL;
       if (is_send) {
         world_->check(

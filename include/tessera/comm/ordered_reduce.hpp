@@ -73,8 +73,8 @@ std::size_t ordered_all_reduce_workspace_bytes(int num_ranks, std::int64_t total
   memory.take<std::int64_t>("ordered_all_reduce.chunks", num_ranks);
   detail::ordered_reduce_buffers<A> buffers;
   detail::lay_out(buffers, memory, num_ranks, total_chunks, total_chunks,
-                  std::max(total_chunks * detail::slice_of(count, num_ranks, 0).length,
-                           std::min(total_chunks * count, detail::ordered_reduce_small_elements)));
+                  (std::max)(total_chunks * detail::slice_of(count, num_ranks, 0).length,
+                             (std::min)(total_chunks * count, detail::ordered_reduce_small_elements)));
   return memory.bytes();
 }
 
@@ -99,7 +99,7 @@ void ordered_all_reduce(stream_ref<typename Comm::space> stream, Comm& comm, con
   TESSERA_EXPECTS(local_chunks >= 0 && count >= 0, "ordered_all_reduce: rank "
                                                        << rank << " gives local_chunks = " << local_chunks
                                                        << ", count = " << count << ", they must not be negative");
-  const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(sizeof(A));
+  const std::int64_t limit = (std::numeric_limits<std::int64_t>::max)() / static_cast<std::int64_t>(sizeof(A));
   TESSERA_EXPECTS(count == 0 || local_chunks <= limit / count,
                   "ordered_all_reduce: " << local_chunks << " chunks of " << count << " elements exceed the memory");
   TESSERA_EXPECTS((contributions != nullptr || local_chunks * count == 0) && (result != nullptr || count == 0),

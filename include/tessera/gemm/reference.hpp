@@ -27,10 +27,10 @@ namespace gemm {
 /// may use it, with two elsewhere), then bias, then old content, then one rounding to the type of the result (from
 /// double to bf16 two, by way of float). So its bits depend on the operands' rows and columns that it is made of, and
 /// on nothing else: not on the number of rows, the other rows or groups, gather lists, the strides of any operand, or
-/// where in a tile it falls. They do depend on the instruction set compiled for: fused and separate multiply-add
-/// differ.
+/// where in a tile it falls. They do depend on how this header is compiled (instruction set, optimisation level): fused
+/// and separate multiply-add differ.
 ///
-/// **Memory.** Scratch is on the stack, at most 512 KiB; nothing is allocated.
+/// **Memory.** Scratch is on the stack, less than 400 KiB; nothing is allocated.
 ///
 /// **Threads.** Calls run on the calling thread and return when they are done. Distinct results may be computed at the
 /// same time.

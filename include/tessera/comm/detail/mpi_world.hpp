@@ -214,7 +214,7 @@ class mpi_world {
   }
 
   static void copy_text(control_message& message, const std::string& text) {
-    const std::size_t length = std::min(text.size(), sizeof(message.text) - 1);
+    const std::size_t length = (std::min)(text.size(), sizeof(message.text) - 1);
     std::memcpy(message.text, text.data(), length);
     message.text[length] = '\0';
   }

@@ -60,7 +60,7 @@ void reduce_in_order(reduce_op op, std::int64_t num_sources, Source source, std:
   constexpr std::int64_t block = 512;  // stays in the first-level cache
   T sum[block];
   for (std::int64_t begin = 0; begin < count; begin += block) {
-    const std::int64_t length = std::min(block, count - begin);
+    const std::int64_t length = (std::min)(block, count - begin);
     const auto bytes = static_cast<std::size_t>(length) * sizeof(T);
     std::memcpy(sum, source(0) + begin, bytes);
     for (std::int64_t i = 1; i < num_sources; ++i) reduce_into(op, sum, source(i) + begin, length);

@@ -1,0 +1,314 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// The producer warpgroup: it decides on tiles, tells the consumers, and fills the operand ring.
+
+#include <cstdint>
+
+#include <tessera/gemm/detail/hopper/kernel_shape.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+namespace detail::hopper {
+
+/// Shared-window addresses of a block's rings.
+template <class Shape>
+struct rings {
+  std::uint32_t operands;                           ///< Operand ring.
+  std::uint32_t full, empty;                        ///< Its barriers.
+  std::uint32_t tiles;                              ///< Tile ring, 32 bytes a slot.
+  std::uint32_t tile_full, tile_empty;              ///< Its barriers.
+  __device__ std::uint32_t stage(int slot) const {  ///< Operands of a slot: chunks of A, then chunks of B.
+    return operands + static_cast<std::uint32_t>(slot) * Shape::stage_bytes;
+  }
+};
+
+/// Reads a slot of the tile ring. @param leave Whether this warp will not read the slot again.
+template <class Shape>
+__device__ __forceinline__ tile read_tile(const rings<Shape>& r, ring_position<Shape::tile_slots>& position) {
+  const auto offset = static_cast<std::uint32_t>(position.slot);
+  barrier_wait(r.tile_full + 8 * offset, position.parity);
+  const uint4 low = load_shared(r.tiles + 32 * offset);
+  const uint2 high = load_shared_8(r.tiles + 32 * offset + 16);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(r.tile_empty + 8 * offset);
+  position.advance();
+  return {static_cast<int>(low.x), static_cast<int>(low.y),  static_cast<int>(low.z),
+          static_cast<int>(low.w), static_cast<int>(high.x), static_cast<int>(high.y)};
+}
+
+/// Writes a slot of the tile ring; one thread.
+template <class Shape>
+__device__ __forceinline__ void publish_tile(const rings<Shape>& r, ring_position<Shape::tile_slots>& position,
+                                             const tile& t) {
+  const auto offset = static_cast<std::uint32_t>(position.slot);
+  barrier_wait(r.tile_empty + 8 * offset, position.parity ^ 1);
+  store_shared(r.tiles + 32 * offset, {static_cast<unsigned>(t.group), static_cast<unsigned>(t.m),
+                                       static_cast<unsigned>(t.m_end), static_cast<unsigned>(t.n)});
+  store_shared_8(r.tiles + 32 * offset + 16, {static_cast<unsigned>(t.k_begin), static_cast<unsigned>(t.k_end)});
+  barrier_arrive(r.tile_full + 8 * offset);
+  position.advance();
+}
+
+/// Indices of the tiles of this cluster, ascending: with a counter, as clusters ask for them; without, in turn.
+template <int Cluster>
+class tile_order {
+ public:
+  __device__ explicit tile_order(std::int32_t* counter)
+      : counter_(counter),
+        stride_(static_cast<int>(gridDim.x) / Cluster),
+        next_(static_cast<int>(blockIdx.x) / Cluster) {}
+
+  /// The next index; all lanes of the scheduling warp. The request for the one after it is already under way when
+  /// this returns.
+  __device__ int next() {
+    const int index = __shfl_sync(0xffffffffu, next_, 0);
+    if (Cluster == 1 && counter_ != nullptr) {
+      if (threadIdx.x % 32 == 0) next_ = stride_ + atomicAdd(counter_, 1);
+    } else {
+      next_ = index + stride_;
+    }
+    return index;
+  }
+
+  /// Puts the counter back to zero once every block is done asking; one thread.
+  __device__ void finish() {
+    if (Cluster != 1 || counter_ == nullptr) return;
+    __threadfence();
+    if (atomicAdd(counter_ + 1, 1) == static_cast<int>(gridDim.x) - 1) {
+      counter_[0] = 0;
+      counter_[1] = 0;
+    }
+  }
+
+ private:
+  std::int32_t* counter_;
+  int stride_;
+  int next_;
+};
+
+/// Chunks of A that hold rows of the result.
+__device__ __forceinline__ int used_chunks_a(const tile& t) {
+  return t.m >= t.m_end ? 0 : t.m_end - t.m > chunk_rows ? 2 : 1;
+}
+
+/// Chunks of B that hold columns of the result.
+template <class Shape, bool Split>
+__device__ __forceinline__ int used_chunks_b(const tile& t, int n) {
+  const int chunks = (n - t.n + chunk_rows - 1) / chunk_rows * (Split ? 2 : 1);
+  return chunks < Shape::chunks_b ? chunks : Shape::chunks_b;
+}
+
+/// Enqueues this block's share of the chunks of B for the sum from `k` on.
+template <class Shape, bool Split, class P>
+__device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t target, std::uint32_t barrier,
+                                       const tile& t, int chunks, int k, const P& p, int rank) {
+#pragma unroll
+  for (int c = 0; c < Shape::chunks_b; ++c) {
+    if (c >= chunks || (Shape::cluster > 1 && c % Shape::cluster != rank)) continue;
+    const int column = Split ? t.n + c / 2 * chunk_rows + c % 2 * p.split : t.n + c * chunk_rows;
+    const std::uint32_t chunk = target + static_cast<std::uint32_t>(c) * chunk_bytes;
+    constexpr auto everyone = static_cast<std::uint16_t>((1 << Shape::cluster) - 1);
+    const int group = t.group * p.b_group_step;
+    if constexpr (Shape::kind == product::variable_k) {
+      if constexpr (Shape::cluster > 1)
+        tma_load_multicast(chunk, map, barrier, everyone, column, k);
+      else
+        tma_load(chunk, map, barrier, column, k);
+    } else {
+      const int x = Shape::order_b == contiguous::k ? k : column, y = Shape::order_b == contiguous::k ? column : k;
+      if constexpr (Shape::cluster > 1)
+        tma_load_multicast(chunk, map, barrier, everyone, x, y, group);
+      else
+        tma_load(chunk, map, barrier, x, y, group);
+    }
+  }
+}
+
+/// Enqueues the chunks of A for the sum from `k` on.
+template <class Shape>
+__device__ __forceinline__ void load_a(const CUtensorMap& map, std::uint32_t target, std::uint32_t barrier,
+                                       const tile& t, int chunks, int k) {
+#pragma unroll
+  for (int c = 0; c < Shape::chunks_a; ++c) {
+    if (c >= chunks) continue;
+    const std::uint32_t chunk = target + static_cast<std::uint32_t>(c) * chunk_bytes;
+    const int row = t.m + c * chunk_rows;
+    if constexpr (Shape::kind == product::variable_k)
+      tma_load(chunk, map, barrier, row, k);
+    else
+      tma_load(chunk, map, barrier, k, row);
+  }
+}
+
+/// Waits until a slot of the operand ring is empty, in all blocks of the cluster.
+template <class Shape>
+__device__ __forceinline__ void wait_empty(const rings<Shape>& r, const ring_position<Shape::stages>& at) {
+  const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(at.slot);
+  if constexpr (Shape::cluster > 1)
+    barrier_wait_cluster(barrier, at.parity ^ 1);
+  else
+    barrier_wait(barrier, at.parity ^ 1);
+}
+
+/// One warp, in which one thread feeds the copy engine with both operands.
+template <class Shape, bool Split, int StepN, class P>
+__device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
+                        int rank) {
+  tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
+  tile_order<Shape::cluster> order(p.tile_counter);
+  ring_position<Shape::tile_slots> slot;
+  ring_position<Shape::stages> at;
+  const bool leader = threadIdx.x % 32 == 0;
+  for (;;) {
+    const tile t = walk.find(order.next(), rank);
+    if (leader) {
+      publish_tile(r, slot, t);
+      if (t.group >= 0) {
+        const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
+        const auto bytes = static_cast<std::uint32_t>((chunks_a + chunks_b) * chunk_bytes);
+        for (int k = t.k_begin; k < t.k_end; k += Shape::tile_k) {
+          wait_empty(r, at);
+          const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
+          const std::uint32_t stage = r.stage(at.slot);
+          barrier_arrive_expect(full, bytes);
+          load_a<Shape>(map_a, stage, full, t, chunks_a, k);
+          load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
+          at.advance();
+        }
+      }
+    }
+    __syncwarp();
+    if (t.group < 0) break;
+  }
+  if (leader) order.finish();
+}
+
+/// Four warps, of which one thread feeds the copy engine with one operand, and all copy rows of the other, 16 bytes a
+/// time, placed as the copy engine would with its 128-byte swizzle.
+///
+/// A row's copies are announced `copy_lag` stages after they were issued: ordinary copies must be complete and fenced
+/// before the matrix units may read them, and waiting for the newest would leave nothing under way.
+template <class Shape, bool Split, int StepN, class P>
+__device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
+                                 int rank) {
+  static constexpr bool rows_are_k = Shape::kind == product::variable_k;
+  static constexpr bool of_a = Shape::gather == gathered::a;
+  // Lines of 128 bytes: 8 threads copy one; 128 threads, 16 at a time.
+  static constexpr int lines = rows_are_k ? Shape::tile_k : Shape::tile_m;
+  static constexpr int lines_each = lines / 16;
+  static constexpr int chunks_of_line = rows_are_k ? (of_a ? Shape::chunks_a : Shape::chunks_b) : 1;
+
+  tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
+  tile_order<Shape::cluster> order(p.tile_counter);
+  ring_position<Shape::tile_slots> slot;
+  ring_position<Shape::stages> at, announced;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int unit = thread % 8, first_line = thread / 8;
+  const bool leader = thread == 0;
+  // the same for all lines of a thread, because they are 16 apart
+  const auto swizzled = static_cast<std::uint32_t>(first_line * 128 + (unit ^ (first_line % 8)) * 16);
+  int pending = 0;
+
+  const auto announce = [&]() {
+    async_proxy_fence();
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(r.full + 8 * static_cast<std::uint32_t>(announced.slot));
+    announced.advance();
+  };
+
+  for (;;) {
+    tile t;
+    if (warp == 0) {
+      t = walk.find(order.next(), rank);
+      if (leader) publish_tile(r, slot, t);
+      __syncwarp();
+    } else {
+      t = read_tile(r, slot);
+    }
+    if (t.group < 0) break;
+    const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
+    const auto bytes = static_cast<std::uint32_t>((of_a ? chunks_b : chunks_a) * chunk_bytes);
+
+    const bfloat16* rows[lines_each];  // null: beyond the group
+    std::int32_t upcoming[lines_each];
+    if constexpr (rows_are_k) {
+#pragma unroll
+      for (int i = 0; i < lines_each; ++i) {
+        const int row = t.k_begin + first_line + 16 * i;
+        upcoming[i] = row < t.k_end ? __ldg(p.gather + row) : -1;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < lines_each; ++i) {
+        const int row = t.m + first_line + 16 * i;
+        rows[i] = row < t.m_end ? p.gather_data + p.gather_stride * __ldg(p.gather + row) + unit * 8 : nullptr;
+      }
+    }
+
+    for (int k = t.k_begin; k < t.k_end; k += Shape::tile_k) {
+      if constexpr (rows_are_k) {
+        const int column = (of_a ? t.m : t.n) + unit * 8;
+#pragma unroll
+        for (int i = 0; i < lines_each; ++i) {
+          rows[i] = upcoming[i] >= 0 ? p.gather_data + p.gather_stride * upcoming[i] + column : nullptr;
+          const int row = k + Shape::tile_k + first_line + 16 * i;
+          upcoming[i] = row < t.k_end ? __ldg(p.gather + row) : -1;
+        }
+      }
+      wait_empty(r, at);
+      const std::uint32_t stage = r.stage(at.slot);
+      const std::uint32_t stage_b = stage + Shape::chunks_a * chunk_bytes;
+      if (leader) {
+        const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
+        barrier_arrive_expect(full, bytes);
+        if constexpr (of_a)
+          load_b<Shape, Split>(map_b, stage_b, full, t, chunks_b, k, p, rank);
+        else
+          load_a<Shape>(map_a, stage, full, t, chunks_a, k);
+      }
+      __syncwarp();
+      const std::uint32_t target = (of_a ? stage : stage_b) + swizzled;
+      if constexpr (rows_are_k) {
+        const int used = of_a ? chunks_a : chunks_b;
+        const int first_column = of_a ? t.m : t.n, columns = of_a ? t.m_end : p.sizes.n;
+#pragma unroll
+        for (int c = 0; c < chunks_of_line; ++c) {
+          if (c >= used) continue;
+          const bool inside = first_column + c * chunk_rows + unit * 8 < columns;
+#pragma unroll
+          for (int i = 0; i < lines_each; ++i) {
+            const bool valid = inside && rows[i] != nullptr;
+            copy_async(target + static_cast<std::uint32_t>(c * chunk_bytes + i * 16 * 128),
+                       valid ? rows[i] + c * chunk_rows : p.gather_data, valid ? 16 : 0);
+          }
+        }
+      } else {
+        const bool inside = k + unit * 8 < t.k_end;
+#pragma unroll
+        for (int i = 0; i < lines_each; ++i) {
+          if (i * 16 >= chunks_a * chunk_rows) continue;
+          const bool valid = inside && rows[i] != nullptr;
+          copy_async(target + static_cast<std::uint32_t>(i * 16 * 128), valid ? rows[i] + k : p.gather_data,
+                     valid ? 16 : 0);
+        }
+      }
+      copy_async_commit();
+      at.advance();
+      if (pending == Shape::copy_lag) {
+        copy_async_wait<Shape::copy_lag>();
+        announce();
+      } else {
+        ++pending;
+      }
+    }
+  }
+  copy_async_wait<0>();
+  for (; pending > 0; --pending) announce();
+  if (leader) order.finish();
+}
+
+}  // namespace detail::hopper
+TESSERA_NAMESPACE_END
