@@ -38,7 +38,6 @@ int main() {
   constexpr int d = 4, n = 6, num_experts = 2, num_tokens = 3, num_pairs = 5;
   const ts::experts<soft_capped_swiglu, ts::precision::fp64> experts(
       {.num_local_experts = num_experts, .hidden = d, .intermediate = n}, {.cap = 2});
-
   const auto wave = [](std::size_t count, double phase) {
     std::vector<double> v(count);
     for (std::size_t i = 0; i < count; ++i) v[i] = std::sin(1.7 * static_cast<double>(i) + phase);
@@ -52,7 +51,6 @@ int main() {
   const ts::expert_rows rows{num_experts, row_offsets, gather};
   const ts::expert_weights<const double> weights{up.data(), down.data()};
   const ts::matrix_view<const double> x_view(x.data(), num_tokens, d), dy_view(dy.data(), num_tokens, d);
-
   ts::host_buffer buffer(1 << 16);
   ts::memory_builder memory(ts::workspace_memory(buffer), "the example's buffer");
   const auto saved = experts.carve_saved(memory, num_pairs);        // forward to backward_weights
@@ -60,7 +58,6 @@ int main() {
   const auto forward_scratch = experts.carve_forward(memory, num_pairs, ts::weight_on::output);
   const auto input_scratch = experts.carve_backward_input(memory, num_pairs, ts::weight_on::output);
   const auto weights_scratch = experts.carve_backward_weights(memory, num_pairs, ts::weight_on::output);
-
   const auto loss = [&] {  // sum over pairs of <y, dy>
     experts.forward({}, rows, x_view, {}, weights, saved, {y.data(), num_pairs, d}, forward_scratch);
     double sum = 0;

@@ -167,7 +167,7 @@ if ((sanitizers)); then
   export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=1}
   export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
   export TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1}
-  common=(-DCMAKE_BUILD_TYPE=Sanitize "-DCMAKE_CXX_FLAGS_SANITIZE=-O1" -DTESSERA_CUDA=OFF -DTESSERA_BUILD_BENCHMARKS=OFF
+  common=(-DCMAKE_BUILD_TYPE=Sanitize "-DCMAKE_CXX_FLAGS_SANITIZE=-Og" -DTESSERA_CUDA=OFF -DTESSERA_BUILD_BENCHMARKS=OFF
     -DTESSERA_BUILD_EXAMPLES=OFF -DTESSERA_INSTALL=OFF)
   build_and_test "$build/address" "Address and undefined behaviour sanitizers" "${common[@]}" \
     -DTESSERA_SANITIZE=address,undefined

@@ -25,7 +25,8 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
       "With --combine ordered the same seed gives the same loss, bit for bit, for every number of ranks.\n"
       "\nWritten to the output folder, per run: metrics.csv, load.csv, loss.svg, load.svg, sample.txt; with several\n"
       "--balance a folder for each, and comparison.svg.\n"
-      "Ctrl-C finishes the step on all ranks, writes everything and exits with 130; a second one ends at once.\n"
+      "Ctrl-C finishes the step on all ranks, writes everything and exits with 130; a second one ends at once. mpirun\n"
+      "kills its processes a second after Ctrl-C: then metrics.csv and load.csv are there, the rest may not be.\n"
       "Exit codes: 0 done, 1 an error that is explained, 130 stopped.");
   app.get_formatter()->column_width(34);
   app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);

@@ -81,12 +81,16 @@ class reporter {
     std::fflush(stdout);
   }
 
-  /// Writes what a run has left behind.
+  /// Writes the numbers of a run.
+  void write(const run_result& run) const {
+    make_folder(folder_of(run));
+    write_run(folder_of(run), run);
+  }
+
+  /// Writes and draws a run that has ended.
   void finish(run_result run) {
-    const std::string folder = s_.balances.size() == 1 ? s_.output : s_.output + "/" + name_of(run.balance);
-    make_folder(folder);
-    write_run(folder, run);
-    if (s_.plots) warn(plot_run(folder, run, references_));
+    write(run);
+    if (s_.plots) warn(plot_run(folder_of(run), run, references_));
     runs_.push_back(std::move(run));
   }
 
@@ -103,6 +107,10 @@ class reporter {
   }
 
  private:
+  std::string folder_of(const run_result& run) const {
+    return s_.balances.size() == 1 ? s_.output : s_.output + "/" + name_of(run.balance);
+  }
+
   static void warn(const std::string& problem) {
     if (!problem.empty()) std::fprintf(stderr, "train_lm: no plots: %s\n", problem.c_str());
   }
@@ -113,8 +121,9 @@ class reporter {
   std::vector<run_result> runs_;
 };
 
+/// One training run on this rank. @param report Only rank 0 uses it.
 template <class Comm>
-run_result run_on(const settings& s, balance_kind balance, const corpus& text, Comm& comm) {
+run_result run_on(const settings& s, balance_kind balance, const corpus& text, Comm& comm, const reporter* report) {
   trainer<float, Comm> training(s, balance, text, comm);
   if (comm.rank() != 0) return training.run(nullptr);
   const auto [all, active] = training.parameter_counts();
@@ -123,7 +132,7 @@ run_result run_on(const settings& s, balance_kind balance, const corpus& text, C
               static_cast<long long>(s.experts), comm.size(), name_of(s.combine));
   std::fflush(stdout);
   progress bar(std::string("balance ") + name_of(balance), s.steps, s.quiet);
-  return training.run(&bar);
+  return training.run(&bar, [&](const run_result& run) { report->write(run); });
 }
 
 int run_threads(const settings& s) {
@@ -133,7 +142,7 @@ int run_threads(const settings& s) {
   for (const balance_kind balance : s.balances) {
     run_result result;
     ts::comm::threads::run(s.ranks, [&](ts::comm::threads& comm) {
-      run_result own = run_on(s, balance, text, comm);
+      run_result own = run_on(s, balance, text, comm, &report);
       if (comm.rank() == 0) result = std::move(own);
     });
     stopped = result.stopped;
@@ -156,7 +165,7 @@ int run_processes(const settings& s, ts::comm::mpi& comm) {
   if (comm.rank() == 0) report = std::make_unique<reporter>(s, text);
   bool stopped = false;
   for (const balance_kind balance : s.balances) {
-    run_result result = run_on(s, balance, text, comm);
+    run_result result = run_on(s, balance, text, comm, report.get());
     stopped = result.stopped;
     if (report) report->finish(std::move(result));
     if (stopped) break;

@@ -91,9 +91,9 @@ void write_run(const std::string& folder, const run_result& run) {
 std::string summary(const std::vector<run_result>& runs, const corpus& text, const baselines& references) {
   std::string out = format("\nBits per byte of the validation text (%zu bytes, %zu files)\n", text.validation.size(),
                            text.validation_files);
-  if (references.order2 > 0) out += format("  order-2 model (Witten-Bell)   %6.3f\n", references.order2);
+  if (references.order2 > 0) out += format("  order-2 model (Witten-Bell)        %6.3f\n", references.order2);
   if (references.compressor) {
-    out += format("  %-28s  %6.3f\n", (references.compressor->command + ", after the training text").c_str(),
+    out += format("  %-33s  %6.3f\n", (references.compressor->command + ", after the training text").c_str(),
                   references.compressor->bits_per_byte);
   }
   out += "\n  balance   validation bpb   below order-2   training bpb   max/mean load*   bytes/s   seconds\n";

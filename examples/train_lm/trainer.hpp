@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -161,8 +162,9 @@ class trainer {
     return speaks ? text : std::string();
   }
 
-  /// The run from start to end. @param bar Shows it; only rank 0 has one.
-  run_result run(progress* bar) {
+  /// The run from start to end. @param bar Shows it; only rank 0 has one. @param on_stop Called on rank 0 with what
+  /// there is when the run has been stopped, before validation and sample: mpirun kills its processes a second later.
+  run_result run(progress* bar, const std::function<void(const run_result&)>& on_stop = {}) {
     run_result result;
     result.balance = balance_;
     result.ranks = comm_.size();
@@ -184,6 +186,7 @@ class trainer {
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     result.bytes_seen = static_cast<std::int64_t>(result.steps.size()) * s_.batch * s_.length;
     if (bar != nullptr) bar->finish();
+    if (result.stopped && comm_.rank() == 0 && on_stop) on_stop(result);
     result.validation = validate();
     result.steps.back().validation = result.validation;
     if (s_.sample_bytes > 0) result.sample = sample();

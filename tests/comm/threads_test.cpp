@@ -353,6 +353,7 @@ TEST_CASE("a failed split is forgotten by reset") {
                                            comm_checks::require(!o.text.empty(), "split came through");
                                            c.reset();
                                            comm_checks::check_split(c);
+                                           rounds.arrive_and_wait();
                                          }
                                        },
                                        {.timeout = long_timeout}));

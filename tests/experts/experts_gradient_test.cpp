@@ -108,8 +108,10 @@ void check_placements(const char* name, const typename Activation::options& opti
 template <class Activation>
 void check_layouts(const typename Activation::options& options = {}, double spread = 1) {
   check_placements<Activation, ts::weight_layout::out_in_concatenated>("out_in_concatenated", options, spread);
-  check_placements<Activation, ts::weight_layout::out_in_interleaved>("out_in_interleaved", options, spread);
-  check_placements<Activation, ts::weight_layout::in_out_concatenated>("in_out_concatenated", options, spread);
+  if constexpr (Activation::gated) {  // the order of gate and up means nothing to plain activations
+    check_placements<Activation, ts::weight_layout::out_in_interleaved>("out_in_interleaved", options, spread);
+    check_placements<Activation, ts::weight_layout::in_out_concatenated>("in_out_concatenated", options, spread);
+  }
   check_placements<Activation, ts::weight_layout::in_out_interleaved>("in_out_interleaved", options, spread);
 }
 

@@ -11,6 +11,9 @@
 #include <doctest/doctest.h>
 
 #include "expert_case.hpp"
+#if defined(TESSERA_HAS_CBLAS)
+#include <tessera/gemm/blas.hpp>
+#endif
 
 namespace ts = tessera;
 using namespace expert_test;
@@ -422,3 +425,26 @@ TEST_CASE("NaN in one row stays in that row") {
     else
       CHECK(same_row(r.y, i, clean.y, i, q.d));
 }
+
+#if defined(TESSERA_HAS_CBLAS)
+TEST_CASE("the CBLAS backend agrees with the reference up to rounding") {
+  using layout = ts::weight_layout::in_out_interleaved;
+  using act = ts::activation::swiglu;
+  for (auto applied : {ts::weight_on::output, ts::weight_on::input}) {
+    const auto q = make_problem<act, double>(medium(applied), 19);
+    solution<double_experts<act, layout>> a(q);
+    solution<ts::experts<act, ts::precision::fp64, layout, ts::gemm::blas>> b(q);
+    a.run(), b.run();
+    const auto close = [](const std::vector<double>& u, const std::vector<double>& v) {
+      return std::equal(u.begin(), u.end(), v.begin(), v.end(),
+                        [](double s, double t) { return std::abs(s - t) <= 1e-11 * std::max(1.0, std::abs(t)); });
+    };
+    CHECK(close(b.y, a.y));
+    CHECK(close(b.dx, a.dx));
+    CHECK(close(b.dweight, a.dweight));
+    CHECK(close(b.dup, a.dup));
+    CHECK(close(b.ddown, a.ddown));
+    CHECK(close(b.ddown_bias, a.ddown_bias));
+  }
+}
+#endif

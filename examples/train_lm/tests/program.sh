@@ -136,6 +136,20 @@ case $case_name in
     done
     ;;
 
+  mpi_stop) # mpirun leaves its processes a second after Ctrl-C: enough for the numbers
+    "$mpiexec" "$numproc_flag" 2 "$program" "${small[@]}" --steps 1000000 --output "$folder/stopped" \
+      >"$folder/stopped.log" 2>&1 &
+    pid=$!
+    sleep 4
+    kill -INT "$pid"
+    code=0
+    wait "$pid" || code=$?
+    [[ $code != 0 ]] || fail "a stopped job ended with 0"
+    for file in metrics.csv load.csv; do
+      [[ -s $folder/stopped/$file ]] || fail "$file was not written: $(cat "$folder/stopped.log")"
+    done
+    ;;
+
   mpi_errors) # every rank reports and the job ends
     code=0
     "$mpiexec" "$numproc_flag" 2 "$program" "${small[@]}" --top-k 33 >"$folder/error.log" 2>&1 || code=$?

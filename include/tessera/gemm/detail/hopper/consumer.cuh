@@ -15,18 +15,23 @@ namespace detail::hopper {
 /// How products are summed: in the matrix unit's accumulator alone. A narrower operand type adds a policy that moves
 /// partial sums to registers of their own.
 struct direct_accumulation {
-  /// Adds one stage: `Blocks` blocks of 64 rows, `tile_k` products deep.
-  template <class Shape, int Blocks>
+  /// Adds one stage: `Blocks` blocks of 64 rows, `tile_k` products deep. @tparam First Whether the sums begin here.
+  template <class Shape, int Blocks, bool First>
   static __device__ __forceinline__ void multiply(float (&sums)[Shape::blocks][Shape::accumulators], std::uint32_t a,
-                                                  std::uint32_t b, bool first) {
+                                                  std::uint32_t b) {
     using instruction = mma_bf16<Shape::tile_n, Shape::order_a, Shape::order_b>;
 #pragma unroll
     for (int step = 0; step < Shape::tile_k / step_k; ++step) {
 #pragma unroll
-      for (int block = 0; block < Blocks; ++block)
-        instruction::multiply(sums[block],
-                              descriptor<Shape::order_a>(a + static_cast<std::uint32_t>(block) * chunk_bytes, step),
-                              descriptor<Shape::order_b>(b, step), first && step == 0 ? 0 : 1);
+      for (int block = 0; block < Blocks; ++block) {
+        const std::uint64_t rows =
+            descriptor<Shape::order_a>(a + static_cast<std::uint32_t>(block) * chunk_bytes, step);
+        const std::uint64_t columns = descriptor<Shape::order_b>(b, step);
+        if (First && step == 0)
+          instruction::start(sums[block], rows, columns);
+        else
+          instruction::add(sums[block], rows, columns);
+      }
     }
   }
 };
@@ -60,47 +65,67 @@ __device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int v
   named_barrier(Shape::ping_pong ? static_cast<int>(threadIdx.x / 128) : 1, threads);
 }
 
-/// Sums a tile into `sums`. @tparam Blocks How many of this warpgroup's blocks have rows; with 0 it only passes the
-/// stages on.
+/// Waits for the operands of stage `index` of a tile's sum.
+template <class Shape>
+__device__ __forceinline__ void await_stage(const rings<Shape>& r, const ring_position<Shape::stages>& at,
+                                            const tile& t, int index) {
+  barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
+  if constexpr (Shape::kind == product::variable_k) {
+    const int valid = t.k_end - t.k_begin - index * Shape::tile_k;
+    if (valid < Shape::tile_k) zero_tail(r, at.slot, valid);
+  }
+}
+
+/// Sums a tile into `sums`. @tparam Blocks How many of this warpgroup's blocks have rows.
 template <class Shape, class Accumulation, int Blocks>
 __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::accumulators], const rings<Shape>& r,
                                          ring_position<Shape::stages>& at, const tile& t, std::uint32_t offset_a) {
-  const int length = t.k_end - t.k_begin;
-  const int stages = (length + Shape::tile_k - 1) / Shape::tile_k;
-  if (stages == 0) {
-#pragma unroll
-    for (int block = 0; block < Blocks; ++block)
-#pragma unroll
-      for (int i = 0; i < Shape::accumulators; ++i) sums[block][i] = 0.0f;
-    return;
-  }
-  int previous = 0;
-  for (int s = 0; s < stages; ++s) {
-    barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
-    if constexpr (Shape::kind == product::variable_k) {
-      const int valid = length - s * Shape::tile_k;
-      if (valid < Shape::tile_k) zero_tail(r, at.slot, valid);
-    }
-    if constexpr (Blocks > 0) {
-      const std::uint32_t stage = r.stage(at.slot);
-      mma_fence();
-      Accumulation::template multiply<Shape, Blocks>(sums, stage + offset_a, stage + Shape::chunks_a * chunk_bytes,
-                                                     s == 0);
-      mma_commit();
-      // One group stays under way, so that the matrix unit never waits for a release.
-      mma_wait<1>();
-      if (s > 0) release_stage(r, previous);
-      previous = at.slot;
-    } else {
-      release_stage(r, at.slot);
-    }
+  static constexpr std::uint32_t offset_b = Shape::chunks_a * chunk_bytes;
+  const int stages = sum_stages<Shape>(t);
+  await_stage(r, at, t, 0);
+  mma_fence();
+  Accumulation::template multiply<Shape, Blocks, true>(sums, r.stage(at.slot) + offset_a, r.stage(at.slot) + offset_b);
+  mma_commit();
+  int previous = at.slot;
+  at.advance();
+#pragma unroll 1
+  for (int s = 1; s < stages; ++s) {
+    await_stage(r, at, t, s);
+    mma_fence();
+    Accumulation::template multiply<Shape, Blocks, false>(sums, r.stage(at.slot) + offset_a,
+                                                          r.stage(at.slot) + offset_b);
+    mma_commit();
+    // One group stays under way, so that the matrix unit never waits for a release.
+    mma_wait<1>();
+    release_stage(r, previous);
+    previous = at.slot;
     at.advance();
   }
-  if constexpr (Blocks > 0) {
-    mma_wait<0>();
+  mma_wait<0>();
 #pragma unroll
-    for (int block = 0; block < Blocks; ++block) accumulator_fence(sums[block]);
-    release_stage(r, previous);
+  for (int block = 0; block < Blocks; ++block) accumulator_fence(sums[block]);
+  release_stage(r, previous);
+}
+
+/// Passes a tile's stages on: none of its rows are this warpgroup's.
+template <class Shape>
+__device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<Shape::stages>& at, const tile& t) {
+  const int stages = sum_stages<Shape>(t);
+  for (int s = 0; s < stages; ++s) {
+    await_stage(r, at, t, s);
+    release_stage(r, at.slot);
+    at.advance();
+  }
+}
+
+/// Hands a warpgroup's blocks to the epilogue.
+template <class Shape, class Epilogue, int Blocks, class P>
+__device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::blocks][Shape::accumulators], const tile& t,
+                                           int first_row, std::uint32_t staging) {
+#pragma unroll
+  for (int block = 0; block < Blocks; ++block) {
+    const int row = first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16;
+    if (row < t.m_end) Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, staging);
   }
 }
 
@@ -109,30 +134,28 @@ template <class Shape, class Accumulation, class Epilogue, class P>
 __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint32_t staging) {
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
-  const int warp = static_cast<int>(threadIdx.x / 32 % 4);
   for (int turn = 0;; turn ^= 1) {
     const tile t = read_tile(r, slot);
     if (t.group < 0) break;
     float sums[Shape::blocks][Shape::accumulators];
     if constexpr (Shape::ping_pong) {
       if (turn != which) {
-        at.advance((t.k_end - t.k_begin + Shape::tile_k - 1) / Shape::tile_k);
-        continue;
-      }
-      if (t.m_end - t.m > chunk_rows)
+        at.advance(sum_stages<Shape>(t));
+      } else if (t.m_end - t.m > chunk_rows) {
         sum_tile<Shape, Accumulation, 2>(sums, r, at, t, 0);
-      else
+        write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, staging);
+      } else {
         sum_tile<Shape, Accumulation, 1>(sums, r, at, t, 0);
+        write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, staging);
+      }
     } else {
-      if (t.m + which * chunk_rows < t.m_end)
+      const int first_row = t.m + which * chunk_rows;
+      if (first_row < t.m_end) {
         sum_tile<Shape, Accumulation, 1>(sums, r, at, t, static_cast<std::uint32_t>(which) * chunk_bytes);
-      else
-        sum_tile<Shape, Accumulation, 0>(sums, r, at, t, 0);
-    }
-#pragma unroll
-    for (int block = 0; block < Shape::blocks; ++block) {
-      const int first_row = t.m + (Shape::ping_pong ? block : which) * chunk_rows + warp * 16;
-      if (first_row < t.m_end) Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, first_row, staging);
+        write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, staging);
+      } else {
+        skip_tile(r, at, t);
+      }
     }
   }
 }

@@ -88,6 +88,14 @@ class tile_order {
   int next_;
 };
 
+/// Stages of a tile's sum. A group without rows takes one, all of whose lines are zeroed, so that its zeros come out of
+/// the same instructions as everything else.
+template <class Shape>
+__device__ __forceinline__ int sum_stages(const tile& t) {
+  const int stages = (t.k_end - t.k_begin + Shape::tile_k - 1) / Shape::tile_k;
+  return Shape::kind == product::variable_k && stages == 0 ? 1 : stages;
+}
+
 /// Chunks of A that hold rows of the result.
 __device__ __forceinline__ int used_chunks_a(const tile& t) {
   return t.m >= t.m_end ? 0 : t.m_end - t.m > chunk_rows ? 2 : 1;
@@ -168,7 +176,7 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
       if (t.group >= 0) {
         const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
         const auto bytes = static_cast<std::uint32_t>((chunks_a + chunks_b) * chunk_bytes);
-        for (int k = t.k_begin; k < t.k_end; k += Shape::tile_k) {
+        for (int k = t.k_begin, left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
           wait_empty(r, at);
           const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
           const std::uint32_t stage = r.stage(at.slot);
@@ -248,7 +256,7 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
       }
     }
 
-    for (int k = t.k_begin; k < t.k_end; k += Shape::tile_k) {
+    for (int k = t.k_begin, left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
       if constexpr (rows_are_k) {
         const int column = (of_a ? t.m : t.n) + unit * 8;
 #pragma unroll

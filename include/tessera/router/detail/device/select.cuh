@@ -51,27 +51,27 @@ __device__ chosen_expert select_by_rounds(cells<Chunks, A>& keys, const cell_map
   chosen_expert mine;
   const ordered_t<A> nothing = ordered(minus_infinity<A>());
   for (int round = 0; round < k; ++round) {
-    ordered_t<A> best = 0;
+    ordered_t<A> best = nothing;
     unsigned best_id = INT_MAX;
-    for_each_cell<Chunks>(map, lane, [&](int c, int j, int expert) {
+    for_each_cell<Chunks>([&](int c, int j) {
       const ordered_t<A> u = ordered(keys.value[c][j]);
       if (u > best) {
         best = u;
-        best_id = static_cast<unsigned>(expert);
+        best_id = static_cast<unsigned>(map.first_expert(c, lane) + j);
       }
     });
     const ordered_t<A> top = warp_max(best);
     if (top <= nothing) break;
     const int id = static_cast<int>(__reduce_min_sync(full_warp, best == top ? best_id : unsigned{INT_MAX}));
     if (lane == round) mine = {id, round};
-    for_each_cell<Chunks>(map, lane, [&](int c, int j, int expert) {
-      if (expert == id) keys.value[c][j] = minus_infinity<A>();
+    for_each_cell<Chunks>([&](int c, int j) {
+      if (j < map.per_lane && map.first_expert(c, lane) + j == id) keys.value[c][j] = minus_infinity<A>();
     });
   }
   return mine;
 }
 
-// @param keys    -inf where an expert may not be chosen; spent by the call.
+// @param keys    -inf where an expert may not be chosen, or where there is none; spent by the call.
 // @param key_of  The key of an expert again, with the same bits.
 // @param scratch 32 words of this warp.
 template <int Chunks, class A, class KeyOf>
@@ -79,27 +79,19 @@ __device__ __forceinline__ chosen_expert select_largest(cells<Chunks, A>& keys, 
                                                         KeyOf&& key_of, ranked_key<A>* scratch) {
   // the K-th of the lanes' maxima, or something smaller where maxima are equal
   A max = minus_infinity<A>();
-  for_each_cell<Chunks>(map, lane, [&](int c, int j, int) { max = keys.value[c][j] > max ? keys.value[c][j] : max; });
+  for_each_cell<Chunks>([&](int c, int j) { max = larger(max, keys.value[c][j]); });
   ordered_t<A> own = ordered(max);
   ordered_t<A> bound = 0;
   for (int round = 0; round < k; ++round) {
     bound = warp_max(own);
     if (own == bound) own = 0;
   }
-  const ordered_t<A> nothing = ordered(minus_infinity<A>());
-  const bool unbounded = bound <= nothing;
-  const A least = unbounded ? minus_infinity<A>() : unordered(bound);
-
+  // -inf is no key, so the smallest bound is the smallest number
+  const A least = bound <= ordered(minus_infinity<A>()) ? -largest_number<A>() : unordered(bound);
   unsigned mine = 0;
-#pragma unroll
-  for (int c = 0; c < Chunks; ++c) {
-    const int first = map.first_expert(c, lane);
-#pragma unroll
-    for (int j = 0; j < cell_width; ++j) {
-      const bool in = map.holds(first + j, j) && (unbounded ? keys.value[c][j] > least : keys.value[c][j] >= least);
-      if (in) mine |= 1u << (c * cell_width + j);
-    }
-  }
+  for_each_cell<Chunks>([&](int c, int j) {
+    if (keys.value[c][j] >= least) mine |= 1u << (c * cell_width + j);
+  });
 
   auto* const ids = reinterpret_cast<int*>(scratch);
   const unsigned below = (1u << lane) - 1u;
@@ -145,7 +137,7 @@ struct group_plan {
   int lanes_per_group = 0;  // 0: groups do not fall into whole lanes, a power of two of them
 };
 
-// Sets the keys of experts of unselected groups to -inf. @param scratch 32 numbers of this warp.
+// Sets the keys of experts of unselected groups to -inf; keys without an expert are -inf. @param scratch 32 numbers of this warp.
 template <class GroupScore, int Chunks, class A, class KeyOf>
 __device__ __forceinline__ void mask_groups(cells<Chunks, A>& keys, const cell_map& map, const group_plan& plan,
                                             int lane, KeyOf&& key_of, A* scratch) {
@@ -162,23 +154,17 @@ __device__ __forceinline__ void mask_groups(cells<Chunks, A>& keys, const cell_m
         A second = minus_infinity<A>();
 #pragma unroll
         for (int j = 0; j < cell_width; ++j) {
-          if (!map.holds(expert + j, j)) continue;
           const A key = keys.value[c][j];
-          if constexpr (is_top2) {
-            const A lower = key < first ? key : first;
-            second = lower > second ? lower : second;
-          }
-          first = key > first ? key : first;
+          if constexpr (is_top2) second = larger(second, smaller(key, first));
+          first = larger(first, key);
         }
         for (int step = 1; step < plan.lanes_per_group; step *= 2) {
           const A other = __shfl_xor_sync(full_warp, first, step);
           if constexpr (is_top2) {
             const A other_second = __shfl_xor_sync(full_warp, second, step);
-            const A lower = other < first ? other : first;
-            second = other_second > second ? other_second : second;
-            second = lower > second ? lower : second;
+            second = larger(larger(second, other_second), smaller(first, other));
           }
-          first = other > first ? other : first;
+          first = larger(first, other);
         }
         if (expert < map.num_experts && (lane & (plan.lanes_per_group - 1)) == 0) {
           scratch[expert / plan.group_size] = is_top2 ? first + second : first;
@@ -214,8 +200,9 @@ __device__ __forceinline__ void mask_groups(cells<Chunks, A>& keys, const cell_m
       for (int j = 0; j < cell_width; ++j) keys.value[c][j] = minus_infinity<A>();
     }
   } else {
-    for_each_cell<Chunks>(map, lane, [&](int c, int j, int expert) {
-      if (((kept >> (expert / plan.group_size)) & 1u) == 0) keys.value[c][j] = minus_infinity<A>();
+    for_each_cell<Chunks>([&](int c, int j) {
+      const int group = (map.first_expert(c, lane) + j) / plan.group_size;
+      if (group >= plan.groups || ((kept >> group) & 1u) == 0) keys.value[c][j] = minus_infinity<A>();
     });
   }
 }

@@ -18,11 +18,12 @@ namespace detail {
 
 inline constexpr int cell_width = 8;  // registers for the experts of a lane in one chunk
 
-// Which lane holds which expert. `vectors`: rows can be moved 16 bytes at a time.
+// Which lane holds which expert. `vectors`: rows can be moved 16 bytes at a time. `full`: every register has an expert.
 struct cell_map {
   int num_experts;
   int per_lane;
   bool vectors;
+  bool full;
 
   __device__ int first_expert(int chunk, int lane) const { return (chunk * warp_size + lane) * per_lane; }
   __device__ bool holds(int expert, int j) const { return j < per_lane && expert < num_experts; }
@@ -33,17 +34,23 @@ struct cells {
   A value[Chunks][cell_width];
 };
 
-// Calls f(chunk, j, expert) for every expert of this lane.
+// Calls f(chunk, j) for every register of this lane, in ascending order of the experts.
 template <int Chunks, class F>
-__device__ __forceinline__ void for_each_cell(const cell_map& map, int lane, F&& f) {
+__device__ __forceinline__ void for_each_cell(F&& f) {
 #pragma unroll
   for (int c = 0; c < Chunks; ++c) {
-    const int first = map.first_expert(c, lane);
 #pragma unroll
-    for (int j = 0; j < cell_width; ++j) {
-      if (map.holds(first + j, j)) f(c, j, first + j);
-    }
+    for (int j = 0; j < cell_width; ++j) f(c, j);
   }
+}
+
+// Gives registers without an expert a value.
+template <int Chunks, class A>
+__device__ __forceinline__ void fill_missing(cells<Chunks, A>& x, const cell_map& map, int lane, A value) {
+  if (map.full) return;
+  for_each_cell<Chunks>([&](int c, int j) {
+    if (!map.holds(map.first_expert(c, lane) + j, j)) x.value[c][j] = value;
+  });
 }
 
 template <class A>
@@ -140,16 +147,18 @@ struct softmax_terms {
   __device__ A operator()(A x) const { return fast_exp(x - max) * inverse_sum; }
 };
 
-// Terms of the softmax over the values in `x`, and the sum of `exp(x - max)`.
+// Replaces values (-inf where there is no expert) by `exp(x - max)`. Returns the terms of the softmax and the sum.
 template <int Chunks, class A>
-__device__ __forceinline__ softmax_terms<A> softmax_of(const cells<Chunks, A>& x, const cell_map& map, int lane,
-                                                       A& sum) {
+__device__ __forceinline__ softmax_terms<A> exponentials(cells<Chunks, A>& x, A& sum) {
   softmax_terms<A> terms;
   A max = minus_infinity<A>();
-  for_each_cell<Chunks>(map, lane, [&](int c, int j, int) { max = x.value[c][j] > max ? x.value[c][j] : max; });
+  for_each_cell<Chunks>([&](int c, int j) { max = larger(max, x.value[c][j]); });
   terms.max = warp_max_value(max);
   sum = A(0);
-  for_each_cell<Chunks>(map, lane, [&](int c, int j, int) { sum += fast_exp(x.value[c][j] - terms.max); });
+  for_each_cell<Chunks>([&](int c, int j) {
+    x.value[c][j] = fast_exp(x.value[c][j] - terms.max);
+    sum += x.value[c][j];
+  });
   sum = warp_sum(sum);
   terms.inverse_sum = fast_reciprocal(sum);
   return terms;
@@ -166,19 +175,19 @@ __device__ __forceinline__ A score_of(A logit, const typename Score::options& op
   }
 }
 
-// Terms of the score's softmax over all experts; those of scores without one do nothing.
+// Replaces logits by scores before selection; registers without an expert hold anything.
 template <class Score, int Chunks, class A>
-__device__ __forceinline__ softmax_terms<A> score_terms(const cells<Chunks, A>& logits, const cell_map& map, int lane,
-                                                        const typename Score::options& options) {
+__device__ __forceinline__ softmax_terms<A> all_scores(cells<Chunks, A>& x, const cell_map& map, int lane,
+                                                       const typename Score::options& options) {
+  for_each_cell<Chunks>([&](int c, int j) { x.value[c][j] = score_value<Score>(x.value[c][j], options); });
+  softmax_terms<A> terms;
   if constexpr (Score::over == score_over::all) {
-    cells<Chunks, A> values;
-    for_each_cell<Chunks>(map, lane,
-                          [&](int c, int j, int) { values.value[c][j] = score_value<Score>(logits.value[c][j], options); });
+    fill_missing<Chunks>(x, map, lane, minus_infinity<A>());
     A sum;
-    return softmax_of<Chunks>(values, map, lane, sum);
-  } else {
-    return {};
+    terms = exponentials<Chunks>(x, sum);
+    for_each_cell<Chunks>([&](int c, int j) { x.value[c][j] *= terms.inverse_sum; });
   }
+  return terms;
 }
 
 // Softmax over the lanes that are `chosen`, for scores over the selected experts.

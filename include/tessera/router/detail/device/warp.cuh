@@ -67,6 +67,15 @@ __device__ inline A minus_infinity() {
   return -static_cast<A>(__int_as_float(0x7f800000));
 }
 
+template <class A>
+__device__ inline A largest_number() {
+  if constexpr (sizeof(A) == 4) {
+    return __int_as_float(0x7f7fffff);
+  } else {
+    return __longlong_as_double(0x7fefffffffffffffll);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Reductions over a warp, the result in every lane. Sums are taken in a fixed tree.
 
@@ -89,6 +98,11 @@ __device__ inline T warp_sum(T x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+__device__ inline float smaller(float a, float b) { return fminf(a, b); }
+__device__ inline double smaller(double a, double b) { return fmin(a, b); }
+
 // Functions that are fast in float and exact in double. Errors in float stay below 6e-6 relative, of the argument's
 // rounding before the exponential, for every result that is a normal number.
 

@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Prints Google Benchmark's JSON files as Markdown tables. Usage: bench/table.py FILE[.json]..."""
+
+import json
+import sys
+
+SCALE = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
+
+
+def main() -> None:
+    for path in sys.argv[1:]:
+        if not path.endswith(".json"):
+            path += ".json"
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+        print(f"\n`{path}`\n\n| case | µs | GFLOP/s | GB/s |\n|---|---|---|---|")
+        for case in report["benchmarks"]:
+            if case.get("run_type") != "iteration" or case.get("error_occurred"):
+                continue
+            micros = case["real_time"] * SCALE[case["time_unit"]]
+            flops = f"{case['flops'] / 1e9:.0f}" if "flops" in case else ""
+            rate = f"{case['bytes'] / 1e9:.1f}" if "bytes" in case else ""
+            name = case["name"].removesuffix("/manual_time")
+            print(f"| `{name}` | {micros:.0f} | {flops} | {rate} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include <tessera/core/views.hpp>
+#include <tessera/router/detail/device/warp.cuh>
+
+// Moving and adding rows. A thread owns 16 bytes of the input's columns and walks over rows; threads of a warp own
+// neighbouring columns. The same kernels with one element per thread serve widths and addresses that 16 bytes do not
+// divide.
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+inline constexpr int row_threads = 256;
+
+// `Count` neighbouring elements, moved in pieces of at most 16 bytes.
+template <class T, int Count>
+struct alignas(sizeof(T) * Count >= 16 ? 16 : sizeof(T) * Count) elements {
+  T value[Count];
+};
+
+// Reads what no thread of the block reads again.
+template <class T, int Count>
+__device__ __forceinline__ elements<T, Count> load_once(const T* from) {
+  elements<T, Count> result;
+  if constexpr (sizeof(result) == 16) {
+    uint4 bits;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(from));
+    result = *reinterpret_cast<const elements<T, Count>*>(&bits);
+  } else {
+    result = *reinterpret_cast<const elements<T, Count>*>(from);
+  }
+  return result;
+}
+template <class T, int Count>
+__device__ __forceinline__ void store_elements(T* to, const elements<T, Count>& x) {
+  if constexpr (sizeof(x) > 16) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(x) / 16); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&x)[i];
+    }
+  } else {
+    *reinterpret_cast<elements<T, Count>*>(to) = x;
+  }
+}
+
+// How rows of `vectors` pieces are spread over blocks: `parts` blocks along a row, several rows in a block.
+struct row_plan {
+  int vectors;
+  int per_row;  // threads, a multiple of 32
+  int rows;     // per block
+  int parts;
+
+  __device__ int row() const { return static_cast<int>(threadIdx.x) / per_row; }
+  __device__ int column() const {
+    return static_cast<int>(blockIdx.y) * per_row + static_cast<int>(threadIdx.x) % per_row;
+  }
+};
+
+inline row_plan make_row_plan(std::int64_t hidden, int width) {
+  row_plan plan;
+  plan.vectors = static_cast<int>(hidden / width);
+  plan.parts = std::max(1, (plan.vectors + row_threads - 1) / row_threads);
+  const int share = (plan.vectors + plan.parts - 1) / plan.parts;
+  plan.per_row = std::max(1, (share + warp_size - 1) / warp_size) * warp_size;
+  plan.rows = std::max(1, row_threads / plan.per_row);
+  return plan;
+}
+
+template <class T>
+bool rows_are_aligned(const matrix_view<T>& view, std::size_t bytes) {
+  return view.data == nullptr || (reinterpret_cast<std::uintptr_t>(view.data) % bytes == 0 &&
+                                  static_cast<std::size_t>(view.stride) * sizeof(T) % bytes == 0);
+}
+
+template <class A, class T>
+__device__ __forceinline__ A widen(T x) {
+  return static_cast<A>(x);
+}
+
+template <class S, class A, class Out>
+struct combine_task {
+  row_plan plan;
+  matrix_view<const S> rows;
+  const std::int32_t* expert_row_of;  // [T, K]
+  int top_k;
+  matrix_view<const A> weights;   // no data: 1
+  matrix_view<const S> plus;      // no data: nothing
+  matrix_view<const A> plus_sum;  // no data: nothing
+  matrix_view<Out> y;
+};
+
+// y[t] = sum over k, ascending, of weight * row, then what is added.
+template <class S, class A, class Out, int Width>
+__launch_bounds__(row_threads) TESSERA_KERNEL combine_kernel(const __grid_constant__ combine_task<S, A, Out> task) {
+  constexpr int batch = 4;  // rows in flight per thread
+  const int vector = task.plan.column();
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
+  if (vector >= task.plan.vectors || t >= task.y.rows) return;
+  const std::int64_t column = static_cast<std::int64_t>(vector) * Width;
+  const std::int32_t* const places = task.expert_row_of + t * task.top_k;
+
+  A sum[Width] = {};
+  for (int first = 0; first < task.top_k; first += batch) {
+    std::int32_t place[batch];
+    A weight[batch];
+    elements<S, Width> row[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) place[i] = first + i < task.top_k ? __ldg(places + first + i) : -1;
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (place[i] >= 0) row[i] = load_once<S, Width>(task.rows.row(place[i]) + column);
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      weight[i] = task.weights.data != nullptr && place[i] >= 0 ? __ldg(task.weights.row(t) + first + i) : A(1);
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (place[i] < 0) continue;
+#pragma unroll
+      for (int j = 0; j < Width; ++j) sum[j] += weight[i] * widen<A>(row[i].value[j]);
+    }
+  }
+  if (task.plus.data != nullptr) {
+    const auto plus = load_once<S, Width>(task.plus.row(t) + column);
+#pragma unroll
+    for (int j = 0; j < Width; ++j) sum[j] += widen<A>(plus.value[j]);
+  }
+  if (task.plus_sum.data != nullptr) {
+#pragma unroll
+    for (int j = 0; j < Width; ++j) sum[j] += task.plus_sum.row(t)[column + j];
+  }
+  elements<Out, Width> out;
+#pragma unroll
+  for (int j = 0; j < Width; ++j) out.value[j] = static_cast<Out>(sum[j]);
+  store_elements(task.y.row(t) + column, out);
+}
+
+template <class S>
+struct permute_task {
+  row_plan plan;
+  matrix_view<const S> source;
+  const std::int32_t* num_rows;  // rows to make; null: as many as `expanded` has
+  const std::int32_t* gather;    // null: row i is row i
+  matrix_view<S> expanded;
+};
+
+// expanded[i] = source[gather[i]].
+template <class S, int Width>
+__launch_bounds__(row_threads) TESSERA_KERNEL gather_rows_kernel(const __grid_constant__ permute_task<S> task) {
+  constexpr int batch = 4;
+  const int vector = task.plan.column();
+  if (vector >= task.plan.vectors) return;
+  const std::int64_t column = static_cast<std::int64_t>(vector) * Width;
+  std::int64_t end = task.expanded.rows;
+  if (task.num_rows != nullptr && *task.num_rows < end) end = *task.num_rows;
+  const std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row()) * batch;
+  elements<S, Width> row[batch];
+#pragma unroll
+  for (int i = 0; i < batch; ++i) {
+    if (first + i >= end) continue;
+    const std::int64_t from = task.gather != nullptr ? __ldg(task.gather + first + i) : first + i;
+    row[i] = load_once<S, Width>(task.source.row(from) + column);
+  }
+#pragma unroll
+  for (int i = 0; i < batch; ++i) {
+    if (first + i < end) store_elements(task.expanded.row(first + i) + column, row[i]);
+  }
+}
+
+template <class S>
+struct scatter_task {
+  row_plan plan;
+  matrix_view<const S> source;
+  const std::int32_t* expert_row_of;  // [T, K]
+  int top_k;
+  matrix_view<S> expanded;
+};
+
+// expanded[expert_row_of[t, k]] = source[t]: every row is read once.
+template <class S, int Width>
+__launch_bounds__(row_threads) TESSERA_KERNEL scatter_rows_kernel(const __grid_constant__ scatter_task<S> task) {
+  const int vector = task.plan.column();
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
+  if (vector >= task.plan.vectors || t >= task.source.rows) return;
+  const std::int64_t column = static_cast<std::int64_t>(vector) * Width;
+  const auto row = load_once<S, Width>(task.source.row(t) + column);
+#pragma unroll 4
+  for (int k = 0; k < task.top_k; ++k) {
+    const std::int32_t place = __ldg(task.expert_row_of + t * task.top_k + k);
+    if (place >= 0) store_elements(task.expanded.row(place) + column, row);
+  }
+}
+
+// home[t, k] = values[expert_row_of[t, k]], 0 where there is no row.
+template <class A>
+__launch_bounds__(row_threads) TESSERA_KERNEL
+    gather_values_kernel(const A* values, const std::int32_t* expert_row_of, matrix_view<A> home) {
+  const std::int64_t pair = static_cast<std::int64_t>(blockIdx.x) * row_threads + threadIdx.x;
+  if (pair >= home.rows * home.cols) return;
+  const std::int32_t place = expert_row_of[pair];
+  home(pair / home.cols, pair % home.cols) = place < 0 ? A(0) : values[place];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host side
+
+template <class Task>
+void launch_rows(device_stream stream, void (*kernel)(Task), const Task& task, std::int64_t row_groups,
+                 const char* what) {
+  const std::int64_t blocks = (row_groups + task.plan.rows - 1) / task.plan.rows;
+  if (blocks == 0 || task.plan.vectors == 0) return;
+  TESSERA_EXPECTS(blocks <= INT32_MAX && task.plan.parts <= 65535, what << " would need " << blocks << " x "
+                                                                        << task.plan.parts << " blocks");
+  kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(task.plan.parts)),
+           static_cast<unsigned>(task.plan.per_row * task.plan.rows), 0, stream.get()>>>(task);
+  check_cuda(cudaGetLastError(), what);
+}
+
+// Elements per thread: 16 bytes of `S`, or one where something does not allow it.
+template <class S, class... Views>
+bool moves_vectors(std::int64_t hidden, const Views&... views) {
+  constexpr std::size_t width = 16 / sizeof(S);
+  const auto fits = [&](const auto& view) {
+    return rows_are_aligned(view, std::min<std::size_t>(16, width * sizeof(*view.data)));
+  };
+  return hidden % static_cast<std::int64_t>(width) == 0 && (fits(views) && ...);
+}
+
+template <class S, class A, class Out>
+void combine_on_device(device_stream stream, combine_task<S, A, Out> task) {
+  constexpr int width = 16 / sizeof(S);
+  const std::int64_t hidden = task.y.cols;
+  static_cast<void>(expect_device("combine"));
+  if (moves_vectors<S>(hidden, task.rows, task.plus, task.y)) {
+    task.plan = make_row_plan(hidden, width);
+    launch_rows(stream, combine_kernel<S, A, Out, width>, task, task.y.rows, "combine_kernel");
+  } else {
+    task.plan = make_row_plan(hidden, 1);
+    launch_rows(stream, combine_kernel<S, A, Out, 1>, task, task.y.rows, "combine_kernel");
+  }
+}
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END

@@ -1,0 +1,105 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include <tessera/dispatch/handle.hpp>
+#include <tessera/dispatch/options.hpp>
+#include <tessera/layout/expert_layout.hpp>
+#include <tessera/router/detail/device/route.cuh>
+
+// Lists of a routing that exists already: the second half of the router's kernel.
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// Ids out of range are no pairs.
+template <class Layout>
+struct layout_slot {
+  Layout layout;
+  __device__ int operator()(int expert) const {
+    return expert < layout.num_experts() ? static_cast<int>(layout.owner(expert, 0).slot) : -1;
+  }
+};
+
+template <class A, class Layout>
+struct sort_task {
+  list_plan plan;
+  list_task<A, layout_slot<Layout>> lists;
+  typename dispatch_handle<A>::totals* total;
+};
+
+inline constexpr std::size_t sort_scratch_bytes = 8 * 1024;
+
+template <class A, class Layout>
+__launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid_constant__ sort_task<A, Layout> task) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const list_shared shared(shared_bytes, sort_scratch_bytes, task.plan);
+  const auto& lists = task.lists;
+  const int top_k = static_cast<int>(lists.ids.cols);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * task.plan.tokens_per_block;
+  shared.clear(task.plan);
+  __syncthreads();
+  for (int pair = static_cast<int>(threadIdx.x); pair < task.plan.tokens_per_block * top_k; pair += list_threads) {
+    const int t = pair / top_k;
+    if (first + t >= lists.ids.rows) break;
+    const int id = lists.ids.row(first + t)[pair - t * top_k];
+    const int slot = id < 0 ? -1 : lists.slot_of(id);
+    if (slot >= 0) shared.mark(task.plan, t, slot);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    task.total->num_tokens = lists.ids.rows;
+    task.total->received_rows = lists.ids.rows;
+    task.total->overflow_drops = 0;
+  }
+  write_lists(task.plan, lists, shared);
+}
+
+template <class Layout, class A>
+void sort_on_device(device_stream stream, const Layout& layout, const dispatch_bounds& bounds,
+                    const dispatch_options& options, const routing<A>& chosen, const dispatch_handle<A>& handle,
+                    const router_workspace& workspace) {
+  const std::int64_t pairs = chosen.expert_ids.rows * chosen.expert_ids.cols;
+  TESSERA_EXPECTS(layout.num_ranks() == 1, "one rank sorts its own pairs, the layout has " << layout.num_ranks());
+  TESSERA_EXPECTS(chosen.expert_ids.rows <= bounds.max_tokens,
+                  chosen.expert_ids.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  TESSERA_EXPECTS(pairs <= bounds.max_pairs, pairs << " pairs may arrive, the bound is "
+                                                   << bounds.max_pairs
+                                                   << ": one rank on the device needs row_bound >= T * K");
+  expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
+  expect_matrix(chosen.weights, chosen.expert_ids.rows, bounds.top_k, "weights");
+  TESSERA_EXPECTS(options.capacity_factor == 0 || options.order == drop_order::position,
+                  "drop_order::weight has no device half: use drop_order::position");
+  TESSERA_EXPECTS(bounds.num_local_experts >= 1 && bounds.num_local_experts <= max_experts,
+                  bounds.num_local_experts << " local experts, expected 1 to " << max_experts);
+  TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
+                  "sorting on the device needs a router_workspace with a barrier and counts of blocks");
+  const int num_sms = expect_device("exchange_routing");
+  std::int64_t capacity = INT32_MAX;
+  if (options.capacity_factor > 0) {
+    capacity = std::min(capacity, static_cast<std::int64_t>(std::ceil(static_cast<double>(pairs) *
+                                                                      options.capacity_factor /
+                                                                      static_cast<double>(bounds.num_experts))));
+  }
+  sort_task<A, Layout> task{
+      make_list_plan(chosen.expert_ids.rows, bounds.num_local_experts, num_sms, sort_scratch_bytes),
+      {chosen.expert_ids,
+       chosen.weights,
+       {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
+       workspace,
+       nullptr,
+       &handle.total->capacity_drops,
+       &handle.total->received_pairs,
+       bounds.num_local_experts,
+       static_cast<int>(capacity),
+       {layout}},
+      handle.total};
+  launch_cooperative(stream, task.plan, sort_pairs_kernel<A, Layout>, task, "sort_pairs_kernel");
+}
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END

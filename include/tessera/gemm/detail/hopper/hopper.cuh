@@ -1,0 +1,270 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Definitions of `gemm/hopper.cuh`.
+
+#include <cstdint>
+#include <type_traits>
+
+#include <tessera/gemm/hopper.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::hopper {
+
+using gemm::group_operand;
+using gemm::row_operand;
+using gemm::hopper::config;
+using gemm::hopper::device;
+using gemm::hopper::launch_options;
+using gemm::hopper::problem;
+using gemm::hopper::row_groups;
+
+/// Checks the rows. @param groups The rows.
+inline void expect_groups(const row_groups& groups) {
+  TESSERA_EXPECTS(groups.num_groups >= 0 && groups.num_groups < (1 << 20) && groups.max_rows >= 0 &&
+                      groups.max_rows < (std::int64_t{1} << 31) - 512,
+                  "the rows are of " << groups.num_groups << " groups, at most " << groups.max_rows
+                                     << "; at least 0 and at most 2^20 groups and 2^31 - 512 rows are possible");
+  TESSERA_EXPECTS(groups.num_groups == 0 || groups.row_offsets != nullptr, "the row groups have no row_offsets");
+}
+
+/// The configuration of a launch. @param d The device. @param p The problem. @param options What the caller asks for.
+inline config configure(const device& d, problem p, const launch_options& options) {
+  TESSERA_EXPECTS(d.encode != nullptr, "the device is not filled in: use gemm::hopper::device::current()");
+  p.num_multiprocessors = d.num_multiprocessors;
+  if (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors) p.num_multiprocessors = options.sm_budget;
+  return options.forced != nullptr ? *options.forced : gemm::hopper::choose(p);
+}
+
+/// Checks that the gather list is there exactly where it was said to be.
+template <gathered Which, gathered Expected>
+void expect_source(const row_operand<bfloat16>& operand, const char* name) {
+  TESSERA_EXPECTS((operand.gather != nullptr) == (Which == Expected),
+                  name << (Which == Expected ? " needs a gather list" : " has a gather list that would be ignored"));
+}
+
+/// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
+/// columns Their length. @param fallback Any mapped address, for no rows. @param name For messages.
+inline CUtensorMap row_map(const device& d, const row_operand<bfloat16>& operand, std::int64_t rows,
+                           std::int64_t columns, const void* fallback, const char* name) {
+  const bool empty = rows == 0;
+  const std::int64_t stride = empty || operand.stride == 0 ? columns : operand.stride;
+  return chunk_map(d.encode, empty ? static_cast<const bfloat16*>(fallback) : operand.data, 2, {columns, rows, 1},
+                   {stride, 0}, name);
+}
+
+/// Everything that the products with variable M have in common. @param fill Sets the epilogue's parameters.
+template <contiguous Order, gathered Rows, class Epilogue>
+void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
+                        std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
+                        const typename Epilogue::params& epilogue, const launch_options& options) {
+  static_assert(Rows != gathered::b, "rows of b are not gathered in variable_m");
+  const std::int64_t K = shape.k;
+  expect_unit_extent(K, "the length of the sums");
+  expect_source<Rows, gathered::a>(a, "a");
+  const config c = configure(d, shape, options);
+  if (c.grid == 0) return;
+  expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
+  const std::int64_t contiguous_stride = Order == contiguous::k ? b.col_stride : b.row_stride;
+  const std::int64_t row_stride = Order == contiguous::k ? b.row_stride : b.col_stride;
+  TESSERA_EXPECTS(contiguous_stride == 1, "b has strides [" << b.group_stride << ", " << b.row_stride << ", "
+                                                            << b.col_stride << "], but its "
+                                                            << (Order == contiguous::k ? "last" : "middle")
+                                                            << " one must be 1 for this kernel");
+  expect_vector_rows(b.data, row_stride, sizeof(bfloat16), "b");
+  expect_vector_rows(b.data, b.group_stride, sizeof(bfloat16), "b, from group to group,");
+
+  const bool shared = b.group_stride == 0;
+  const std::int64_t matrices = shared ? 1 : groups.num_groups, N = shape.n;
+  const std::int64_t inner = Order == contiguous::k ? K : N, outer = Order == contiguous::k ? N : K;
+  const CUtensorMap map_b = chunk_map(d.encode, b.data, 3, {inner, outer, matrices},
+                                      {row_stride, shared ? row_stride * outer : b.group_stride}, "b");
+  const CUtensorMap map_a =
+      Rows == gathered::a ? map_b : row_map(d, a, groups.max_rows, K, b.data, "a");  // the kernel wants two
+
+  multiply_params<typename Epilogue::params> p{};
+  p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), 0, static_cast<int>(Epilogue::split ? N / 2 : N),
+             static_cast<int>(K)};
+  p.b_group_step = shared ? 0 : 1;
+  p.split = static_cast<int>(split);
+  p.gather_data = a.data;
+  p.gather_stride = a.stride;
+  p.gather = a.gather;
+  p.tile_counter = options.tile_counter;
+  p.epilogue = epilogue;
+  launch_configured<product::variable_m, Order, Rows, Epilogue>(stream, c, map_a, map_b, p);
+}
+
+}  // namespace detail::hopper
+
+namespace gemm::hopper {
+
+inline device device::current() {
+  using tessera::detail::hopper::expect_cuda;
+  int ordinal = 0, major_version = 0, minor_version = 0;
+  device d;
+  expect_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
+  expect_cuda(cudaDeviceGetAttribute(&major_version, cudaDevAttrComputeCapabilityMajor, ordinal),
+              "cudaDeviceGetAttribute");
+  expect_cuda(cudaDeviceGetAttribute(&minor_version, cudaDevAttrComputeCapabilityMinor, ordinal),
+              "cudaDeviceGetAttribute");
+  TESSERA_EXPECTS(major_version == 9 && minor_version == 0,
+                  "gemm::hopper needs a device of compute capability 9.0, device "
+                      << ordinal << " has " << major_version << '.' << minor_version);
+  expect_cuda(cudaDeviceGetAttribute(&d.num_multiprocessors, cudaDevAttrMultiProcessorCount, ordinal),
+              "cudaDeviceGetAttribute");
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  expect_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+              "cudaGetDriverEntryPointByVersion");
+  TESSERA_EXPECTS_AS(cuda_error, found == cudaDriverEntryPointSuccess && function != nullptr,
+                     "the driver has no cuTensorMapEncodeTiled: one of CUDA 12.0 or later is needed");
+  d.encode = reinterpret_cast<tessera::detail::hopper::tensor_map_encoder>(function);
+  return d;
+}
+
+template <contiguous Order, gathered Rows, class TC>
+void variable_m(device_stream stream, const device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
+                row_operand<bfloat16> a, group_operand<const bfloat16> b, const bfloat16* bias, matrix_view<TC> c,
+                write mode, const launch_options& options) {
+  using namespace tessera::detail::hopper;
+  static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
+  expect_groups(groups);
+  expect_unit_extent(N, "the number of columns");
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  expect_matrix(c, -1, N, "c");
+  TESSERA_EXPECTS(c.rows >= groups.max_rows, "c has " << c.rows << " rows, max_rows = " << groups.max_rows);
+  expect_vector_rows(c.data, c.stride, sizeof(TC), "c");
+  problem shape;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.n = N;
+  shape.k = K;
+  shape.gathered = Rows != gathered::none;
+  enqueue_variable_m<Order, Rows, store_epilogue<TC>>(
+      stream, d, shape, groups, 0, a, b, {c.data, 0, c.stride, static_cast<int>(N), mode == write::accumulate, bias},
+      options);
+}
+
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
+void variable_m_activation(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+                           std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
+                           const bfloat16* bias, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
+                           const typename Activation::options& activation, const launch_options& options) {
+  using namespace tessera::detail::hopper;
+  using epilogue = activation_epilogue<Activation, Interleaved>;
+  const std::int64_t U = Activation::gated ? 2 * n : n;
+  expect_groups(groups);
+  expect_unit_extent(n, "the number of columns of the activation");
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  expect_matrix(h, -1, U, "h");
+  expect_matrix(out, -1, n, "the activation");
+  TESSERA_EXPECTS(h.rows >= groups.max_rows && out.rows >= groups.max_rows,
+                  "h has " << h.rows << " rows and the activation " << out.rows << ", max_rows = " << groups.max_rows);
+  expect_vector_rows(h.data, h.stride, sizeof(bfloat16), "h");
+  expect_vector_rows(out.data, out.stride, sizeof(bfloat16), "the activation");
+  problem shape;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.n = U;
+  shape.k = K;
+  shape.epilogue = epilogue_kind::activation;
+  shape.gathered = Rows != gathered::none;
+  enqueue_variable_m<Order, Rows, epilogue>(
+      stream, d, shape, groups, epilogue::split ? n : 0, a, b,
+      {h.data, h.stride, out.data, out.stride, static_cast<int>(n), bias, activation}, options);
+}
+
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
+void variable_m_activation_backward(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+                                    std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
+                                    const float* weights, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
+                                    float* parts, const typename Activation::options& activation,
+                                    const launch_options& options) {
+  using namespace tessera::detail::hopper;
+  const std::int64_t U = Activation::gated ? 2 * n : n;
+  expect_groups(groups);
+  expect_unit_extent(n, "the number of columns of the activation");
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  expect_matrix(h, -1, U, "h");
+  expect_matrix(out, -1, n, "the activation");
+  TESSERA_EXPECTS(h.rows >= groups.max_rows && out.rows >= groups.max_rows,
+                  "h has " << h.rows << " rows and the activation " << out.rows << ", max_rows = " << groups.max_rows);
+  expect_vector_rows(h.data, h.stride, sizeof(bfloat16), "h");
+  expect_vector_rows(out.data, out.stride, sizeof(bfloat16), "the activation");
+  problem shape;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.n = n;
+  shape.k = K;
+  shape.epilogue = epilogue_kind::activation_backward;
+  shape.gathered = Rows != gathered::none;
+  enqueue_variable_m<Order, Rows, activation_backward_epilogue<Activation, Interleaved>>(
+      stream, d, shape, groups, 0, a, b,
+      {h.data, h.stride, out.data, out.stride, static_cast<int>(n), weights, parts, groups.max_rows, activation},
+      options);
+}
+
+inline void sum_weight_parts(device_stream stream, const row_groups& groups, std::int64_t num_parts, const float* parts,
+                             float* out) {
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  const std::int64_t blocks = (groups.max_rows + 255) / 256;
+  tessera::detail::sum_partials_kernel<float>
+      <<<static_cast<unsigned>(blocks < 1024 ? blocks : 1024), 256, 0, stream.get()>>>(
+          parts, static_cast<int>(num_parts), groups.max_rows, groups.row_offsets, static_cast<int>(groups.num_groups),
+          out);
+  tessera::detail::hopper::expect_cuda(cudaGetLastError(), "the launch of sum_partials_kernel");
+}
+
+template <gathered Rows, class TC>
+void variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
+                row_operand<bfloat16> a, row_operand<bfloat16> b, group_operand<TC> c, write mode,
+                const launch_options& options) {
+  using namespace tessera::detail::hopper;
+  using epilogue = store_epilogue<TC>;
+  static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
+  expect_groups(groups);
+  expect_unit_extent(M, "the number of rows of a result");
+  expect_unit_extent(N, "the number of columns of a result");
+  if (groups.num_groups == 0) return;
+  expect_source<Rows, gathered::a>(a, "a");
+  expect_source<Rows, gathered::b>(b, "b");
+  TESSERA_EXPECTS(c.col_stride == 1, "c has column stride " << c.col_stride << ", it must be 1: exchange the operands");
+  expect_vector_rows(c.data, c.row_stride, sizeof(TC), "c");
+  expect_vector_rows(c.data, c.group_stride, sizeof(TC), "c, from group to group,");
+  if (groups.max_rows > 0) {
+    expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
+    expect_vector_rows(b.data, b.stride, sizeof(bfloat16), "b");
+  }
+  problem shape;
+  shape.variable_k = true;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.m = M;
+  shape.n = N;
+  shape.gathered = Rows != gathered::none;
+  const config chosen = configure(d, shape, options);
+
+  CUtensorMap map_a{}, map_b{};
+  if constexpr (Rows != gathered::a) map_a = row_map(d, a, groups.max_rows, M, c.data, "a");
+  if constexpr (Rows != gathered::b) map_b = row_map(d, b, groups.max_rows, N, c.data, "b");
+  if constexpr (Rows == gathered::a) map_a = map_b;  // the kernel wants two
+  if constexpr (Rows == gathered::b) map_b = map_a;
+
+  multiply_params<typename epilogue::params> p{};
+  p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), static_cast<int>(M), static_cast<int>(N), 0};
+  const row_operand<bfloat16>& listed = Rows == gathered::b ? b : a;
+  p.gather_data = listed.data;
+  p.gather_stride = listed.stride;
+  p.gather = listed.gather;
+  p.tile_counter = options.tile_counter;
+  p.epilogue = {c.data, c.group_stride, c.row_stride, static_cast<int>(N), mode == write::accumulate, nullptr};
+  launch_configured<product::variable_k, contiguous::mn, Rows, epilogue>(stream, chosen, map_a, map_b, p);
+}
+
+}  // namespace gemm::hopper
+
+TESSERA_NAMESPACE_END

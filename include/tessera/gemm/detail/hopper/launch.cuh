@@ -1,0 +1,105 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// The host's side of a launch: tensor maps, checks of operands, the kernel's attributes.
+
+#include <cstdint>
+
+#include <tessera/core/error.hpp>
+#include <tessera/core/stream.hpp>
+#include <tessera/gemm/detail/hopper/kernel.cuh>
+#include <tessera/gemm/hopper_config.hpp>
+#include <tessera/gemm/operands.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+namespace detail::hopper {
+
+/// `cuTensorMapEncodeTiled`, taken from the driver at run time, so that nothing links with it.
+using tensor_map_encoder = decltype(&::cuTensorMapEncodeTiled);
+
+/// Throws cuda_error unless `status` is success. @param status What a call returned. @param what The call.
+inline void expect_cuda(cudaError_t status, const char* what) {
+  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess, what << " failed: " << cudaGetErrorString(status));
+}
+
+/// A map of a bf16 tensor for boxes of one chunk: 64 elements of the first extent, 64 of the second, 1 of the third.
+/// @param encode The driver's function. @param data Element 0. @param rank 2 or 3. @param shape Extents, the contiguous
+/// one first. @param strides Elements between neighbours along the second and third extent. @param name For messages.
+inline CUtensorMap chunk_map(tensor_map_encoder encode, const bfloat16* data, int rank, const std::int64_t (&shape)[3],
+                             const std::int64_t (&strides)[2], const char* name) {
+  cuuint64_t extents[3], bytes[2];
+  const cuuint32_t box[3] = {chunk_rows, chunk_rows, 1}, steps[3] = {1, 1, 1};
+  for (int i = 0; i < 3; ++i) extents[i] = static_cast<cuuint64_t>(shape[i] > 0 ? shape[i] : 1);
+  for (int i = 0; i < 2; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * sizeof(bfloat16);
+  CUtensorMap map;
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<bfloat16*>(data),
+             extents, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TESSERA_EXPECTS_AS(cuda_error, result == CUDA_SUCCESS,
+                     "cuTensorMapEncodeTiled returned " << static_cast<int>(result) << " for " << name << ": extents ["
+                                                        << shape[0] << ", " << shape[1] << ", " << shape[2]
+                                                        << "], strides [1, " << strides[0] << ", " << strides[1]
+                                                        << "] in elements");
+  return map;
+}
+
+/// Checks what 16-byte accesses to rows need. @param data First row. @param stride Elements between rows.
+/// @param element_bytes Size of an element. @param name For messages.
+inline void expect_vector_rows(const void* data, std::int64_t stride, std::size_t element_bytes, const char* name) {
+  TESSERA_EXPECTS(reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && data != nullptr,
+                  name << " starts at " << data << ", an address aligned to 16 bytes is needed");
+  TESSERA_EXPECTS(stride >= 0 && static_cast<std::size_t>(stride) * element_bytes % 16 == 0,
+                  name << " has row stride " << stride << ", a multiple of " << 16 / element_bytes << " is needed");
+}
+
+/// Checks an extent that 16-byte units must divide. @param extent The extent. @param name For messages.
+inline void expect_unit_extent(std::int64_t extent, const char* name) {
+  TESSERA_EXPECTS(extent > 0 && extent % 8 == 0 && extent < (std::int64_t{1} << 30),
+                  name << " is " << extent << ", a positive multiple of 8 is needed");
+}
+
+/// Enqueues one kernel. @param stream Where. @param c Its grid and cluster. @param map_a,map_b Operands. @param p The
+/// rest.
+template <class Shape, class Epilogue>
+void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a, const CUtensorMap& map_b,
+            const multiply_params<typename Epilogue::params>& p) {
+  static constexpr int bytes = shared_layout<Shape, Epilogue::staging_buffers>::bytes;
+  const auto kernel = multiply_kernel<Shape, direct_accumulation, Epilogue>;
+  expect_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = Shape::cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = dim3(static_cast<unsigned>(c.grid));
+  launch_config.blockDim = dim3(Shape::threads);
+  launch_config.dynamicSmemBytes = bytes;
+  launch_config.stream = stream.get();
+  launch_config.attrs = &attribute;
+  launch_config.numAttrs = Shape::cluster > 1 ? 1 : 0;
+  expect_cuda(cudaLaunchKernelEx(&launch_config, kernel, map_a, map_b, p), "the launch of multiply_kernel");
+}
+
+/// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue.
+template <product Product, contiguous OrderB, gathered Gathered, class Epilogue>
+void launch_configured(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a,
+                       const CUtensorMap& map_b, const multiply_params<typename Epilogue::params>& p) {
+  if (c.grid == 0) return;
+  using gemm::hopper::schedule;
+  if (c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
+    return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
+  // The backward epilogue's registers do not fit beside 128 accumulators of one block.
+  if constexpr (Epilogue::staging_buffers < 2) {
+    if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
+      return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
+    if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
+      return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
+  }
+  TESSERA_EXPECTS(false, "there is no kernel " << gemm::hopper::to_string(c) << " for this product");
+}
+
+}  // namespace detail::hopper
+TESSERA_NAMESPACE_END

@@ -1,0 +1,104 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Which kernel of `gemm/hopper.cuh` a product gets: a pure function of bounds, so that a captured graph stays right
+/// when counts change. It needs no CUDA header and no GPU.
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+
+#include <tessera/core/error.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace gemm {
+
+/// Grouped products on sm_90a.
+namespace hopper {
+
+/// Who computes a tile.
+enum class schedule {
+  cooperative,  ///< Both consumer warpgroups, half a tile each: the fewest operand bytes per product.
+  ping_pong,    ///< One of them, while the other stores its last tile: for short sums and long epilogues.
+};
+
+/// What is done with the sums, by its cost.
+enum class epilogue_kind {
+  store,                ///< Rounded and stored.
+  activation,           ///< H and the activation are stored.
+  activation_backward,  ///< H is read, dH and the activation are stored.
+};
+
+/// What a choice depends on.
+struct problem {
+  bool variable_k = false;                        ///< The length of the sum is variable, not the rows of the result.
+  std::int64_t max_rows = 0;                      ///< Bound of the number of rows, all groups together.
+  std::int64_t num_groups = 0;                    ///< G.
+  std::int64_t m = 0;                             ///< Rows of each result; `variable_k` only.
+  std::int64_t n = 0;                             ///< Columns of the result; with a gate, gates and ups together.
+  std::int64_t k = 0;                             ///< Length of the sum; `variable_m` only.
+  epilogue_kind epilogue = epilogue_kind::store;  ///< What is done with the sums.
+  bool gathered = false;                          ///< Whether one operand's rows are gathered.
+  int num_multiprocessors = 132;                  ///< Multiprocessors that may be used.
+};
+
+/// A kernel and its grid.
+struct config {
+  schedule order = schedule::cooperative;  ///< Who computes a tile.
+  int tile_m = 128;                        ///< Rows of a tile.
+  int tile_n = 256;                        ///< Columns of a tile.
+  int cluster = 1;                         ///< Blocks that share one operand.
+  int grid = 0;                            ///< Blocks; 0: there is nothing to do.
+
+  /// Same kernel, same grid.
+  friend constexpr bool operator==(const config&, const config&) = default;
+};
+
+/// A upper bound of the number of tiles, whatever the counts are. @param p The problem. @param c Tile and cluster.
+constexpr std::int64_t max_tiles(const problem& p, const config& c) {
+  const auto tiles = [](std::int64_t extent, std::int64_t tile) { return (extent + tile - 1) / tile; };
+  const std::int64_t step_m = static_cast<std::int64_t>(c.tile_m) * c.cluster;
+  if (p.variable_k) return p.num_groups * tiles(p.m, step_m) * tiles(p.n, c.tile_n);
+  // every group that has rows may end in a tile of one row
+  const std::int64_t with_rows = p.num_groups < p.max_rows ? p.num_groups : p.max_rows;
+  const std::int64_t whole = p.max_rows <= with_rows ? 0 : (p.max_rows - with_rows) / step_m;
+  return (whole + with_rows) * tiles(p.n, c.tile_n);
+}
+
+/// The kernel for a problem.
+/// @param p Bounds; counts do not enter.
+constexpr config choose(const problem& p) {
+  config c;
+  const std::int64_t mean_rows = p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;
+  const std::int64_t length = p.variable_k ? mean_rows : p.k;
+  // 128 x 256 needs a third less operand traffic than 128 x 128, which costs more than the epilogue in the open unless
+  // the sum is short; reading H and differentiating is too long for any.
+  const bool long_epilogue = p.epilogue == epilogue_kind::activation_backward;
+  const bool short_sum = length < (p.epilogue == epilogue_kind::activation ? 1024 : 512);
+  if (long_epilogue || short_sum || p.n <= 128) {
+    c.order = schedule::ping_pong;
+    c.tile_n = 128;
+  }
+  const std::int64_t rows = p.variable_k ? p.m : mean_rows;
+  if (c.order == schedule::cooperative && rows >= 2048) c.cluster = 2;
+  const std::int64_t blocks = max_tiles(p, c) * c.cluster;
+  const std::int64_t most = p.num_multiprocessors / c.cluster * c.cluster;
+  c.grid = static_cast<int>(blocks < most ? blocks : most);
+  return c;
+}
+
+/// One line for logs, for example `cooperative 128x256 cluster 2 grid 132`.
+inline std::string to_string(const config& c) {
+  std::ostringstream text;
+  text << (c.order == schedule::cooperative ? "cooperative " : "ping-pong ") << c.tile_m << 'x' << c.tile_n
+       << " cluster " << c.cluster << " grid " << c.grid;
+  return text.str();
+}
+
+}  // namespace hopper
+}  // namespace gemm
+
+TESSERA_NAMESPACE_END
