@@ -13,7 +13,7 @@ set -euo pipefail
 export LC_ALL=C.UTF-8
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-build=$root/build/examples
+build=$root/build/main_job
 output=$root/build/train_lm
 
 say() { printf '\n== %s\n' "$*"; }

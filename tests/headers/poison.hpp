@@ -20,8 +20,12 @@
 #define FALSE poisoned by windef.h
 #define DOMAIN poisoned by math.h
 #define OVERFLOW poisoned by math.h
-#define major poisoned by sys / sysmacros.h
-#define minor poisoned by sys / sysmacros.h
 #define CHECK poisoned by loggers
 #define LOG poisoned by loggers
 #define EXPECTS poisoned by loggers
+
+// The toolkit's own headers use these.
+#if !defined(__CUDACC__)
+#define major poisoned by sys / sysmacros.h
+#define minor poisoned by sys / sysmacros.h
+#endif

@@ -24,9 +24,13 @@ const balanced_router::options routing{.balance = {{.coefficient = 0.1f}, {.rate
 const layer::options roomy{.dispatch = {.row_bound = ts::dispatch_options::full_row_bound}};
 
 layer_problem problem(std::int64_t num_tokens = 24, std::uint32_t seed = 3) {
-  return make_problem(
-      {.num_experts = num_experts, .top_k = 3, .hidden = 10, .intermediate = 6, .num_shared_experts = 2}, num_tokens,
-      true, seed);
+  return make_problem({.num_experts = num_experts,
+                       .top_k = 3,
+                       .hidden = 10,
+                       .intermediate = 6,
+                       .num_shared_experts = 2,
+                       .gate_bias = true},
+                      num_tokens, true, seed);
 }
 
 // `body(rank)` on two ranks with half of the tokens each.
@@ -123,8 +127,12 @@ TEST_CASE("accumulate adds to every gradient") {
     rank.backward_weights();
     const auto once = rank.down_grad;
     const auto gate = rank.gate_grad;
+    const auto gate_bias = rank.gate_bias_grad;
     const auto shared = rank.shared_up_grad;
     rank.backward_weights(ts::write::accumulate);
+    CHECK(gate_bias.size() == num_experts);
+    for (std::size_t i = 0; i < gate_bias.size(); ++i)
+      CHECK(rank.gate_bias_grad[i] == doctest::Approx(2 * gate_bias[i]));
     for (std::size_t i = 0; i < once.size(); ++i) CHECK(rank.down_grad[i] == doctest::Approx(2 * once[i]));
     for (std::size_t i = 0; i < gate.size(); ++i) CHECK(rank.gate_grad[i] == doctest::Approx(2 * gate[i]));
     for (std::size_t i = 0; i < shared.size(); ++i) CHECK(rank.shared_up_grad[i] == doctest::Approx(2 * shared[i]));
@@ -274,7 +282,7 @@ TEST_CASE("the layer equals a dense loop over its experts in double") {
     std::vector<std::pair<double, int>> scores;
     double total = 0;
     for (int e = 0; e < num_experts; ++e) {
-      double logit = 0;
+      double logit = q.gate_bias[std::size_t(e)];
       for (std::int64_t j = 0; j < d; ++j) logit += q.gate[std::size_t(e * d + j)] * x[j];
       scores.emplace_back(-std::exp(logit), e);
     }

@@ -8,6 +8,7 @@
 #include <tessera/core/box.hpp>
 #include <tessera/core/chunks.hpp>
 #include <tessera/core/config.hpp>
+#include <tessera/core/device_status.hpp>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/expert_rows.hpp>

@@ -14,13 +14,13 @@ TESSERA_NAMESPACE_BEGIN
 
 /// What was wrong.
 enum class device_fault : std::int32_t {
-  none = 0,              ///< Nothing.
-  logit_not_finite,      ///< A logit is NaN or infinite: the token got no experts.
-  key_not_finite,        ///< A bias, or a score of a user's, made a key NaN: the token got no experts.
-  expert_out_of_range,   ///< A given expert id is outside [0, E): the slot was left unused.
-  expert_repeated,       ///< A token was given the same expert twice: the later slot was left unused.
-  token_id_out_of_range, ///< A token id is outside the table of `select::hash`: the token got no experts.
-  too_few_experts,       ///< Fewer than K scores are above -inf: the slots that remained were left unused.
+  none = 0,               ///< Nothing.
+  logit_not_finite,       ///< A logit is NaN or infinite: the token got no experts.
+  key_not_finite,         ///< A bias, or a score of a user's, made a key NaN: the token got no experts.
+  expert_out_of_range,    ///< A given expert id is outside [0, E): the slot was left unused.
+  expert_repeated,        ///< A token was given the same expert twice: the later slot was left unused.
+  token_id_out_of_range,  ///< A token id is outside the table of `select::hash`: the token got no experts.
+  too_few_experts,        ///< Fewer than K scores are above -inf: the slots that remained were left unused.
 };
 
 /// The first fault that was seen since the word was cleared. Zero-filled memory is a cleared word.
@@ -35,19 +35,26 @@ struct device_status {
 inline void expect_ok(const device_status& status) {
   const auto text = [&]() -> const char* {
     switch (status.fault) {
-      case device_fault::none: return "";
-      case device_fault::logit_not_finite: return "a logit is not finite";
-      case device_fault::key_not_finite: return "a bias or a score is not a number";
-      case device_fault::expert_out_of_range: return "an expert id is outside [0, num_experts)";
-      case device_fault::expert_repeated: return "an expert id is given twice";
-      case device_fault::token_id_out_of_range: return "a token id is outside the table's vocabulary";
-      case device_fault::too_few_experts: return "the scores leave fewer than top_k experts above -inf";
+      case device_fault::none:
+        return "";
+      case device_fault::logit_not_finite:
+        return "a logit is not finite";
+      case device_fault::key_not_finite:
+        return "a bias or a score is not a number";
+      case device_fault::expert_out_of_range:
+        return "an expert id is outside [0, num_experts)";
+      case device_fault::expert_repeated:
+        return "an expert id is given twice";
+      case device_fault::token_id_out_of_range:
+        return "a token id is outside the table's vocabulary";
+      case device_fault::too_few_experts:
+        return "the scores leave fewer than top_k experts above -inf";
     }
     return "an unknown fault";
   };
-  TESSERA_EXPECTS(status.fault == device_fault::none,
-                  "router on the device, token " << status.token << ", expert or id " << status.expert << ": "
-                                                 << text());
+  TESSERA_EXPECTS(status.fault == device_fault::none, "router on the device, token "
+                                                          << status.token << ", expert or id " << status.expert << ": "
+                                                          << text());
 }
 
 TESSERA_NAMESPACE_END

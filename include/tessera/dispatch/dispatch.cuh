@@ -3,13 +3,13 @@
 #pragma once
 
 /// @file
-/// Device half of dispatch on one GPU, for sm_80 and later: sorted lists, combine and permute, and the staged operations
-/// for `comm::self<space::device>`. Nothing here allocates, synchronises or reads device memory on the host; every call
-/// can be captured in a CUDA graph; results are run-to-run bitwise the same.
+/// Device half of dispatch on one GPU, for sm_80 and later: sorted lists, combine and permute, and the staged
+/// operations for `comm::self<space::device>`. Nothing here allocates, synchronises or reads device memory on the host;
+/// every call can be captured in a CUDA graph; results are run-to-run bitwise the same.
 ///
 /// A handle in device memory at one rank numbers its pairs `t * K + k`: `expert_row_of[t * K + k]` is the expert row of
-/// slot k of token t, -1 where there is none. Of the handle, `expert_offsets`, `gather`, `expert_row_of`, `pair_weights`
-/// and `total` are written and read; the arrays about other ranks are not.
+/// slot k of token t, -1 where there is none. Of the handle, `expert_offsets`, `gather`, `expert_row_of`,
+/// `pair_weights` and `total` are written and read; the arrays about other ranks are not.
 ///
 /// Rows are moved 16 bytes at a time where d, strides and addresses allow it, and element by element otherwise.
 
@@ -45,20 +45,13 @@ struct combine_addends {
 template <class S, class A, class Out>
 void combine_rows(device_stream stream, matrix_view<const S> pairs, const std::int32_t* expert_row_of,
                   matrix_view<const A> weights, const combine_addends<S, A>& addends, matrix_view<Out> y) {
-  TESSERA_EXPECTS(pairs.cols == y.cols,
-                  "expert rows have " << pairs.cols << " columns, combined rows have " << y.cols);
+  TESSERA_EXPECTS(pairs.cols == y.cols, "expert rows have " << pairs.cols << " columns, combined rows have " << y.cols);
   TESSERA_EXPECTS(weights.data == nullptr || weights.rows == y.rows,
                   "routing weights are of " << weights.rows << " tokens, combined rows of " << y.rows);
   if (addends.rows.data != nullptr) expect_matrix(addends.rows, y.rows, y.cols, "rows to add");
   if (addends.sums.data != nullptr) expect_matrix(addends.sums, y.rows, y.cols, "sums to add");
-  detail::combine_on_device<S, A, Out>(stream, {{},
-                                                pairs,
-                                                expert_row_of,
-                                                static_cast<int>(weights.cols),
-                                                weights,
-                                                addends.rows,
-                                                addends.sums,
-                                                y});
+  detail::combine_on_device<S, A, Out>(
+      stream, {{}, pairs, expert_row_of, static_cast<int>(weights.cols), weights, addends.rows, addends.sums, y});
 }
 
 /// Expands tokens to expert rows through the inverse of the gather list: every token is read once. Enqueues, does not
@@ -177,8 +170,8 @@ void return_pair_values(device_stream stream, comm::self<space::device>&, const 
                         const pair_values_workspace<A>&) {
   const std::int64_t blocks = (home.rows * home.cols + detail::row_threads - 1) / detail::row_threads;
   if (blocks == 0) return;
-  detail::gather_values_kernel<A><<<static_cast<unsigned>(blocks), detail::row_threads, 0, stream.get()>>>(
-      values, handle.expert_row_of, home);
+  detail::gather_values_kernel<A>
+      <<<static_cast<unsigned>(blocks), detail::row_threads, 0, stream.get()>>>(values, handle.expert_row_of, home);
   detail::check_cuda(cudaGetLastError(), "gather_values_kernel");
 }
 

@@ -25,8 +25,8 @@ std::int64_t replica_workspace_elements(const Layout& placement, std::int64_t el
   return replicas == 1 ? 0 : replicas * elements;
 }
 
-/// Replaces the gradient of every copy of a replicated expert by the sum over its copies, in the order of replicas, so that all
-/// copies take the same step. A collective of `comm`; experts with one copy cost nothing.
+/// Replaces the gradient of every copy of a replicated expert by the sum over its copies, in the order of replicas, so
+/// that all copies take the same step. A collective of `comm`; experts with one copy cost nothing.
 /// @param stream    Host: returns when done.
 /// @param comm      R ranks.
 /// @param placement Where the experts are.
@@ -38,7 +38,8 @@ template <accumulate_type A, class Comm, expert_layout Layout, class G>
 void sum_replica_gradients(host_stream stream, Comm& comm, const Layout& placement, G* gradients, std::int64_t elements,
                            G* workspace) {
   const std::int64_t bytes = elements * static_cast<std::int64_t>(sizeof(G));
-  // All ranks go through the experts in the order of their ids, so the exchanges of two experts cannot wait for each other.
+  // All ranks go through the experts in the order of their ids, so the exchanges of two experts cannot wait for each
+  // other.
   for (int e = 0; e < placement.num_experts(); ++e) {
     const int replicas = placement.num_replicas(e);
     int own = -1;

@@ -43,8 +43,7 @@ template <class Score, class Select, class Weigh, class... Balances>
 template <accumulate_type A>
 void router<Score, Select, Weigh, Balances...>::route(device_stream stream, const router_inputs<A>& in, routing<A> out,
                                                       balance_counts local_counts) const {
-  detail::route_on_device(stream, *this, in, out, local_counts, nullptr, router_workspace{},
-                                                             nullptr);
+  detail::route_on_device(stream, *this, in, out, local_counts, nullptr, router_workspace{}, nullptr);
 }
 
 template <class Score, class Select, class Weigh, class... Balances>
@@ -61,9 +60,8 @@ void router<Score, Select, Weigh, Balances...>::backward(device_stream stream, c
                                                          const routing<A>& routed, matrix_view<const A> dweights,
                                                          const_balance_counts global_counts, const float* coefficients,
                                                          A loss_scale, matrix_view<A> dlogits) const {
-  detail::backward_on_device<Score, Select, Weigh, Balances...>(stream, *this, in, routed.expert_ids, dweights,
-                                                                global_counts, coefficients, loss_scale, nullptr,
-                                                                dlogits);
+  detail::backward_on_device<Score, Select, Weigh, Balances...>(
+      stream, *this, in, routed.expert_ids, dweights, global_counts, coefficients, loss_scale, nullptr, dlogits);
 }
 
 /// `router::backward` with the scale of the losses in device memory, so that graphs see a schedule.

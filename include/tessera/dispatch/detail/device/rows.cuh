@@ -13,6 +13,10 @@
 // neighbouring columns. The same kernels with one element per thread serve widths and addresses that 16 bytes do not
 // divide.
 
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
@@ -219,8 +223,8 @@ void launch_rows(device_stream stream, void (*kernel)(Task), const Task& task, s
                  const char* what) {
   const std::int64_t blocks = (row_groups + task.plan.rows - 1) / task.plan.rows;
   if (blocks == 0 || task.plan.vectors == 0) return;
-  TESSERA_EXPECTS(blocks <= INT32_MAX && task.plan.parts <= 65535, what << " would need " << blocks << " x "
-                                                                        << task.plan.parts << " blocks");
+  TESSERA_EXPECTS(blocks <= INT32_MAX && task.plan.parts <= 65535,
+                  what << " would need " << blocks << " x " << task.plan.parts << " blocks");
   kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(task.plan.parts)),
            static_cast<unsigned>(task.plan.per_row * task.plan.rows), 0, stream.get()>>>(task);
   check_cuda(cudaGetLastError(), what);
@@ -253,3 +257,5 @@ void combine_on_device(device_stream stream, combine_task<S, A, Out> task) {
 }  // namespace detail
 
 TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

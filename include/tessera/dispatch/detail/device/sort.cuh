@@ -12,6 +12,10 @@
 
 // Lists of a routing that exists already: the second half of the router's kernel.
 
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
@@ -66,8 +70,7 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
   TESSERA_EXPECTS(layout.num_ranks() == 1, "one rank sorts its own pairs, the layout has " << layout.num_ranks());
   TESSERA_EXPECTS(chosen.expert_ids.rows <= bounds.max_tokens,
                   chosen.expert_ids.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
-  TESSERA_EXPECTS(pairs <= bounds.max_pairs, pairs << " pairs may arrive, the bound is "
-                                                   << bounds.max_pairs
+  TESSERA_EXPECTS(pairs <= bounds.max_pairs, pairs << " pairs may arrive, the bound is " << bounds.max_pairs
                                                    << ": one rank on the device needs row_bound >= T * K");
   expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
   expect_matrix(chosen.weights, chosen.expert_ids.rows, bounds.top_k, "weights");
@@ -80,9 +83,9 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
   const int num_sms = expect_device("exchange_routing");
   std::int64_t capacity = INT32_MAX;
   if (options.capacity_factor > 0) {
-    capacity = std::min(capacity, static_cast<std::int64_t>(std::ceil(static_cast<double>(pairs) *
-                                                                      options.capacity_factor /
-                                                                      static_cast<double>(bounds.num_experts))));
+    capacity =
+        std::min(capacity, static_cast<std::int64_t>(std::ceil(static_cast<double>(pairs) * options.capacity_factor /
+                                                               static_cast<double>(bounds.num_experts))));
   }
   sort_task<A, Layout> task{
       make_list_plan(chosen.expert_ids.rows, bounds.num_local_experts, num_sms, sort_scratch_bytes),
@@ -103,3 +106,5 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
 }  // namespace detail
 
 TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

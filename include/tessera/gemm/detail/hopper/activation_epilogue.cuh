@@ -187,7 +187,7 @@ struct activation_backward_epilogue {
         __syncwarp();
         gates.store(p.h, p.h_stride, first_row, rows, column, n);
       } else {
-        fragment gate, up;
+        [[maybe_unused]] fragment gate, up;
         if constexpr (!Interleaved) {
           gates.get(gate);
           ups.get(up);

@@ -112,13 +112,14 @@ __device__ __forceinline__ int used_chunks_b(const tile& t, int n) {
 template <class Shape, bool Split, class P>
 __device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t target, std::uint32_t barrier,
                                        const tile& t, int chunks, int k, const P& p, int rank) {
+  const int group = t.group * p.b_group_step;
 #pragma unroll
-  for (int c = 0; c < Shape::chunks_b; ++c) {
-    if (c >= chunks || (Shape::cluster > 1 && c % Shape::cluster != rank)) continue;
+  for (int i = 0; i < Shape::chunks_b / Shape::cluster; ++i) {
+    const int c = i * Shape::cluster + (Shape::cluster > 1 ? rank : 0);
+    if (c >= chunks) break;
     const int column = Split ? t.n + c / 2 * chunk_rows + c % 2 * p.split : t.n + c * chunk_rows;
     const std::uint32_t chunk = target + static_cast<std::uint32_t>(c) * chunk_bytes;
     constexpr auto everyone = static_cast<std::uint16_t>((1 << Shape::cluster) - 1);
-    const int group = t.group * p.b_group_step;
     if constexpr (Shape::kind == product::variable_k) {
       if constexpr (Shape::cluster > 1)
         tma_load_multicast(chunk, map, barrier, everyone, column, k);
@@ -171,24 +172,25 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
   const bool leader = threadIdx.x % 32 == 0;
   for (;;) {
     const tile t = walk.find(order.next(), rank);
-    if (leader) {
-      publish_tile(r, slot, t);
-      if (t.group >= 0) {
-        const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
-        const auto bytes = static_cast<std::uint32_t>((chunks_a + chunks_b) * chunk_bytes);
-        for (int k = t.k_begin, left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
-          wait_empty(r, at);
-          const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
-          const std::uint32_t stage = r.stage(at.slot);
-          barrier_arrive_expect(full, bytes);
-          load_a<Shape>(map_a, stage, full, t, chunks_a, k);
-          load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
-          at.advance();
-        }
-      }
-    }
+    if (leader) publish_tile(r, slot, t);
     __syncwarp();
     if (t.group < 0) break;
+    const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
+    const auto bytes = static_cast<std::uint32_t>((chunks_a + chunks_b) * chunk_bytes);
+    int k = t.k_begin;
+#pragma unroll 1
+    for (int left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
+      wait_empty(r, at);  // the whole warp, so that it stays converged around the one thread that enqueues
+      if (leader) {
+        const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
+        const std::uint32_t stage = r.stage(at.slot);
+        barrier_arrive_expect(full, bytes);
+        load_a<Shape>(map_a, stage, full, t, chunks_a, k);
+        load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
+      }
+      __syncwarp();
+      at.advance();
+    }
   }
   if (leader) order.finish();
 }
@@ -256,7 +258,9 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
       }
     }
 
-    for (int k = t.k_begin, left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
+    int k = t.k_begin;
+#pragma unroll 1
+    for (int left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
       if constexpr (rows_are_k) {
         const int column = (of_a ? t.m : t.n) + unit * 8;
 #pragma unroll

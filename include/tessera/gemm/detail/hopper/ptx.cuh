@@ -46,7 +46,7 @@ __device__ __forceinline__ void barrier_arrive_remote(std::uint32_t barrier, std
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -74,7 +74,7 @@ __device__ __forceinline__ void barrier_wait_cluster(std::uint32_t barrier, std:
   asm volatile(
       "{\n\t.reg .pred done;\n\t"
       "WAIT:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
       "@done bra DONE;\n\t"
       "bra WAIT;\n\t"
       "DONE:\n\t}" ::"r"(barrier),

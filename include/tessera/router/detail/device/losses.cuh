@@ -12,6 +12,10 @@
 // Balance losses and the joint backward: one warp per token. Losses on the load of sequences need the counts of a
 // sequence first; a cluster of blocks owns a sequence then and keeps the counts in its shared memory.
 
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
@@ -193,8 +197,7 @@ struct balance_shared {
     return static_cast<std::size_t>(width) * (2 * sizeof(A) + sizeof(std::uint32_t)) +
            static_cast<std::size_t>(threads) * sizeof(ranked_key<A>);
   }
-  __device__ explicit balance_shared(unsigned char* shared)
-      : scratch(reinterpret_cast<ranked_key<A>*>(shared)) {
+  __device__ explicit balance_shared(unsigned char* shared) : scratch(reinterpret_cast<ranked_key<A>*>(shared)) {
     batch_load = reinterpret_cast<A*>(scratch + blockDim.x);
     sequence_load = batch_load + width;
     counts = reinterpret_cast<std::uint32_t*>(sequence_load + width);
@@ -231,8 +234,7 @@ __device__ void set_batch_loads(const Task& task, const balance_shared<A, Chunks
   const int num_experts = task.map.num_experts;
   const double pairs = static_cast<double>(task.top_k) * task.tokens();
   for (int e = static_cast<int>(threadIdx.x); e < shared.width; e += static_cast<int>(blockDim.x)) {
-    shared.batch_load[e] =
-        e < num_experts ? load_of<A>(num_experts, static_cast<double>(task.counts[e]), pairs) : A(0);
+    shared.batch_load[e] = e < num_experts ? load_of<A>(num_experts, static_cast<double>(task.counts[e]), pairs) : A(0);
   }
 }
 
@@ -261,8 +263,8 @@ __device__ void set_sequence_loads(const Task& task, const balance_shared<A, Chu
         return score_of<Score>(logit, task.score, terms);
       }
     };
-    const chosen_expert mine = select_largest<Chunks>(x, task.map, lane, task.top_k, key_of,
-                                                      shared.scratch + warp * warp_size);
+    const chosen_expert mine =
+        select_largest<Chunks>(x, task.map, lane, task.top_k, key_of, shared.scratch + warp * warp_size);
     if (mine.rank < task.top_k) atomicAdd(shared.counts + mine.id, 1u);
   }
   cluster_sync();
@@ -419,12 +421,13 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
         });
       });
       if (tid < num_losses) {
-        result += static_cast<double>(task.coefficients[tid]) * sum /
-                  (task.sequences() * static_cast<double>(end - begin));
+        result +=
+            static_cast<double>(task.coefficients[tid]) * sum / (task.sequences() * static_cast<double>(end - begin));
       }
     }
   }
-  if (cluster_rank() == 0 && tid < num_losses) task.chunk_losses(chunk, tid) = static_cast<A>(first < last ? result : 0);
+  if (cluster_rank() == 0 && tid < num_losses)
+    task.chunk_losses(chunk, tid) = static_cast<A>(first < last ? result : 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -516,15 +519,14 @@ __launch_bounds__(backward_threads) TESSERA_KERNEL
 
     if constexpr (scores_all) {
       cells<Chunks, A> dp;
-      for_each_cell<Chunks>([&](int c, int j) {
-        dp.value[c][j] = Score::over == score_over::all ? gradient.value[c][j] : A(0);
-      });
+      for_each_cell<Chunks>(
+          [&](int c, int j) { dp.value[c][j] = Score::over == score_over::all ? gradient.value[c][j] : A(0); });
       each_loss(task.balances, [&](auto tag, const auto& policy, int loss) {
         using balance = typename decltype(tag)::type;
         if constexpr (balance_on_load<balance>) {
           cells<Chunks, A> load;
-          load_shared_cells<Chunks>(
-              balance::by == balance_by::batch_load ? shared.batch_load : shared.sequence_load, map, lane, load);
+          load_shared_cells<Chunks>(balance::by == balance_by::batch_load ? shared.batch_load : shared.sequence_load,
+                                    map, lane, load);
           for_each_cell<Chunks>([&](int c, int j) {
             dp.value[c][j] += factors[loss] * balance::derivative(p.value[c][j], load.value[c][j], policy);
           });
@@ -538,12 +540,12 @@ __launch_bounds__(backward_threads) TESSERA_KERNEL
       for_each_cell<Chunks>([&](int c, int j) {
         const A centred = dp.value[c][j] - mean;
         if constexpr (Score::over == score_over::each) {
-          gradient.value[c][j] += centred * inverse *
-                                  score_derivative<Score>(x.value[c][j], p.value[c][j] * total, task.score);
+          gradient.value[c][j] +=
+              centred * inverse * score_derivative<Score>(x.value[c][j], p.value[c][j] * total, task.score);
         } else {
-          const A through = p.value[c][j] * centred *
-                            score_derivative<Score>(x.value[c][j], score_value<Score>(x.value[c][j], task.score),
-                                                    task.score);
+          const A through =
+              p.value[c][j] * centred *
+              score_derivative<Score>(x.value[c][j], score_value<Score>(x.value[c][j], task.score), task.score);
           gradient.value[c][j] = Score::over == score_over::all ? through : gradient.value[c][j] + through;
         }
       });
@@ -630,9 +632,9 @@ void fill_balance_task(Task& task, const Options& options, const router_inputs<A
   TESSERA_EXPECTS(num_losses == 0 || counts.num_experts == options.num_experts,
                   "global_counts are of " << counts.num_experts << " experts, the router has " << options.num_experts);
   task.score = options.score;
-  task.map = make_cell_map(options.num_experts,
-                           aligned && is_vector_aligned(in.logits.data,
-                                                        in.logits.stride * static_cast<std::int64_t>(sizeof(A))));
+  task.map = make_cell_map(
+      options.num_experts,
+      aligned && is_vector_aligned(in.logits.data, in.logits.stride * static_cast<std::int64_t>(sizeof(A))));
   task.top_k = options.top_k;
   task.logits = in.logits;
   task.sequence_offsets = in.sequence_offsets.data();
@@ -718,3 +720,5 @@ void backward_on_device(device_stream stream, const router<Score, Select, Weigh,
 }  // namespace detail
 
 TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

@@ -12,6 +12,10 @@
 
 // Logits to routing, and on to sorted lists, in one launch: one warp per token.
 
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
@@ -200,8 +204,7 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
   }
 
   if (task.counts != nullptr && blockIdx.x == 0 && warp == 0) {
-    const std::int64_t sequences =
-        count_sequences(task.sequence_offsets, task.num_sequence_offsets, task.logits.rows);
+    const std::int64_t sequences = count_sequences(task.sequence_offsets, task.num_sequence_offsets, task.logits.rows);
     if (lane == 0) {
       task.counts[num_experts] = task.logits.rows;
       task.counts[num_experts + 1] = sequences;
@@ -237,8 +240,7 @@ inline cell_map make_cell_map(int num_experts, bool aligned, int per_lane = 0) {
     while (per_lane < cell_width && warp_size * per_lane < num_experts) per_lane *= 2;
   }
   const bool vectors = aligned && per_lane % 4 == 0 && num_experts % per_lane == 0;
-  const bool full =
-      per_lane == cell_width && num_experts == num_chunks_for(num_experts) * warp_size * cell_width;
+  const bool full = per_lane == cell_width && num_experts == num_chunks_for(num_experts) * warp_size * cell_width;
   return {num_experts, per_lane, vectors, full};
 }
 
@@ -284,8 +286,8 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
   TESSERA_EXPECTS(num_tokens < INT32_MAX / max_top_k, num_tokens << " tokens are too many for one call");
   if constexpr (router_type::needs_token_ids) {
     TESSERA_EXPECTS(static_cast<std::int64_t>(in.token_ids.size()) == num_tokens,
-                    "select::hash needs one token id per token, it got " << in.token_ids.size() << " for "
-                                                                         << num_tokens << " tokens");
+                    "select::hash needs one token id per token, it got " << in.token_ids.size() << " for " << num_tokens
+                                                                         << " tokens");
   }
   if constexpr (router_type::needs_expert_ids) {
     expect_matrix(in.expert_ids, num_tokens, options.top_k, "inputs.expert_ids");
@@ -323,12 +325,12 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
     TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
                     "sorting on the device needs a router_workspace with a barrier and counts of blocks");
     task.has_lists = true;
-    task.lists = {out.expert_ids, out.weights, *lists,      workspace, counts.data, nullptr,
-                  nullptr,        num_experts, INT32_MAX, same_slot{}};
+    task.lists = {out.expert_ids, out.weights, *lists,      workspace, counts.data,
+                  nullptr,        nullptr,     num_experts, INT32_MAX, same_slot{}};
   } else if (counts.data != nullptr) {
-    check_cuda(cudaMemsetAsync(counts.data, 0, static_cast<std::size_t>(num_experts) * sizeof(std::int64_t),
-                               stream.get()),
-               "cudaMemsetAsync");
+    check_cuda(
+        cudaMemsetAsync(counts.data, 0, static_cast<std::size_t>(num_experts) * sizeof(std::int64_t), stream.get()),
+        "cudaMemsetAsync");
   }
   if (num_tokens == 0 && lists == nullptr && counts.data == nullptr) return;
 
@@ -350,3 +352,5 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
 }  // namespace detail
 
 TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

@@ -137,7 +137,8 @@ struct group_plan {
   int lanes_per_group = 0;  // 0: groups do not fall into whole lanes, a power of two of them
 };
 
-// Sets the keys of experts of unselected groups to -inf; keys without an expert are -inf. @param scratch 32 numbers of this warp.
+// Sets the keys of experts of unselected groups to -inf; keys without an expert are -inf. @param scratch 32 numbers of
+// this warp.
 template <class GroupScore, int Chunks, class A, class KeyOf>
 __device__ __forceinline__ void mask_groups(cells<Chunks, A>& keys, const cell_map& map, const group_plan& plan,
                                             int lane, KeyOf&& key_of, A* scratch) {

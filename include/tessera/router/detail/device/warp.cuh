@@ -36,8 +36,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 // The kernels use warp reductions in hardware. Returns the number of multiprocessors.
 inline int expect_device(const char* operation) {
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  TESSERA_EXPECTS(major >= 8, operation << " needs a device of compute capability 8.0 or later, this one has major "
-                                        << major);
+  TESSERA_EXPECTS(major >= 8,
+                  operation << " needs a device of compute capability 8.0 or later, this one has major " << major);
   return device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
