@@ -232,7 +232,7 @@ void bench_alone(report& r, const options& o, const hp::device& d, int E, std::i
   const random_array a(rows * K), b(E * N * K);
   const device_array<bfloat16> c(rows * N);
   hp::problem p;
-  p.max_rows = rows, p.num_groups = E, p.n = N, p.k = K;
+  p.max_rows = rows, p.num_groups = E, p.n = N, p.k = K, p.b_along_k = true;
   const double flops = 2.0 * static_cast<double>(rows) * static_cast<double>(N) * static_cast<double>(K);
   measure(r, o, name, p, flops, [&](const hp::launch_options& launch) {
     hp::variable_m<contiguous::k, gathered::none>(
@@ -274,9 +274,9 @@ void bench_layer(report& r, const options& o, const hp::device& device, const la
   p.max_rows = P, p.num_groups = s.E;
   const ts::gemm::row_operand<bfloat16> tokens{x.data, d, routed.device_list.data},
       gradients{dy.data, d, routed.device_list.data}, hidden{h.data, U, nullptr}, activation{act.data, n, nullptr};
-  const auto problem = [&](std::int64_t N, std::int64_t K, hp::epilogue_kind kind) {
+  const auto problem = [&](std::int64_t N, std::int64_t K, hp::epilogue_kind kind, bool b_along_k) {
     hp::problem q = p;
-    q.n = N, q.k = K, q.epilogue = kind;
+    q.n = N, q.k = K, q.epilogue = kind, q.b_along_k = b_along_k;
     return q;
   };
   const auto sums = [&](std::int64_t M, std::int64_t N) {
@@ -291,24 +291,24 @@ void bench_layer(report& r, const options& o, const hp::device& device, const la
     const double tflops = measure(r, o, prefix + role, q, flops, call);
     if (tflops > 0) us += flops / tflops * 1e-6;
   };
-  add("up", problem(U, d, hp::epilogue_kind::activation), 2 * unit, [&](const hp::launch_options& launch) {
+  add("up", problem(U, d, hp::epilogue_kind::activation, true), 2 * unit, [&](const hp::launch_options& launch) {
     hp::variable_m_activation<contiguous::k, gathered::a, swiglu, false>(cudaStreamLegacy, device, groups, n, d, tokens,
                                                                          {w1.data, U * d, d, 1}, nullptr,
                                                                          {h.data, P, U}, {act.data, P, n}, {}, launch);
   });
-  add("down", problem(d, n, hp::epilogue_kind::store), unit, [&](const hp::launch_options& launch) {
+  add("down", problem(d, n, hp::epilogue_kind::store, true), unit, [&](const hp::launch_options& launch) {
     hp::variable_m<contiguous::k, gathered::none>(
         cudaStreamLegacy, device, groups, d, n, activation, {w2.data, d * n, n, 1}, nullptr,
         ts::matrix_view<bfloat16>(y.data, P, d), ts::write::overwrite, launch);
   });
   std::printf("%-34s %47.1f us %7.1f TFLOPS\n", (prefix + "forward products").c_str(), us, 3 * unit / us * 1e-6);
   us = 0;
-  add("dH", problem(n, d, hp::epilogue_kind::activation_backward), unit, [&](const hp::launch_options& launch) {
+  add("dH", problem(n, d, hp::epilogue_kind::activation_backward, false), unit, [&](const hp::launch_options& launch) {
     hp::variable_m_activation_backward<contiguous::mn, gathered::a, swiglu, false>(
         cudaStreamLegacy, device, groups, n, d, gradients, {w2.data, d * n, 1, n}, weights.data, {h.data, P, U},
         {act.data, P, n}, parts.data, {}, launch);
   });
-  add("dX", problem(d, U, hp::epilogue_kind::store), 2 * unit, [&](const hp::launch_options& launch) {
+  add("dX", problem(d, U, hp::epilogue_kind::store, false), 2 * unit, [&](const hp::launch_options& launch) {
     hp::variable_m<contiguous::mn, gathered::none>(
         cudaStreamLegacy, device, groups, d, U, hidden, {w1.data, U * d, 1, d}, nullptr,
         ts::matrix_view<bfloat16>(y.data, P, d), ts::write::overwrite, launch);

@@ -5,6 +5,12 @@
 /// @file
 /// All rooms with their device halves, for `.cu` files.
 
+#include <tessera/comm/self.cuh>
+#include <tessera/dispatch/dispatch.cuh>
+#include <tessera/experts/expert_mlp.cuh>
+#include <tessera/gemm/hopper.cuh>
+#include <tessera/moe/moe_layer.cuh>
+#include <tessera/router/router.cuh>
 #include <tessera/tessera.hpp>
 
 #if !defined(__CUDACC__)

@@ -14,6 +14,15 @@
 
 namespace ts = tessera;
 
+namespace {
+
+template <class Stream>
+concept made_from_literal_zero = requires {
+  Stream(0);
+};  // a null pointer constant, which no int variable is
+
+}  // namespace
+
 TEST_CASE("all exceptions are tessera::error, and tessera::error is a runtime_error") {
   static_assert(std::derived_from<ts::error, std::runtime_error>);
   static_assert(std::derived_from<ts::invalid_argument, ts::error> && std::derived_from<ts::cuda_error, ts::error>);
@@ -42,6 +51,7 @@ TEST_CASE("TESSERA_EXPECTS throws its sentence with the values, and evaluates it
 
 TEST_CASE("a device stream is made from a stream, never from a literal 0, NULL or nullptr") {
   static_assert(std::is_convertible_v<CUstream_st*, ts::device_stream>);
+  static_assert(!made_from_literal_zero<ts::device_stream> && made_from_literal_zero<CUstream_st*>);
   static_assert(!std::is_constructible_v<ts::device_stream, int>);
   static_assert(!std::is_constructible_v<ts::device_stream, std::nullptr_t>);
   static_assert(!std::is_constructible_v<ts::device_stream, long>);

@@ -19,6 +19,7 @@ hp::problem rows(std::int64_t max_rows, std::int64_t num_groups, std::int64_t n,
                  hp::epilogue_kind epilogue = hp::epilogue_kind::store) {
   hp::problem p;
   p.max_rows = max_rows, p.num_groups = num_groups, p.n = n, p.k = k, p.epilogue = epilogue;
+  p.b_along_k = true;
   return p;
 }
 
@@ -26,17 +27,17 @@ std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; 
 
 }  // namespace
 
-TEST_CASE("long sums get the tile with the fewest operand bytes, short ones hide their stores") {
-  CHECK(hp::choose(rows(16384, 16, 4096, 4096)).order == hp::schedule::cooperative);
-  CHECK(hp::choose(rows(16384, 16, 4096, 256)).order == hp::schedule::ping_pong);
+TEST_CASE("results of few columns get the narrow tile") {
+  CHECK(hp::choose(rows(16384, 16, 4096, 4096)).tile_n == 256);
+  CHECK(hp::choose(rows(16384, 16, 4096, 256)).order == hp::schedule::cooperative);
+  CHECK(hp::choose(rows(16384, 16, 128, 4096)).order == hp::schedule::ping_pong);
   CHECK(hp::choose(rows(16384, 16, 64, 4096)).tile_n == 128);
 }
 
-TEST_CASE("the gradient of an activation is always hidden behind the other warpgroup's products") {
-  const hp::config c = hp::choose(rows(65536, 16, 4096, 4096, hp::epilogue_kind::activation_backward));
-  CHECK(c.order == hp::schedule::ping_pong);
-  CHECK(c.tile_n == 128);
-  CHECK(c.cluster == 1);
+TEST_CASE("clusters share columns where groups are long, except where H is read") {
+  CHECK(hp::choose(rows(65536, 16, 4096, 4096)).cluster == 2);
+  CHECK(hp::choose(rows(16384, 16, 4096, 4096)).cluster == 1);
+  CHECK(hp::choose(rows(65536, 16, 4096, 4096, hp::epilogue_kind::activation_backward)).cluster == 1);
 }
 
 TEST_CASE("the grid is a whole number of clusters within the budget, and no larger than the work") {

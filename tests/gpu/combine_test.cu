@@ -64,7 +64,7 @@ struct sorted_routing {
       for (int e = 0; e < experts; ++e) order[static_cast<std::size_t>(e)] = e;
       for (int i = 0; i < k; ++i) {
         const auto left = static_cast<unsigned>(experts - i);
-        const unsigned draw = std::min(generator() % left, generator() % left);
+        const auto draw = static_cast<unsigned>(std::min(generator() % left, generator() % left));
         std::swap(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(i) + draw]);
         const bool hole = holes && (t % 9 == 4 || generator() % 6 == 0);
         ids.push_back(hole ? ts::no_expert : order[static_cast<std::size_t>(i)]);

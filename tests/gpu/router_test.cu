@@ -322,6 +322,15 @@ void check(const shape& s, unsigned seed) {
     auto losses = p.d_losses.get();
     losses.resize(values);
     CHECK(relative_error(losses, expected) <= 1e-5);
+    p.d_losses.fill(0xff);
+    buffer<float> token_losses(static_cast<std::size_t>(s.tokens * Router::num_losses));
+    ts::route_losses(ts::device_stream(cudaStream_t{}), device_router, p.device_inputs(), device_counts,
+                     p.d_coefficients.data(), chunk,
+                     ts::matrix_view<float>(p.d_losses.data(), rows, Router::num_losses), token_losses.data());
+    device_test::synchronize();
+    losses = p.d_losses.get();
+    losses.resize(values);
+    CHECK(relative_error(losses, expected) <= 1e-5);
   }
   const auto dweights = device_test::normal(p.pairs(), seed + 1);
   buffer<float> d_dweights(dweights);

@@ -28,5 +28,13 @@
 #define TESSERA_HD
 #endif
 
+/// 1 while a shared function is compiled for the device, where it may use the hardware's own instructions for the same
+/// meaning; 0 in all host code.
+#if defined(__CUDA_ARCH__)
+#define TESSERA_DEVICE_PASS 1
+#else
+#define TESSERA_DEVICE_PASS 0
+#endif
+
 /// `restrict` where the compiler has it.
 #define TESSERA_RESTRICT __restrict__

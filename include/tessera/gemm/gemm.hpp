@@ -6,5 +6,6 @@
 /// The gemm room: grouped matrix products. `gemm/blas.hpp` stands apart, because it needs a CBLAS.
 
 #include <tessera/gemm/automatic.hpp>
+#include <tessera/gemm/hopper_config.hpp>
 #include <tessera/gemm/operands.hpp>
 #include <tessera/gemm/reference.hpp>

@@ -42,6 +42,7 @@ struct problem {
   std::int64_t k = 0;                             ///< Length of the sum; `variable_m` only.
   epilogue_kind epilogue = epilogue_kind::store;  ///< What is done with the sums.
   bool gathered = false;                          ///< Whether one operand's rows are gathered.
+  bool b_along_k = false;                         ///< Whether B is contiguous along the sum.
   int num_multiprocessors = 132;                  ///< Multiprocessors that may be used.
 };
 
@@ -57,7 +58,7 @@ struct config {
   friend constexpr bool operator==(const config&, const config&) = default;
 };
 
-/// A upper bound of the number of tiles, whatever the counts are. @param p The problem. @param c Tile and cluster.
+/// An upper bound of the number of tiles, whatever the counts are. @param p The problem. @param c Tile and cluster.
 constexpr std::int64_t max_tiles(const problem& p, const config& c) {
   const auto tiles = [](std::int64_t extent, std::int64_t tile) { return (extent + tile - 1) / tile; };
   const std::int64_t step_m = static_cast<std::int64_t>(c.tile_m) * c.cluster;
@@ -73,17 +74,15 @@ constexpr std::int64_t max_tiles(const problem& p, const config& c) {
 constexpr config choose(const problem& p) {
   config c;
   const std::int64_t mean_rows = p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;
-  const std::int64_t length = p.variable_k ? mean_rows : p.k;
-  // 128 x 256 needs a third less operand traffic than 128 x 128, which costs more than the epilogue in the open unless
-  // the sum is short; reading H and differentiating is too long for any.
-  const bool long_epilogue = p.epilogue == epilogue_kind::activation_backward;
-  const bool short_sum = length < (p.epilogue == epilogue_kind::activation ? 1024 : 512);
-  if (long_epilogue || short_sum || p.n <= 128) {
+  // Shared memory feeds the matrix unit just fast enough for 128 x 256. Smaller tiles read more for each product, which
+  // costs more than what they hide, unless half of the columns would be empty.
+  if (p.n <= 128) {
     c.order = schedule::ping_pong;
     c.tile_n = 128;
   }
-  const std::int64_t rows = p.variable_k ? p.m : mean_rows;
-  if (c.order == schedule::cooperative && rows >= 2048) c.cluster = 2;
+  // Neighbours along M share B where there are nearly always two; reading H leaves no time to wait for a neighbour.
+  const bool shares = !p.variable_k && p.b_along_k && mean_rows >= 2048;
+  if (c.order == schedule::cooperative && p.epilogue != epilogue_kind::activation_backward && shares) c.cluster = 2;
   const std::int64_t blocks = max_tiles(p, c) * c.cluster;
   const std::int64_t most = p.num_multiprocessors / c.cluster * c.cluster;
   c.grid = static_cast<int>(blocks < most ? blocks : most);

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include <tessera/core/device_status.hpp>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/memory.hpp>
 
@@ -39,6 +40,10 @@ struct layer_state {
   std::int64_t* dropped_by_bound = nullptr;     ///< One: pairs of this rank since `reset_state`.
   std::int64_t* most_received_pairs = nullptr;  ///< One: largest number of pairs this rank has computed in one call.
 
+  device_status* status =
+      nullptr;  ///< One: what a kernel found wrong since `reset_state`; see `expect_ok`. Host: stays clear.
+  std::uint32_t* barrier = nullptr;  ///< One: belongs to the router's kernels; 0 after `reset_state`.
+
   int num_experts = 0;          ///< E.
   int num_losses = 0;           ///< Balances that are losses.
   std::int64_t max_chunks = 0;  ///< Rows of `losses`.
@@ -58,13 +63,15 @@ struct layer_state {
     s.dropped_by_capacity = builder.take<std::int64_t>("dropped_by_capacity", 1);
     s.dropped_by_bound = builder.take<std::int64_t>("dropped_by_bound", 1);
     s.most_received_pairs = builder.take<std::int64_t>("most_received_pairs", 1);
+    s.status = builder.take<device_status>("status", 1);
+    s.barrier = builder.take<std::uint32_t>("barrier", 1);
     s.num_experts = num_experts;
     s.num_losses = num_losses;
     s.max_chunks = max_chunks;
     return s;
   }
 
-  /// All arrays with their names.
+  /// The arrays of checkpoints and metrics, with their names.
   std::array<named_array, 10> arrays() const {
     const auto entry = [](std::string_view name, auto* data, std::int64_t rows, std::int64_t cols) {
       return named_array{name, dtype_name<std::remove_pointer_t<decltype(data)>>(), rows, cols, data};

@@ -16,6 +16,7 @@
 #include <tessera/core/views.hpp>
 #include <tessera/router/balance.hpp>
 #include <tessera/router/compatible.hpp>
+#include <tessera/router/lists.hpp>
 #include <tessera/router/routing.hpp>
 #include <tessera/router/score.hpp>
 #include <tessera/router/select.hpp>

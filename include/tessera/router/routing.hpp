@@ -45,29 +45,29 @@ struct router_inputs {
 /// View of `E + 2` adjacent integers: selections of each expert, tokens, sequences. One integer all-reduce (sum) over
 /// every rank of the micro-batch makes the local counts global, which leaves no trace of the number of ranks in
 /// anything computed from them.
-template <class I>
-requires std::same_as<std::remove_const_t<I>, std::int64_t>
+template <class Int>
+requires std::same_as<std::remove_const_t<Int>, std::int64_t>
 struct basic_balance_counts {
-  I* data = nullptr;    ///< `[num_experts + 2]`; null where nobody counts.
+  Int* data = nullptr;  ///< `[num_experts + 2]`; null where nobody counts.
   int num_experts = 0;  ///< E.
 
   constexpr basic_balance_counts() = default;
   /// @param data_ `[num_experts_ + 2]`. @param num_experts_ E.
-  TESSERA_HD constexpr basic_balance_counts(I* data_, int num_experts_) : data(data_), num_experts(num_experts_) {}
+  TESSERA_HD constexpr basic_balance_counts(Int* data_, int num_experts_) : data(data_), num_experts(num_experts_) {}
   /// Mutable counts read as constant ones.
   template <class U>
-  requires std::same_as<I, const U> TESSERA_HD constexpr basic_balance_counts(
+  requires std::same_as<Int, const U> TESSERA_HD constexpr basic_balance_counts(
       const basic_balance_counts<U>& other)  // NOLINT: qualification conversion
       : data(other.data), num_experts(other.num_experts) {}
 
   /// Number of integers behind `data` for E experts.
   TESSERA_HD static constexpr std::int64_t size(int num_experts_) { return std::int64_t{num_experts_} + 2; }
   /// Pairs (token, slot) that selected expert `e`.
-  TESSERA_HD constexpr I& expert(int e) const { return data[e]; }
+  TESSERA_HD constexpr Int& expert(int e) const { return data[e]; }
   /// Tokens.
-  TESSERA_HD constexpr I& tokens() const { return data[num_experts]; }
+  TESSERA_HD constexpr Int& tokens() const { return data[num_experts]; }
   /// Sequences with at least one token.
-  TESSERA_HD constexpr I& sequences() const { return data[num_experts + 1]; }
+  TESSERA_HD constexpr Int& sequences() const { return data[num_experts + 1]; }
 };
 
 using balance_counts = basic_balance_counts<std::int64_t>;              ///< Counts that are written.

@@ -22,10 +22,10 @@ void widen(const T* TESSERA_RESTRICT from, std::int64_t count, A* TESSERA_RESTRI
     std::copy_n(from, count, to);
   } else {
     constexpr int chunk = 16;  // a constant trip count is vectorised at -O2 too
-    std::int64_t i = 0;
-    for (; i + chunk <= count; i += chunk)
+    const std::int64_t whole = count / chunk * chunk;
+    for (std::int64_t i = 0; i < whole; i += chunk)
       for (int l = 0; l < chunk; ++l) to[i + l] = static_cast<A>(from[i + l]);
-    for (; i < count; ++i) to[i] = static_cast<A>(from[i]);
+    for (std::int64_t i = whole; i < count; ++i) to[i] = static_cast<A>(from[i]);
   }
 }
 

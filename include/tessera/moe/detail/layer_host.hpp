@@ -58,6 +58,27 @@ void check_weights(const Layer& layer, const typename Layer::weights& params) {
                                   << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
 }
 
+// A rank without a chunk contributes nothing to replicated parameters, so it needs no room for them.
+template <class Gradients>
+void check_gate_gradients(const shape& s, const Gradients& grads, std::int64_t chunks) {
+  TESSERA_EXPECTS(grads.gate != nullptr || chunks == 0, "the gradient of the gate has no data");
+  TESSERA_EXPECTS((grads.gate_bias != nullptr) == s.gate_bias || chunks == 0,
+                  "the gradient of gate_bias is "
+                      << (grads.gate_bias == nullptr ? "null" : "given")
+                      << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
+}
+
+// Step of the bias as the router's options have it; 0 without a bias.
+template <class Layer>
+float default_bias_rate(const Layer& layer) {
+  float rate = 0;
+  const auto take_rate = [&](const auto& balance) {
+    if constexpr (requires { balance.rate; }) rate = balance.rate;
+  };
+  std::apply([&](const auto&... balances) { (take_rate(balances), ...); }, layer.get_router().get_options().balance);
+  return rate;
+}
+
 template <class Layer>
 void layer_forward(host_stream stream, const Layer& layer, pass mode, const typename Layer::inputs& in,
                    const typename Layer::weights& params, matrix_view<typename Layer::storage> y,
@@ -224,13 +245,8 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
   const matrix_view<const S> dy_rows =
       plan.alone() ? dy : matrix_view<const S>{deferred.dy_received, saved.handle.total->received_rows, s.hidden};
 
-  // A rank without a chunk contributes nothing to replicated parameters, so it needs no room for them.
   const expert_rows chunks = chunked_rows(deferred.chunk_offsets, num_tokens, plan.chunk_tokens);
-  TESSERA_EXPECTS(grads.gate != nullptr || chunks.num_local_experts == 0, "the gradient of the gate has no data");
-  TESSERA_EXPECTS((grads.gate_bias != nullptr) == s.gate_bias || chunks.num_local_experts == 0,
-                  "the gradient of gate_bias is "
-                      << (grads.gate_bias == nullptr ? "null" : "given")
-                      << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
+  check_gate_gradients(s, grads, chunks.num_local_experts);
   plan.experts.backward_weights(stream, saved.handle.rows(), x_rows, dy_rows,
                                 {saved.handle.pair_weights, plan.weights_on}, saved.experts, deferred.experts,
                                 grads.experts, mode, deferred.experts_scratch);
@@ -259,11 +275,7 @@ void layer_reset_state(host_stream, const Layer& layer) {
   if (state.bias != nullptr) std::fill_n(state.bias, num_experts, 0.0F);
   std::fill_n(state.load, num_experts, 0);
   std::fill_n(state.global_load, num_experts, 0);
-  *state.bias_rate = 0;
-  const auto take_rate = [&](const auto& balance) {
-    if constexpr (requires { balance.rate; }) *state.bias_rate = balance.rate;
-  };
-  std::apply([&](const auto&... balances) { (take_rate(balances), ...); }, layer.get_router().get_options().balance);
+  *state.bias_rate = default_bias_rate(layer);
   const auto coefficients = layer.get_router().default_coefficients();
   std::copy(coefficients.begin(), coefficients.end(), state.coefficients);
   *state.loss_scale = 1;
@@ -271,6 +283,8 @@ void layer_reset_state(host_stream, const Layer& layer) {
   *state.dropped_by_capacity = 0;
   *state.dropped_by_bound = 0;
   *state.most_received_pairs = 0;
+  *state.status = {};
+  *state.barrier = 0;
 }
 
 template <class Layer>

@@ -9,6 +9,7 @@
 #include <tessera/dispatch/dispatch.hpp>
 #include <tessera/experts/experts.hpp>
 #include <tessera/moe/shape.hpp>
+#include <tessera/router/lists.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -86,6 +87,7 @@ struct layer_forward_scratch {
 
   std::int64_t* counts;  // [E + 2] of this rank
   routing_exchange_workspace<A> plan;
+  std::uint8_t* block_counts;  // of the router's kernels; null on the host
   dispatch_workspace<S> rows;
   S* pairs;  // [max pairs, d] outputs of experts
   typename Layer::experts_type::forward_scratch experts;
@@ -99,6 +101,9 @@ struct layer_forward_scratch {
     const shape& s = p.sizes;
     counts = b.take<std::int64_t>("local counts", balance_counts::size(s.num_experts));
     plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
+    block_counts = b.take<std::uint8_t>("counts of blocks", std::is_same_v<typename Layer::space, space::device>
+                                                                ? router_workspace::block_count_bytes(s.num_experts)
+                                                                : 0);
     rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     pairs = b.take<S>("expert outputs", p.bounds.max_pairs * s.hidden);
     experts = p.experts.carve_forward(b, p.bounds.max_pairs, p.weights_on);

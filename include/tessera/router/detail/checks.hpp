@@ -96,8 +96,8 @@ inline void check_ids(const std::int32_t* ids, int top_k, int num_experts, std::
 }
 
 /// Ids of all tokens, unused slots allowed.
-template <class I>
-void check_all_ids(const matrix_view<I>& ids, std::int64_t num_tokens, int top_k, int num_experts, const char* name) {
+template <class Id>
+void check_all_ids(const matrix_view<Id>& ids, std::int64_t num_tokens, int top_k, int num_experts, const char* name) {
   expect_matrix(ids, num_tokens, top_k, name);
   for (std::int64_t t = 0; t < num_tokens; ++t) check_ids(ids.row(t), top_k, num_experts, t, name, true);
 }

@@ -23,8 +23,8 @@ void for_each_loss(const std::tuple<typename Balances::options...>& options, F&&
   [[maybe_unused]] const auto visit = [&](auto tag, const auto& balance_options) {
     if constexpr (balance_is_loss<typename decltype(tag)::type>) f(tag, balance_options, loss++);
   };
-  [&]<std::size_t... I>(std::index_sequence<I...>) {
-    (visit(std::type_identity<Balances>{}, std::get<I>(options)), ...);
+  [&]<std::size_t... Index>(std::index_sequence<Index...>) {
+    (visit(std::type_identity<Balances>{}, std::get<Index>(options)), ...);
   }
   (std::index_sequence_for<Balances...>{});
   (void)loss;

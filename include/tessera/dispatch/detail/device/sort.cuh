@@ -36,7 +36,7 @@ struct sort_task {
   typename dispatch_handle<A>::totals* total;
 };
 
-inline constexpr std::size_t sort_scratch_bytes = 8 * 1024;
+inline constexpr std::size_t sort_scratch_bytes = 16 * list_threads;
 
 template <class A, class Layout>
 __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid_constant__ sort_task<A, Layout> task) {
@@ -45,7 +45,8 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid
   const auto& lists = task.lists;
   const int top_k = static_cast<int>(lists.ids.cols);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * task.plan.tokens_per_block;
-  shared.clear(task.plan);
+  const std::uint32_t phase = gridDim.x > 1 && threadIdx.x == 0 ? barrier_phase(lists.workspace.barrier) : 0u;
+  shared.clear<list_threads>(task.plan);
   __syncthreads();
   for (int pair = static_cast<int>(threadIdx.x); pair < task.plan.tokens_per_block * top_k; pair += list_threads) {
     const int t = pair / top_k;
@@ -59,7 +60,7 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid
     task.total->received_rows = lists.ids.rows;
     task.total->overflow_drops = 0;
   }
-  write_lists(task.plan, lists, shared);
+  write_lists<list_threads>(task.plan, lists, shared, phase);
 }
 
 template <class Layout, class A>
@@ -100,7 +101,7 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
        static_cast<int>(capacity),
        {layout}},
       handle.total};
-  launch_cooperative(stream, task.plan, sort_pairs_kernel<A, Layout>, task, "sort_pairs_kernel");
+  launch_cooperative(stream, task.plan, list_threads, sort_pairs_kernel<A, Layout>, task, "sort_pairs_kernel");
 }
 
 }  // namespace detail

@@ -20,7 +20,7 @@ namespace detail::hopper {
 /// @tparam Activation An activation policy. @tparam Interleaved Whether gates and ups are in turn.
 template <class Activation, bool Interleaved>
 struct activation_epilogue {
-  static constexpr bool split = Activation::gated && !Interleaved;
+  static constexpr bool split = Activation::gated && !Interleaved, clusters = true;
   static constexpr int staging_buffers = 1;
 
   struct params {
@@ -32,6 +32,9 @@ struct activation_epilogue {
     const bfloat16* bias;     ///< `[G, U]`, or null.
     typename Activation::options options;
   };
+
+  template <int TileN>
+  static __device__ __forceinline__ void prepare(const params&, const tile&, int) {}
 
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
@@ -107,13 +110,13 @@ struct activation_epilogue {
   }
 };
 
-/// The sums are `dA = dY W2`, unweighted. With the row's weight `w`: writes dH of `w dA` over H, `w A`, and this tile's
-/// part of `dL/dw = <dA, A>`.
+/// The sums are `dA = dY W2`, unweighted. With the row's weight `w`: writes dH of `w dA` over H, `w A`, and sums of
+/// `dA A` over 128 columns each, parts of `dL/dw` that do not depend on the tile.
 /// @tparam Activation An activation policy. @tparam Interleaved Whether gates and ups are in turn.
 template <class Activation, bool Interleaved>
 struct activation_backward_epilogue {
-  static constexpr bool split = false;
-  static constexpr int staging_buffers = Activation::gated ? 2 : 1;
+  static constexpr bool split = false, clusters = false;
+  static constexpr int staging_buffers = 1;
 
   struct params {
     bfloat16* h;                  ///< `[rows, U]`: H, then dH.
@@ -122,16 +125,29 @@ struct activation_backward_epilogue {
     std::int64_t out_stride;      ///< Elements between its rows.
     int intermediate;             ///< n.
     const float* weights;         ///< `[rows]`, or null for ones.
-    float* partial;               ///< `[tiles along n, rows]`: parts of dL/dw, or null.
-    std::int64_t partial_stride;  ///< Elements from one tile's parts to the next's.
+    float* partial;               ///< `[n / 128, rows]`, rounded up: parts of dL/dw, or null.
+    std::int64_t partial_stride;  ///< Elements from one part of all rows to the next.
     typename Activation::options options;
   };
+
+  /// Brings a warp's part of H near while the products are summed: registers for it are free only afterwards.
+  template <int TileN>
+  static __device__ __forceinline__ void prepare(const params& p, const tile& t, int first_row) {
+    static constexpr int width = (Activation::gated && Interleaved ? 2 : 1) * TileN;  // of a run of H
+    static constexpr int runs = Activation::gated && !Interleaved ? 2 : 1, lines = width / 64;
+    const int start = t.n * (width / TileN), end = p.intermediate * (width / TileN);
+    for (int i = static_cast<int>(threadIdx.x % 32); i < 16 * runs * lines; i += 32) {
+      const int row = first_row + i / (runs * lines), column = start + i % lines * 64;
+      const int run = i / lines % runs * p.intermediate;
+      if (row < t.m_end && column < end)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.h + row * p.h_stride + run + column));
+    }
+  }
 
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
                                                std::uint32_t staging) {
-    static constexpr int chunks = TileN / chunk_rows;
-    const warp_staging gates(staging), ups(staging + (Activation::gated ? staging_bytes : 0));
+    const warp_staging buffer(staging);
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int n = p.intermediate, rows = t.m_end;
     float weight[2] = {1.0f, 1.0f}, dweight[2] = {0.0f, 0.0f};
@@ -142,36 +158,35 @@ struct activation_backward_epilogue {
         weight[half] = row < rows ? __ldg(p.weights + row) : 0.0f;
       }
     }
-    // H of the first chunk; that of each next one is under way while one is computed.
-    uint4 first[4], second[4];
-    const auto request = [&](int column) {
-      if constexpr (Activation::gated && Interleaved) {
-        warp_staging::read(first, p.h, p.h_stride, first_row, rows, 2 * column, 2 * n);
-        warp_staging::read(second, p.h, p.h_stride, first_row, rows, 2 * column + chunk_rows, 2 * n);
-      } else {
-        warp_staging::read(first, p.h, p.h_stride, first_row, rows, column, n);
-        if constexpr (Activation::gated) warp_staging::read(second, p.h + n, p.h_stride, first_row, rows, column, n);
-      }
+    const auto emit = [&](const fragment& f, bfloat16* matrix, std::int64_t stride, int column, int columns) {
+      __syncwarp();
+      buffer.put(f);
+      __syncwarp();
+      buffer.store(matrix, stride, first_row, rows, column, columns);
     };
-    request(t.n);
 
-    for_each_chunk<chunks>([&]<int Chunk>() {
+    for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
       const int column = t.n + Chunk * chunk_rows;
       if (column >= n) return;
-      __syncwarp();
-      gates.fill(first);
-      if constexpr (Activation::gated) ups.fill(second);
-      __syncwarp();
-      if (Chunk + 1 < chunks && column + chunk_rows < n) request(column + chunk_rows);
-
-      fragment out;
-      if constexpr (!Activation::gated) {
-        fragment h;
-        gates.get(h);
+      fragment gate, out;
+      [[maybe_unused]] fragment up;
+      load_h(p, buffer, first_row, rows, column, gate, up);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const float x[2] = {low_bf16(h[i]), high_bf16(h[i])};
-          float dx[2], a[2];
+      for (int i = 0; i < 16; ++i) {
+        const float x[2] = {low_bf16(gate[i]), high_bf16(gate[i])};
+        float dx[2], a[2];
+        if constexpr (Activation::gated) {
+          const float u[2] = {low_bf16(up[i]), high_bf16(up[i])};
+          float du[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float da = sums[Chunk * 32 + 2 * i + e];
+            a[e] = Activation::forward(x[e], u[e], p.options);
+            Activation::backward(x[e], u[e], weight[i % 2] * da, dx[e], du[e], p.options);
+            dweight[i % 2] += da * a[e];
+          }
+          up[i] = pack_bf16(du[0], du[1]);
+        } else {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float da = sums[Chunk * 32 + 2 * i + e];
@@ -179,72 +194,99 @@ struct activation_backward_epilogue {
             dx[e] = Activation::backward(x[e], weight[i % 2] * da, p.options);
             dweight[i % 2] += da * a[e];
           }
-          h[i] = pack_bf16(dx[0], dx[1]);
-          out[i] = pack_bf16(weight[i % 2] * a[0], weight[i % 2] * a[1]);
         }
-        __syncwarp();
-        gates.put(h);
-        __syncwarp();
-        gates.store(p.h, p.h_stride, first_row, rows, column, n);
+        gate[i] = pack_bf16(dx[0], dx[1]);
+        out[i] = pack_bf16(weight[i % 2] * a[0], weight[i % 2] * a[1]);
+      }
+      emit(out, p.out, p.out_stride, column, n);
+      if constexpr (Activation::gated && Interleaved) {
+        fragment half;
+        interleave<0>(gate, up, half);
+        emit_wide(p, buffer, half, first_row, rows, 2 * column);
+        interleave<1>(gate, up, half);
+        emit_wide(p, buffer, half, first_row, rows, 2 * column + chunk_rows);
       } else {
-        [[maybe_unused]] fragment gate, up;
-        if constexpr (!Interleaved) {
-          gates.get(gate);
-          ups.get(up);
-        }
+        emit(gate, p.h, p.h_stride, column, n);
+        if constexpr (Activation::gated) emit(up, p.h + n, p.h_stride, column, n);
+      }
+
+      if (p.partial != nullptr && (Chunk % 2 == 1 || column + chunk_rows >= n)) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          // interleaved: columns 8 j + 2 q + {0, 1} of the activation, j = i / 2, are 16 j + 4 q + {0, 1, 2, 3} of H
-          const std::uint32_t place = (i / 8 == 0 ? gates : ups).element_address(i % 2, i / 2 % 4 * 16 + lane % 4 * 4);
-          float g[2], u[2], dg[2], du[2], a[2];
-          if constexpr (Interleaved) {
-            const uint2 h = load_shared_8(place);
-            g[0] = low_bf16(h.x), u[0] = high_bf16(h.x), g[1] = low_bf16(h.y), u[1] = high_bf16(h.y);
-          } else {
-            g[0] = low_bf16(gate[i]), g[1] = high_bf16(gate[i]), u[0] = low_bf16(up[i]), u[1] = high_bf16(up[i]);
-          }
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float da = sums[Chunk * 32 + 2 * i + e];
-            a[e] = Activation::forward(g[e], u[e], p.options);
-            Activation::backward(g[e], u[e], weight[i % 2] * da, dg[e], du[e], p.options);
-            dweight[i % 2] += da * a[e];
-          }
-          if constexpr (Interleaved) {
-            store_shared_8(place, {pack_bf16(dg[0], du[0]), pack_bf16(dg[1], du[1])});
-          } else {
-            gate[i] = pack_bf16(dg[0], dg[1]);
-            up[i] = pack_bf16(du[0], du[1]);
-          }
-          out[i] = pack_bf16(weight[i % 2] * a[0], weight[i % 2] * a[1]);
-        }
-        __syncwarp();
-        if constexpr (Interleaved) {
-          gates.store(p.h, p.h_stride, first_row, rows, 2 * column, 2 * n);
-          ups.store(p.h, p.h_stride, first_row, rows, 2 * column + chunk_rows, 2 * n);
-        } else {
-          gates.put(gate);
-          ups.put(up);
-          __syncwarp();
-          gates.store(p.h, p.h_stride, first_row, rows, column, n);
-          ups.store(p.h + n, p.h_stride, first_row, rows, column, n);
+        for (int half = 0; half < 2; ++half) {
+          float sum = dweight[half];
+          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+          const int row = first_row + lane / 4 + 8 * half;
+          if (lane % 4 == 0 && row < rows) p.partial[column / 128 * p.partial_stride + row] = sum;
+          dweight[half] = 0.0f;
         }
       }
-      __syncwarp();
-      gates.put(out);
-      __syncwarp();
-      gates.store(p.out, p.out_stride, first_row, rows, column, n);
     });
+  }
 
-    if (p.partial == nullptr) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = dweight[half];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const int row = first_row + lane / 4 + 8 * half;
-      if (lane % 4 == 0 && row < rows) p.partial[t.n / TileN * p.partial_stride + row] = sum;
+ private:
+  /// H of 64 columns of the activation, as fragments of gates and ups; `up` only where there is a gate.
+  static __device__ __forceinline__ void load_h(const params& p, const warp_staging& buffer, int first_row, int rows,
+                                                int column, fragment& gate, [[maybe_unused]] fragment& up) {
+    const int n = p.intermediate;
+    uint4 first[4];
+    [[maybe_unused]] uint4 second[4];
+    if constexpr (Activation::gated && Interleaved) {
+      warp_staging::read(first, p.h, p.h_stride, first_row, rows, 2 * column, 2 * n);
+      warp_staging::read(second, p.h, p.h_stride, first_row, rows, 2 * column + chunk_rows, 2 * n);
+    } else {
+      warp_staging::read(first, p.h, p.h_stride, first_row, rows, column, n);
+      if constexpr (Activation::gated) warp_staging::read(second, p.h + n, p.h_stride, first_row, rows, column, n);
     }
+    __syncwarp();
+    buffer.fill(first);
+    __syncwarp();
+    if constexpr (!Activation::gated) {
+      buffer.get(gate);
+    } else if constexpr (!Interleaved) {
+      buffer.get(gate);
+      __syncwarp();
+      buffer.fill(second);
+      __syncwarp();
+      buffer.get(up);
+    } else {
+      take<0>(buffer, gate, up);
+      __syncwarp();
+      buffer.fill(second);
+      __syncwarp();
+      take<1>(buffer, gate, up);
+    }
+  }
+
+  // Columns 8 j + 2 q + {0, 1} of the activation are 16 j + 4 q + {0, 1, 2, 3} of H, gates and ups in turn. Of the 64
+  // columns, each half of H's 128 holds 32.
+  template <int Half>
+  static __device__ __forceinline__ void take(const warp_staging& buffer, fragment& gate, fragment& up) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint2 h = load_shared_8(wide_address(buffer, i));
+      gate[8 * Half + i] = __byte_perm(h.x, h.y, 0x5410);
+      up[8 * Half + i] = __byte_perm(h.x, h.y, 0x7632);
+    }
+  }
+  template <int Half>
+  static __device__ __forceinline__ void interleave(const fragment& gate, const fragment& up, fragment& h) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      h[2 * i] = __byte_perm(gate[8 * Half + i], up[8 * Half + i], 0x5410);
+      h[2 * i + 1] = __byte_perm(gate[8 * Half + i], up[8 * Half + i], 0x7632);
+    }
+  }
+  static __device__ __forceinline__ void emit_wide(const params& p, const warp_staging& buffer, const fragment& h,
+                                                   int first_row, int rows, int column) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store_shared_8(wide_address(buffer, i), {h[2 * i], h[2 * i + 1]});
+    __syncwarp();
+    buffer.store(p.h, p.h_stride, first_row, rows, column, 2 * p.intermediate);
+  }
+  static __device__ __forceinline__ std::uint32_t wide_address(const warp_staging& buffer, int i) {
+    return buffer.element_address(i % 2, i / 2 * 16 + static_cast<int>(threadIdx.x % 4) * 4);
   }
 };
 

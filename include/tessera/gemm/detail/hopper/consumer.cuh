@@ -76,10 +76,12 @@ __device__ __forceinline__ void await_stage(const rings<Shape>& r, const ring_po
   }
 }
 
-/// Sums a tile into `sums`. @tparam Blocks How many of this warpgroup's blocks have rows.
+/// Sums a tile into `sums`. @tparam Blocks How many of this warpgroup's blocks have rows. @param next_turn Barrier to
+/// arrive on when all operands have come, or 0.
 template <class Shape, class Accumulation, int Blocks>
 __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::accumulators], const rings<Shape>& r,
-                                         ring_position<Shape::stages>& at, const tile& t, std::uint32_t offset_a) {
+                                         ring_position<Shape::stages>& at, const tile& t, std::uint32_t offset_a,
+                                         std::uint32_t next_turn) {
   static constexpr std::uint32_t offset_b = Shape::chunks_a * chunk_bytes;
   const int stages = sum_stages<Shape>(t);
   await_stage(r, at, t, 0);
@@ -101,18 +103,23 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
     previous = at.slot;
     at.advance();
   }
+  // The other warpgroup may go on from here.
+  if (next_turn != 0 && threadIdx.x % 128 == 0) barrier_arrive(next_turn);
   mma_wait<0>();
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) accumulator_fence(sums[block]);
   release_stage(r, previous);
 }
 
-/// Passes a tile's stages on: none of its rows are this warpgroup's.
+/// Passes a tile's stages on: none of its rows are this warpgroup's. Its warps stay together, as matrix instructions
+/// would keep them: a warp that fell two rounds of the ring behind could not tell the rounds apart.
 template <class Shape>
-__device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<Shape::stages>& at, const tile& t) {
+__device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<Shape::stages>& at, const tile& t,
+                                          int which) {
   const int stages = sum_stages<Shape>(t);
   for (int s = 0; s < stages; ++s) {
     await_stage(r, at, t, s);
+    named_barrier(2 + which, 128);
     release_stage(r, at.slot);
     at.advance();
   }
@@ -129,32 +136,53 @@ __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::bloc
   }
 }
 
+/// Lets the epilogue prepare for a warpgroup's blocks.
+template <class Shape, class Epilogue, int Blocks, class P>
+__device__ __forceinline__ void prepare_tile(const P& p, const tile& t, int first_row) {
+#pragma unroll
+  for (int block = 0; block < Blocks; ++block)
+    Epilogue::template prepare<Shape::tile_n>(
+        p.epilogue, t, first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16);
+}
+
 /// A consumer warpgroup's whole work. @param which 0 or 1. @param staging This warp's staging buffers.
 template <class Shape, class Accumulation, class Epilogue, class P>
 __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint32_t staging) {
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
-  for (int turn = 0;; turn ^= 1) {
+  for (int turn = 0;; ++turn) {
     const tile t = read_tile(r, slot);
     if (t.group < 0) break;
     float sums[Shape::blocks][Shape::accumulators];
     if constexpr (Shape::ping_pong) {
-      if (turn != which) {
+      if (turn % 2 != which) {
         at.advance(sum_stages<Shape>(t));
-      } else if (t.m_end - t.m > chunk_rows) {
-        sum_tile<Shape, Accumulation, 2>(sums, r, at, t, 0);
+        continue;
+      }
+      // Tiles are summed in order. Without waiting for its turn a warpgroup could look for operands of a later round of
+      // the ring and find those of an earlier one.
+      const std::uint32_t mine = r.turns + 8 * static_cast<std::uint32_t>(which);
+      const std::uint32_t other = r.turns + 8 * static_cast<std::uint32_t>(which ^ 1);
+      const int parity = (turn / 2 + which + 1) % 2;  // the first turn of the first warpgroup is given
+      if (t.m_end - t.m > chunk_rows) {
+        prepare_tile<Shape, Epilogue, 2>(p, t, t.m);
+        barrier_wait(mine, static_cast<std::uint32_t>(parity));
+        sum_tile<Shape, Accumulation, 2>(sums, r, at, t, 0, other);
         write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, staging);
       } else {
-        sum_tile<Shape, Accumulation, 1>(sums, r, at, t, 0);
+        prepare_tile<Shape, Epilogue, 1>(p, t, t.m);
+        barrier_wait(mine, static_cast<std::uint32_t>(parity));
+        sum_tile<Shape, Accumulation, 1>(sums, r, at, t, 0, other);
         write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, staging);
       }
     } else {
       const int first_row = t.m + which * chunk_rows;
       if (first_row < t.m_end) {
-        sum_tile<Shape, Accumulation, 1>(sums, r, at, t, static_cast<std::uint32_t>(which) * chunk_bytes);
+        prepare_tile<Shape, Epilogue, 1>(p, t, first_row);
+        sum_tile<Shape, Accumulation, 1>(sums, r, at, t, static_cast<std::uint32_t>(which) * chunk_bytes, 0);
         write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, staging);
       } else {
-        skip_tile(r, at, t);
+        skip_tile(r, at, t, which);
       }
     }
   }

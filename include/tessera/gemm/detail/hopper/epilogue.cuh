@@ -6,8 +6,10 @@
 /// From accumulators to memory: staging of one warp's rows, and the epilogue that stores, with a bias or added to what
 /// is there.
 ///
-/// An epilogue is a struct with `params`, `split` (whether B's chunks are gate and up columns in turn),
-/// `staging_buffers`, and `write<TileN>(params, sums, tile, first_row, staging)`, which a warp calls for its 16 rows.
+/// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); `clusters`
+/// (whether its kernel for clusters exists); `staging_buffers`; and what a warp calls for its 16 rows:
+/// `prepare<TileN>(params, tile, first_row)` before the products, `write<TileN>(params, sums, tile, first_row,
+/// staging)` after them.
 
 #include <cstdint>
 #include <type_traits>
@@ -124,7 +126,7 @@ __device__ __forceinline__ void for_each_chunk(F&& f) {
 /// Stores the result, rounded once. `TC` is bfloat16 or float.
 template <class TC>
 struct store_epilogue {
-  static constexpr bool split = false;
+  static constexpr bool split = false, clusters = true;
   static constexpr int staging_buffers = std::is_same_v<TC, bfloat16> ? 1 : 0;
 
   struct params {
@@ -135,6 +137,9 @@ struct store_epilogue {
     bool accumulate;            ///< Whether the old content is added.
     const bfloat16* bias;       ///< `[G, columns]`, or null.
   };
+
+  template <int TileN>
+  static __device__ __forceinline__ void prepare(const params&, const tile&, int) {}
 
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,

@@ -65,7 +65,9 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   const std::int64_t K = shape.k;
   expect_unit_extent(K, "the length of the sums");
   expect_source<Rows, gathered::a>(a, "a");
-  const config c = configure(d, shape, options);
+  problem complete = shape;
+  complete.b_along_k = Order == contiguous::k;
+  const config c = configure(d, complete, options);
   if (c.grid == 0) return;
   expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
   const std::int64_t contiguous_stride = Order == contiguous::k ? b.col_stride : b.row_stride;

@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
                        base + layout::empty,
                        base + layout::tiles,
                        base + layout::tile_full,
-                       base + layout::tile_empty};
+                       base + layout::tile_empty,
+                       base + layout::turns};
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   static constexpr int gathering_warps = Shape::gather == gathered::none ? 0 : 4;
@@ -45,8 +46,10 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     }
     for (std::uint32_t i = 0; i < Shape::tile_slots; ++i) {
       barrier_init(r.tile_full + 8 * i, 1);
-      barrier_init(r.tile_empty + 8 * i, Shape::consumer_warps + (gathering_warps > 0 ? gathering_warps - 1 : 0));
+      barrier_init(r.tile_empty + 8 * i,
+                   32 * (Shape::consumer_warps + (gathering_warps > 0 ? gathering_warps - 1 : 0)));
     }
+    for (std::uint32_t i = 0; i < 2; ++i) barrier_init(r.turns + 8 * i, 1);
     barrier_init_fence();
   }
   int rank = 0;

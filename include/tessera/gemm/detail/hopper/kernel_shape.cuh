@@ -66,7 +66,8 @@ struct shared_layout {
   static constexpr int empty = full + Shape::stages * 8;
   static constexpr int tile_full = empty + Shape::stages * 8;
   static constexpr int tile_empty = tile_full + Shape::tile_slots * 8;
-  static constexpr int bytes = tile_empty + Shape::tile_slots * 8;
+  static constexpr int turns = tile_empty + Shape::tile_slots * 8;
+  static constexpr int bytes = turns + 2 * 8;
   static_assert(bytes <= 232448, "more than the 227 KiB that a block of sm_90 can have");
 };
 

@@ -91,10 +91,9 @@ void launch_configured(device_stream stream, const gemm::hopper::config& c, cons
   using gemm::hopper::schedule;
   if (c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
     return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
-  // The backward epilogue's registers do not fit beside 128 accumulators of one block.
-  if constexpr (Epilogue::staging_buffers < 2) {
-    if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
-      return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
+  if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
+    return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
+  if constexpr (Epilogue::clusters) {
     if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
       return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
   }

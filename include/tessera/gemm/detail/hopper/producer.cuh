@@ -15,24 +15,28 @@ namespace detail::hopper {
 /// Shared-window addresses of a block's rings.
 template <class Shape>
 struct rings {
-  std::uint32_t operands;                           ///< Operand ring.
-  std::uint32_t full, empty;                        ///< Its barriers.
-  std::uint32_t tiles;                              ///< Tile ring, 32 bytes a slot.
-  std::uint32_t tile_full, tile_empty;              ///< Its barriers.
-  __device__ std::uint32_t stage(int slot) const {  ///< Operands of a slot: chunks of A, then chunks of B.
+  std::uint32_t operands;    ///< Operand ring.
+  std::uint32_t full;        ///< Barriers of its filled slots.
+  std::uint32_t empty;       ///< Barriers of its free slots.
+  std::uint32_t tiles;       ///< Tile ring, 32 bytes a slot.
+  std::uint32_t tile_full;   ///< Barriers of its filled slots.
+  std::uint32_t tile_empty;  ///< Barriers of its free slots.
+  std::uint32_t turns;       ///< Barriers of whose turn it is to multiply.
+
+  /// Operands of a slot: chunks of A, then chunks of B.
+  __device__ std::uint32_t stage(int slot) const {
     return operands + static_cast<std::uint32_t>(slot) * Shape::stage_bytes;
   }
 };
 
-/// Reads a slot of the tile ring. @param leave Whether this warp will not read the slot again.
+/// Reads a slot of the tile ring and gives it back; every thread for itself.
 template <class Shape>
 __device__ __forceinline__ tile read_tile(const rings<Shape>& r, ring_position<Shape::tile_slots>& position) {
   const auto offset = static_cast<std::uint32_t>(position.slot);
   barrier_wait(r.tile_full + 8 * offset, position.parity);
   const uint4 low = load_shared(r.tiles + 32 * offset);
   const uint2 high = load_shared_8(r.tiles + 32 * offset + 16);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(r.tile_empty + 8 * offset);
+  barrier_arrive(r.tile_empty + 8 * offset);
   position.advance();
   return {static_cast<int>(low.x), static_cast<int>(low.y),  static_cast<int>(low.z),
           static_cast<int>(low.w), static_cast<int>(high.x), static_cast<int>(high.y)};

@@ -35,7 +35,8 @@ __device__ __forceinline__ constexpr std::uint64_t descriptor_bits() {
 template <contiguous Order>
 __device__ __forceinline__ std::uint64_t descriptor(std::uint32_t address, int step) {
   const std::uint32_t advance = static_cast<std::uint32_t>(step) * (Order == contiguous::k ? step_k * 2 : step_k * 128);
-  return descriptor_bits<Order>() | ((address + advance) >> 4);
+  // In a cluster the high bits of a shared address name the block.
+  return descriptor_bits<Order>() | ((address + advance) & 0x3ffff) >> 4;
 }
 
 /// Orders register accesses before the matrix instructions that follow.

@@ -33,14 +33,20 @@ struct list_plan {
   __host__ __device__ bool one_tile() const { return tokens_per_block <= warp_size * mask_words; }
   // Counts of a block in one byte each, so that fewer bytes are read by every block.
   __host__ __device__ bool narrow() const { return tokens_per_block <= 255; }
+  // Words of 4 bytes in a row of counts.
+  __host__ __device__ int columns() const { return narrow() ? experts32 / 4 : experts32 / 2; }
 };
 
-// @param scratch_bytes What the caller needs before the barrier, at least 8 KiB; the partial sums take its place.
 // @param num_sms       Blocks that run at once.
-inline list_plan make_list_plan(std::int64_t num_tokens, int num_experts, int num_sms, std::size_t scratch_bytes) {
+// @param scratch_bytes What the caller needs before the barrier, at least 16 bytes per thread; the partial sums take
+// its
+//                      place.
+// @param least_tokens  A block takes no fewer where there are so many.
+inline list_plan make_list_plan(std::int64_t num_tokens, int num_experts, int num_sms, std::size_t scratch_bytes,
+                                int least_tokens = warp_size) {
   list_plan plan;
   const int most = std::max(1, std::min(num_sms, router_workspace::max_blocks));
-  const std::int64_t per_block = std::max<std::int64_t>((num_tokens + most - 1) / most, warp_size);
+  const std::int64_t per_block = std::max<std::int64_t>((num_tokens + most - 1) / most, least_tokens);
   TESSERA_EXPECTS(per_block <= 65535, num_tokens << " tokens are too many for one call on the device, at most "
                                                  << std::int64_t{65535} * most << " are possible");
   plan.tokens_per_block = static_cast<int>(per_block);
@@ -69,8 +75,9 @@ struct list_shared {
         sums(end + plan.experts32),
         masks(reinterpret_cast<std::uint32_t*>(sums + 2 * warp_size)) {}
 
+  template <int Threads>
   __device__ void clear(const list_plan& plan) const {
-    for (int i = static_cast<int>(threadIdx.x); i < plan.mask_words * plan.experts32; i += list_threads) masks[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < plan.mask_words * plan.experts32; i += Threads) masks[i] = 0;
   }
   // Notes that a token of this block chose `expert`.
   __device__ void mark(const list_plan& plan, int token, int expert) const {
@@ -113,89 +120,73 @@ struct same_slot {
   __device__ int operator()(int expert) const { return expert; }
 };
 
-// Adds up the counts of all blocks, and of those before this one, for 32 experts per warp. A thread reads the counts of
-// 4 experts in some of the blocks.
-template <class Word>
+// Adds up the counts of all blocks, and of those before this one. A thread reads one word, 4 or 2 experts, in every
+// `slices`-th block; a warp reads whole lines. The sums of a slice go to `partial`, 4 words per thread.
+template <int Threads, bool Narrow>
 __device__ __forceinline__ void add_block_counts(const list_plan& plan, const std::uint8_t* counts,
                                                  const list_shared& shared) {
-  constexpr bool narrow = sizeof(Word) == 4;
-  constexpr int batch = 8;
-  const int warp = static_cast<int>(threadIdx.x) / warp_size;
-  const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const int groups = plan.experts32 / warp_size;
-  const int supers = list_warps / groups;
-  const int group = warp % groups;
-  const int super = warp / groups;
-  if (super >= supers) return;
-  const int column = group * 8 + lane % 8;
-  const int num_slices = supers * 4;
+  constexpr int batch = Threads >= 1024 ? 10 : 18;  // with 256 experts and 132 blocks, all of a thread's loads
+  const int columns = plan.columns();
+  const int slices = Threads / columns;
+  const int slice = static_cast<int>(threadIdx.x) / columns;
+  if (slice >= slices) return;
+  const int column = static_cast<int>(threadIdx.x) - slice * columns;
   const int num_blocks = static_cast<int>(gridDim.x);
   const int own = static_cast<int>(blockIdx.x);
-  const Word* const words = reinterpret_cast<const Word*>(counts) + column;
-  const int row_words = plan.experts32 / 4;
+  const auto* const words = reinterpret_cast<const std::uint32_t*>(counts) + column;
 
-  int total[4] = {};
-  int before[4] = {};
-  std::uint32_t packed[4] = {};  // total of experts 0 and 2, 1 and 3; before of the same: 16 bits hold 192 * 255
-  for (int row = super * 4 + lane / 8; row < num_blocks; row += batch * num_slices) {
-    Word word[batch];
+  // narrow: experts 0 and 2, then 1 and 3, in the halves of a word, which hold 192 * 255
+  std::uint32_t total[2] = {};
+  std::uint32_t before[2] = {};
+  for (int first = slice; first < num_blocks; first += batch * slices) {
+    std::uint32_t word[batch];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const int r = row + i * num_slices;
-      word[i] = r < num_blocks ? __ldcg(words + static_cast<std::int64_t>(r) * row_words) : Word{};
+      // every block starts with the row after its own, so that they do not all ask for the same line at once
+      int row = first + i * slices;
+      const bool exists = row < num_blocks;
+      row = row + own < num_blocks ? row + own : row + own - num_blocks;
+      word[i] = exists ? __ldcg(words + static_cast<std::int64_t>(row) * columns) : 0u;
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const bool earlier = row + i * num_slices < own;
-      if constexpr (narrow) {
-        const std::uint32_t even = word[i] & 0x00ff00ffu;
-        const std::uint32_t odd = (word[i] >> 8) & 0x00ff00ffu;
-        packed[0] += even;
-        packed[1] += odd;
-        packed[2] += earlier ? even : 0u;
-        packed[3] += earlier ? odd : 0u;
-      } else {
-        const int value[4] = {static_cast<int>(word[i].x & 0xffffu), static_cast<int>(word[i].x >> 16),
-                              static_cast<int>(word[i].y & 0xffffu), static_cast<int>(word[i].y >> 16)};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          total[j] += value[j];
-          before[j] += earlier ? value[j] : 0;
-        }
-      }
+      const bool earlier = first + i * slices + own >= num_blocks;
+      const std::uint32_t low = Narrow ? word[i] & 0x00ff00ffu : word[i] & 0xffffu;
+      const std::uint32_t high = Narrow ? (word[i] >> 8) & 0x00ff00ffu : word[i] >> 16;
+      total[0] += low;
+      total[1] += high;
+      before[0] += earlier ? low : 0u;
+      before[1] += earlier ? high : 0u;
     }
   }
-#pragma unroll
-  for (int step = 8; step < warp_size; step *= 2) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (narrow) {
-        packed[j] += __shfl_xor_sync(full_warp, packed[j], step);
-      } else {
-        total[j] += __shfl_xor_sync(full_warp, total[j], step);
-        before[j] += __shfl_xor_sync(full_warp, before[j], step);
-      }
-    }
-  }
-  if constexpr (narrow) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int half = (j / 2) * 16;
-      total[j] = static_cast<int>((packed[j % 2] >> half) & 0xffffu);
-      before[j] = static_cast<int>((packed[2 + j % 2] >> half) & 0xffffu);
-    }
-  }
-  if (lane < 8) {
-    int* const out = shared.partial + super * 2 * plan.experts32 + column * 4;
-    *reinterpret_cast<int4*>(out) = make_int4(total[0], total[1], total[2], total[3]);
-    *reinterpret_cast<int4*>(out + plan.experts32) = make_int4(before[0], before[1], before[2], before[3]);
-  }
+  reinterpret_cast<uint4*>(shared.partial)[threadIdx.x] = make_uint4(total[0], total[1], before[0], before[1]);
 }
 
-// Everything after the pairs of this block have been marked. All threads of all blocks call.
-template <class A, class SlotOf>
+// The sums of one expert over the slices.
+template <int Threads>
+__device__ __forceinline__ void sum_slices(const list_plan& plan, const list_shared& shared, int expert, int& total,
+                                           int& before) {
+  const int columns = plan.columns();
+  const bool narrow = plan.narrow();
+  const int column = narrow ? expert / 4 : expert / 2;
+  const int which = expert % 2;
+  const int shift = narrow && expert % 4 >= 2 ? 16 : 0;
+  const std::uint32_t keep = narrow ? 0xffffu : 0xffffffffu;
+  std::uint32_t sums[2] = {};
+  for (int slice = 0; slice < Threads / columns; ++slice) {
+    const int at = (slice * columns + column) * 4 + which;
+    sums[0] += (static_cast<std::uint32_t>(shared.partial[at]) >> shift) & keep;
+    sums[1] += (static_cast<std::uint32_t>(shared.partial[at + 2]) >> shift) & keep;
+  }
+  total = static_cast<int>(sums[0]);
+  before = static_cast<int>(sums[1]);
+}
+
+// Everything after the pairs of this block have been marked. All threads of all blocks call; E <= Threads.
+// @param phase In thread 0: of the barrier, read before.
+template <int Threads, class A, class SlotOf>
 __device__ __forceinline__ void write_lists(const list_plan& plan, const list_task<A, SlotOf>& task,
-                                            const list_shared& shared) {
+                                            const list_shared& shared, std::uint32_t phase) {
   const int tid = static_cast<int>(threadIdx.x);
   const int lane = tid % warp_size;
   const int warp = tid / warp_size;
@@ -218,9 +209,8 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
     }
   }
   __syncthreads();
-  std::uint32_t arrived = 0;
   const bool others = gridDim.x > 1;
-  if (others && tid == 0) arrived = barrier_arrive(task.workspace.barrier);
+  if (others && tid == 0) barrier_arrive(task.workspace.barrier);
 
   // the first pair of each thread is ready before the others are
   const auto load_pair = [&](int pair, int& slot, A& weight) {
@@ -254,12 +244,12 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
     if (ready_slot >= 0) ready_place = shared.place(plan, ready_token, ready_slot);
   }
 
-  if (others && tid == 0) barrier_wait(task.workspace.barrier, arrived);
+  if (others && tid == 0) barrier_wait(task.workspace.barrier, phase);
   __syncthreads();
   if (plan.narrow()) {
-    add_block_counts<std::uint32_t>(plan, task.workspace.block_counts, shared);
+    add_block_counts<Threads, true>(plan, task.workspace.block_counts, shared);
   } else {
-    add_block_counts<uint2>(plan, task.workspace.block_counts, shared);
+    add_block_counts<Threads, false>(plan, task.workspace.block_counts, shared);
   }
   __syncthreads();
 
@@ -270,10 +260,7 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
   int inclusive = 0;
   int kept = 0;
   if (warp < groups) {
-    for (int super = 0; super < list_warps / groups; ++super) {
-      total += shared.partial[super * 2 * plan.experts32 + tid];
-      before += shared.partial[(super * 2 + 1) * plan.experts32 + tid];
-    }
+    sum_slices<Threads>(plan, shared, tid, total, before);
     kept = total < task.capacity ? total : task.capacity;
     inclusive = kept;
 #pragma unroll
@@ -312,7 +299,7 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
 
   if (one_tile) {
     if (tid < pairs) write_pair(tid, ready_token, ready_slot, ready_weight, ready_place);
-    for (int pair = tid + list_threads; pair < pairs; pair += list_threads) {
+    for (int pair = tid + Threads; pair < pairs; pair += Threads) {
       int slot;
       A weight;
       const int t = load_pair(pair, slot, weight);
@@ -324,18 +311,18 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
   const int tile_tokens = warp_size * plan.mask_words;
   for (int tile = 0; tile < tokens; tile += tile_tokens) {
     const int tile_end = min(tile + tile_tokens, tokens);
-    shared.clear(plan);
+    shared.clear<Threads>(plan);
     __syncthreads();
     int slot;
     A weight;
-    for (int pair = tile * top_k + tid; pair < tile_end * top_k; pair += list_threads) {
+    for (int pair = tile * top_k + tid; pair < tile_end * top_k; pair += Threads) {
       const int t = load_pair(pair, slot, weight) - tile;
       if (slot >= 0) {
         atomicOr(shared.masks + (t / warp_size) * plan.experts32 + slot, 1u << (t % warp_size));
       }
     }
     __syncthreads();
-    for (int pair = tile * top_k + tid; pair < tile_end * top_k; pair += list_threads) {
+    for (int pair = tile * top_k + tid; pair < tile_end * top_k; pair += Threads) {
       const int t = load_pair(pair, slot, weight);
       write_pair(pair, t, slot, weight, slot < 0 ? 0 : shared.place(plan, t - tile, slot));
     }

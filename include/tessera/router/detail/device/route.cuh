@@ -28,8 +28,12 @@ __device__ inline void report(device_status* status, device_fault fault, std::in
   status->expert = expert;
 }
 
+// Shared memory of the kernel before the barrier; the lists need 16 bytes per thread of it.
 template <class A>
-using list_scratch = ranked_key<A>[list_threads];
+struct list_scratch {
+  ranked_key<A> key[list_threads];
+  unsigned char rest[sizeof(ranked_key<A>) < 16 ? list_threads * (16 - sizeof(ranked_key<A>)) : 16];
+};
 
 template <class Score, class Select, class Weigh, class A>
 struct route_task {
@@ -96,6 +100,37 @@ __device__ inline std::int64_t count_sequences(const std::int32_t* offsets, std:
   return warp_sum(sum);
 }
 
+// The barrier's phase, in thread 0.
+template <class Task>
+__device__ __forceinline__ std::uint32_t phase_of(const Task& task) {
+  return task.has_lists && gridDim.x > 1 && threadIdx.x == 0 ? barrier_phase(task.lists.workspace.barrier) : 0u;
+}
+
+// After the tokens: counts, and lists where there are any. All threads of all blocks call; E <= Threads.
+template <int Threads, class Task>
+__device__ __forceinline__ void finish_route(const Task& task, const list_shared& shared, std::uint32_t phase) {
+  const int num_experts = task.map.num_experts;
+  const int tid = static_cast<int>(threadIdx.x);
+  if (task.counts != nullptr && blockIdx.x == 0 && tid < warp_size) {
+    const std::int64_t sequences = count_sequences(task.sequence_offsets, task.num_sequence_offsets, task.logits.rows);
+    if (tid == 0) {
+      task.counts[num_experts] = task.logits.rows;
+      task.counts[num_experts + 1] = sequences;
+    }
+  }
+  if (task.has_lists) {
+    write_lists<Threads>(task.plan, task.lists, shared, phase);
+  } else if (task.counts != nullptr) {
+    __syncthreads();
+    if (tid < num_experts) {
+      const int count = task.plan.one_tile() ? shared.count(task.plan, tid) : static_cast<int>(shared.masks[tid]);
+      if (count != 0) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(task.counts + tid), static_cast<unsigned long long>(count));
+      }
+    }
+  }
+}
+
 template <class Score, class Select, class Weigh, bool HasBias, int Chunks, class A>
 __launch_bounds__(list_threads, 1) TESSERA_KERNEL
     route_kernel(const __grid_constant__ route_task<Score, Select, Weigh, A> task) {
@@ -115,10 +150,11 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
   const std::int64_t block_end = first + task.plan.tokens_per_block;
   const std::int64_t end = block_end < task.logits.rows ? block_end : task.logits.rows;
 
+  const std::uint32_t phase = phase_of(task);
   cells<Chunks, A> next;
   std::int64_t t = first + warp;
   if (prefetches && t < end) load_cells<Chunks>(task.logits.row(t), map, lane, next);
-  shared.clear(task.plan);
+  shared.clear<list_threads>(task.plan);
   __syncthreads();
 
   for (; t < end; t += list_warps) {
@@ -183,7 +219,7 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
     if constexpr (!std::is_base_of_v<weigh::raw, Weigh>) sum = warp_sum(score);
     if (chosen) {
       task.ids.row(t)[mine.rank] = mine.id;
-      task.weights.row(t)[mine.rank] = Weigh::value(score, sum, task.weigh);
+      task.weights.row(t)[mine.rank] = weigh_value<Weigh>(score, sum, task.weigh);
       if (task.has_lists || task.counts != nullptr) {
         shared.mark(task.plan, static_cast<int>(t - first), mine.id);
       }
@@ -203,25 +239,7 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
     }
   }
 
-  if (task.counts != nullptr && blockIdx.x == 0 && warp == 0) {
-    const std::int64_t sequences = count_sequences(task.sequence_offsets, task.num_sequence_offsets, task.logits.rows);
-    if (lane == 0) {
-      task.counts[num_experts] = task.logits.rows;
-      task.counts[num_experts + 1] = sequences;
-    }
-  }
-  if (task.has_lists) {
-    write_lists(task.plan, task.lists, shared);
-  } else if (task.counts != nullptr) {
-    __syncthreads();
-    const int e = static_cast<int>(threadIdx.x);
-    if (e < num_experts) {
-      const int count = task.plan.one_tile() ? shared.count(task.plan, e) : static_cast<int>(shared.masks[e]);
-      if (count != 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(task.counts + e), static_cast<unsigned long long>(count));
-      }
-    }
-  }
+  finish_route<list_threads>(task, shared, phase);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -256,97 +274,19 @@ inline int lanes_for_groups(int num_experts, int group_size) {
 }
 
 template <class Task>
-void launch_cooperative(device_stream stream, const list_plan& plan, void (*kernel)(Task), const Task& task,
-                        const char* what) {
+void launch_cooperative(device_stream stream, const list_plan& plan, int threads, void (*kernel)(Task),
+                        const Task& task, const char* what) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all of them run, or none
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.num_blocks));
-  config.blockDim = dim3(list_threads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream.get();
   config.attrs = &attribute;
   config.numAttrs = plan.num_blocks > 1 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, task), what);
-}
-
-template <class Score, class Select, class Weigh, class... Balances, accumulate_type A>
-void route_on_device(device_stream stream, const router<Score, Select, Weigh, Balances...>& r,
-                     const router_inputs<A>& in, const routing<A>& out, balance_counts counts,
-                     std::type_identity_t<const router_lists<A>*> lists, const router_workspace& workspace,
-                     device_status* status) {
-  using router_type = router<Score, Select, Weigh, Balances...>;
-  const auto& options = r.get_options();
-  const int num_experts = options.num_experts;
-  const std::int64_t num_tokens = in.logits.rows;
-  expect_matrix(in.logits, -1, num_experts, "logits");
-  check_routing_out(in, out, counts, num_experts, options.top_k);
-  TESSERA_EXPECTS(in.bias == nullptr || router_type::has_bias, "a bias was given to a router without balance::bias");
-  TESSERA_EXPECTS(num_tokens < INT32_MAX / max_top_k, num_tokens << " tokens are too many for one call");
-  if constexpr (router_type::needs_token_ids) {
-    TESSERA_EXPECTS(static_cast<std::int64_t>(in.token_ids.size()) == num_tokens,
-                    "select::hash needs one token id per token, it got " << in.token_ids.size() << " for " << num_tokens
-                                                                         << " tokens");
-  }
-  if constexpr (router_type::needs_expert_ids) {
-    expect_matrix(in.expert_ids, num_tokens, options.top_k, "inputs.expert_ids");
-  }
-  const int num_sms = expect_device("router::route");
-
-  route_task<Score, Select, Weigh, A> task{};
-  task.score = options.score;
-  task.select = options.select;
-  task.weigh = options.weigh;
-  bool aligned = is_vector_aligned(in.logits.data, in.logits.stride * static_cast<std::int64_t>(sizeof(A)));
-  if (in.bias != nullptr) aligned = aligned && is_vector_aligned(in.bias, 16);
-  int per_lane = 0;
-  if constexpr (Select::by == select_by::group) {
-    const int groups = options.select.groups;
-    TESSERA_EXPECTS(groups <= max_device_groups,
-                    "groups = " << groups << ", the device half handles at most " << max_device_groups);
-    task.groups = {groups, options.select.kept_groups, num_experts / groups, 0};
-    per_lane = lanes_for_groups(num_experts, num_experts / groups);
-    if (per_lane != 0) task.groups.lanes_per_group = num_experts / groups / per_lane;
-  }
-  task.map = make_cell_map(num_experts, aligned, per_lane);
-  task.plan = make_list_plan(num_tokens, num_experts, num_sms, sizeof(list_scratch<A>));
-  task.logits = in.logits;
-  task.bias = in.bias;
-  task.token_ids = in.token_ids.data();
-  task.given = in.expert_ids;
-  task.sequence_offsets = in.sequence_offsets.data();
-  task.num_sequence_offsets = static_cast<std::int64_t>(in.sequence_offsets.size());
-  task.ids = out.expert_ids;
-  task.weights = out.weights;
-  task.counts = counts.data;
-  task.status = status;
-  if (lists != nullptr) {
-    TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
-                    "sorting on the device needs a router_workspace with a barrier and counts of blocks");
-    task.has_lists = true;
-    task.lists = {out.expert_ids, out.weights, *lists,      workspace, counts.data,
-                  nullptr,        nullptr,     num_experts, INT32_MAX, same_slot{}};
-  } else if (counts.data != nullptr) {
-    check_cuda(
-        cudaMemsetAsync(counts.data, 0, static_cast<std::size_t>(num_experts) * sizeof(std::int64_t), stream.get()),
-        "cudaMemsetAsync");
-  }
-  if (num_tokens == 0 && lists == nullptr && counts.data == nullptr) return;
-
-  const auto launch = [&](auto kernel) {
-    if (lists != nullptr) {
-      launch_cooperative(stream, task.plan, kernel, task, "route_kernel");
-    } else {
-      kernel<<<static_cast<unsigned>(task.plan.num_blocks), list_threads, task.plan.shared_bytes, stream.get()>>>(task);
-      check_cuda(cudaGetLastError(), "route_kernel");
-    }
-  };
-  if (num_chunks_for(num_experts) == 1) {
-    launch(route_kernel<Score, Select, Weigh, router_type::has_bias, 1, A>);
-  } else {
-    launch(route_kernel<Score, Select, Weigh, router_type::has_bias, 4, A>);
-  }
 }
 
 }  // namespace detail

@@ -8,6 +8,7 @@
 #include <tessera/router/detail/device/warp.cuh>
 #include <tessera/router/score.hpp>
 #include <tessera/router/select.hpp>
+#include <tessera/router/weigh.hpp>
 
 // One token in the registers of one warp. A lane holds `per_lane` neighbouring experts of each chunk of
 // `32 * per_lane`, so that 16-byte loads and groups of experts fall into whole lanes.
@@ -132,6 +133,16 @@ __device__ __forceinline__ A score_value(A logit, const typename Score::options&
   } else {
     return Score::value(logit, options);
   }
+}
+
+// `Weigh::value`, with the library's own quotient by a reciprocal where that is accurate.
+template <class Weigh, accumulate_type A>
+__device__ __forceinline__ A weigh_value(A score, A sum, const typename Weigh::options& options) {
+  if constexpr (std::is_base_of_v<weigh::normalized, Weigh> && std::is_same_v<A, float>) {
+    const float total = sum + options.epsilon;
+    if (total > 1e-30f && total < 1e30f) return score * fast_reciprocal(total) * options.scale;
+  }
+  return Weigh::value(score, sum, options);
 }
 
 template <class Score, accumulate_type A>

@@ -106,7 +106,11 @@ __device__ inline double smaller(double a, double b) { return fmin(a, b); }
 // Functions that are fast in float and exact in double. Errors in float stay below 6e-6 relative, of the argument's
 // rounding before the exponential, for every result that is a normal number.
 
-__device__ inline float fast_exp(float x) { return __expf(x); }
+__device__ inline float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 __device__ inline double fast_exp(double x) { return ::exp(x); }
 __device__ inline float fast_reciprocal(float x) {
   float y;
@@ -128,18 +132,22 @@ __device__ inline bool is_number(A zero_sum) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks that wait for each other
 
-// The word's low bits count arrivals and come back to 0; its top bit flips once all have come. Only thread 0 calls.
-__device__ inline std::uint32_t barrier_arrive(std::uint32_t* word) {
-  const std::uint32_t part = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-  std::uint32_t old;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(word), "r"(part) : "memory");
-  return old;
+// The word's low bits count arrivals and come back to 0; its top bit flips once all have come, which this block knows
+// beforehand cannot be before itself. Only thread 0 calls.
+__device__ inline std::uint32_t barrier_phase(const std::uint32_t* word) {
+  std::uint32_t now;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+  return now;  // looked at in barrier_wait, so that nobody waits for it here
 }
-__device__ inline void barrier_wait(const std::uint32_t* word, std::uint32_t old) {
+__device__ inline void barrier_arrive(std::uint32_t* word) {
+  const std::uint32_t part = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(part) : "memory");
+}
+__device__ inline void barrier_wait(const std::uint32_t* word, std::uint32_t phase) {
   std::uint32_t now;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
-  } while (((now ^ old) & 0x80000000u) == 0);
+  } while (((now ^ phase) & 0x80000000u) == 0);
 }
 
 }  // namespace detail

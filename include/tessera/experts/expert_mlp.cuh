@@ -1,0 +1,186 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Device half of the experts: three fused grouped products forward, five backward, in bf16 on sm_90a.
+///
+/// Sizes d and n are multiples of 8; weights and rows start at multiples of 16 bytes. `P` is the last row offset, read
+/// on the device; buffers of `max_pairs` rows bound it.
+
+#include <cstdint>
+#include <type_traits>
+
+#include <tessera/experts/detail/device/row_kernels.cuh>
+#include <tessera/experts/expert_mlp.hpp>
+#include <tessera/gemm/hopper.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// What a weight layout means for the kernels: which index is contiguous, and where gates stand.
+template <class WeightLayout>
+struct device_layout {
+  static constexpr bool out_in = WeightLayout::template up<const bfloat16>(nullptr, 2, 3, 0).col_stride == 1;
+  static constexpr bool interleaved = WeightLayout::gate_column(1, 3) == 2;
+  // As weights are used, and with inputs and outputs exchanged.
+  static constexpr auto forward = out_in ? gemm::hopper::contiguous::k : gemm::hopper::contiguous::mn;
+  static constexpr auto backward = out_in ? gemm::hopper::contiguous::mn : gemm::hopper::contiguous::k;
+};
+
+template <class Precision>
+constexpr bool device_precision() {
+  return std::is_same_v<typename Precision::storage, bfloat16> &&
+         std::is_same_v<typename Precision::accumulate, float> && !std::is_same_v<typename Precision::gradient, double>;
+}
+
+// Calls `f` with gathered::a or gathered::none, as `rows` has a gather list or not.
+template <class F>
+void with_source(const expert_rows& rows, F&& f) {
+  using gemm::hopper::gathered;
+  if (rows.gather != nullptr)
+    f(std::integral_constant<gathered, gathered::a>{});
+  else
+    f(std::integral_constant<gathered, gathered::none>{});
+}
+
+// `c(g, m, n) (=|+=) sum_i rows[source of i][m] * packed[i][n]`, where the gathered operand may have to be the second
+// one, because the kernel writes rows of c.
+template <class TC>
+void grouped_outer_product(device_stream stream, const gemm::hopper::device& d, const expert_rows& groups,
+                           std::int64_t max_rows, std::int64_t M, std::int64_t N, gemm::row_operand<bfloat16> source,
+                           gemm::row_operand<bfloat16> packed, gemm::group_operand<TC> c, write mode) {
+  using gemm::hopper::gathered;
+  const gemm::hopper::row_groups rows{groups.row_offsets, groups.num_local_experts, max_rows};
+  const bool gathers = source.gather != nullptr;
+  if (c.col_stride == 1) {
+    if (gathers)
+      gemm::hopper::variable_k<gathered::a, TC>(stream, d, rows, M, N, source, packed, c, mode);
+    else
+      gemm::hopper::variable_k<gathered::none, TC>(stream, d, rows, M, N, source, packed, c, mode);
+  } else {
+    if (gathers)
+      gemm::hopper::variable_k<gathered::b, TC>(stream, d, rows, N, M, packed, source, transposed(c), mode);
+    else
+      gemm::hopper::variable_k<gathered::none, TC>(stream, d, rows, N, M, packed, source, transposed(c), mode);
+  }
+}
+
+}  // namespace detail
+
+template <class Activation, class Precision, class WeightLayout, class Gemm>
+void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream stream, const expert_rows& rows,
+                                                                 matrix_view<const storage> x,
+                                                                 pair_weights<accumulate> weighting, const weights& w,
+                                                                 const saved_view& saved, matrix_view<storage> y,
+                                                                 const forward_scratch& scratch) const {
+  static_assert(detail::device_precision<Precision>(),
+                "experts: the device half computes in bf16 with fp32 sums: use precision::bf16 or "
+                "precision::bf16_gradients, or the host half");
+  using layout = detail::device_layout<WeightLayout>;
+  using gemm::hopper::gathered;
+  const auto device = gemm::hopper::device::current();
+  const std::int64_t d = dims_.hidden, n = dims_.intermediate;
+  const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, saved.h.rows};
+  const auto up = WeightLayout::up(w.up, up_width(), d, w.up_stride);
+  const auto down = WeightLayout::down(w.down, d, n, w.down_stride);
+  const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
+  expert_rows source = rows;
+  gemm::row_operand<bfloat16> a{x.data, x.stride, rows.gather};
+  if (on_input) {
+    detail::weigh_rows_kernel<storage>
+        <<<detail::row_blocks(saved.h.rows), detail::row_kernel_threads, 0, stream.get()>>>(rows, weighting.values, x,
+                                                                                            scratch.input);
+    detail::expect_launched("weigh_rows_kernel");
+    source.gather = nullptr;
+    a = {scratch.input.data, scratch.input.stride, nullptr};
+  }
+  detail::with_source(source, [&](auto which) {
+    gemm::hopper::variable_m_activation<layout::forward, decltype(which)::value, Activation, layout::interleaved>(
+        stream, device, groups, n, d, a, up, w.up_bias, saved.h, scratch.activation, options_);
+  });
+  gemm::hopper::variable_m<layout::forward, gathered::none, storage>(
+      stream, device, groups, d, n, {scratch.activation.data, scratch.activation.stride, nullptr}, down, w.down_bias,
+      y);
+}
+
+template <class Activation, class Precision, class WeightLayout, class Gemm>
+void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
+    device_stream stream, const expert_rows& rows, matrix_view<const storage> x, matrix_view<const storage> dy,
+    pair_weights<accumulate> weighting, const weights& w, const saved_view& saved, const deferred_view& deferred,
+    matrix_view<storage> dx, accumulate* dpair_weights, const backward_input_scratch& scratch) const {
+  static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
+  using layout = detail::device_layout<WeightLayout>;
+  using gemm::hopper::gathered;
+  const auto device = gemm::hopper::device::current();
+  const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
+  const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, max_rows};
+  const auto up = detail::transposed(WeightLayout::up(w.up, up_width(), d, w.up_stride));
+  const auto down = detail::transposed(WeightLayout::down(w.down, d, n, w.down_stride));
+  const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
+  const bool wants_weights = dpair_weights != nullptr && !on_input;
+  // dY W2 stays in registers here, so its scratch is free for the parts of the weights' gradients.
+  accumulate* parts = wants_weights ? scratch.dactivation.data : nullptr;
+  detail::with_source(rows, [&](auto which) {
+    gemm::hopper::variable_m_activation_backward<layout::backward, decltype(which)::value, Activation,
+                                                 layout::interleaved>(
+        stream, device, groups, n, d, {dy.data, dy.stride, rows.gather}, down, on_input ? nullptr : weighting.values,
+        saved.h, deferred.activation, parts, options_);
+  });
+  const unsigned blocks = detail::row_blocks(max_rows);
+  if (wants_weights) {
+    gemm::hopper::sum_weight_parts(stream, groups, gemm::hopper::num_weight_parts(n), parts, dpair_weights);
+    if (w.down_bias != nullptr) {
+      detail::add_bias_products_kernel<storage>
+          <<<blocks, detail::row_kernel_threads, 0, stream.get()>>>(rows, dy, w.down_bias, dpair_weights);
+      detail::expect_launched("add_bias_products_kernel");
+    }
+  }
+  const gemm::row_operand<bfloat16> dh{saved.h.data, saved.h.stride, nullptr};
+  if (!on_input) {
+    gemm::hopper::variable_m<layout::backward, gathered::none, storage>(stream, device, groups, d, up_width(), dh, up,
+                                                                        nullptr, dx);
+    return;
+  }
+  gemm::hopper::variable_m<layout::backward, gathered::none, accumulate>(stream, device, groups, d, up_width(), dh, up,
+                                                                         nullptr, scratch.dinput);
+  detail::unweigh_rows_kernel<storage><<<blocks, detail::row_kernel_threads, 0, stream.get()>>>(
+      rows, weighting.values, x, matrix_view<const accumulate>(scratch.dinput), dx, dpair_weights);
+  detail::expect_launched("unweigh_rows_kernel");
+}
+
+template <class Activation, class Precision, class WeightLayout, class Gemm>
+void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
+    device_stream stream, const expert_rows& groups, matrix_view<const storage> x, matrix_view<const storage> dy,
+    pair_weights<accumulate> weighting, const saved_view& saved, const deferred_view& deferred, const gradients& g,
+    write mode, const backward_weights_scratch& scratch) const {
+  static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
+  const auto device = gemm::hopper::device::current();
+  const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
+  const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
+  const bool accumulates = mode == write::accumulate;
+  const gemm::row_operand<bfloat16> act{deferred.activation.data, deferred.activation.stride, nullptr};
+  const gemm::row_operand<bfloat16> dh{saved.h.data, saved.h.stride, nullptr};
+  detail::grouped_outer_product<gradient>(stream, device, groups, max_rows, d, n, {dy.data, dy.stride, groups.gather},
+                                          act, WeightLayout::down(g.down, d, n, g.down_stride), mode);
+  gemm::row_operand<bfloat16> inputs{x.data, x.stride, groups.gather};
+  if (on_input) {
+    detail::weigh_rows_kernel<storage><<<detail::row_blocks(max_rows), detail::row_kernel_threads, 0, stream.get()>>>(
+        groups, weighting.values, x, scratch.input);
+    detail::expect_launched("weigh_rows_kernel");
+    inputs = {scratch.input.data, scratch.input.stride, nullptr};
+  }
+  // The inputs are the operand that may be gathered, so the product is formed as [d, U] and written as [U, d].
+  detail::grouped_outer_product<gradient>(stream, device, groups, max_rows, d, up_width(), inputs, dh,
+                                          detail::transposed(WeightLayout::up(g.up, up_width(), d, g.up_stride)), mode);
+  if (g.down_bias == nullptr) return;
+  detail::sum_columns<storage, gradient>(stream, groups, on_input ? nullptr : weighting.values, dy, g.down_bias,
+                                         accumulates);
+  expert_rows packed = groups;
+  packed.gather = nullptr;
+  detail::sum_columns<storage, gradient>(stream, packed, nullptr, matrix_view<const storage>(saved.h), g.up_bias,
+                                         accumulates);
+}
+
+TESSERA_NAMESPACE_END

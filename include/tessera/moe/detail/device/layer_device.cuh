@@ -1,0 +1,242 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include <tessera/comm/self.cuh>
+#include <tessera/dispatch/dispatch.cuh>
+#include <tessera/experts/expert_mlp.cuh>
+#include <tessera/gemm/detail/device/strided_product.cuh>
+#include <tessera/moe/detail/device/state_kernels.cuh>
+#include <tessera/moe/detail/layer_host.hpp>
+#include <tessera/moe/detail/layer_memory.hpp>
+#include <tessera/router/router.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+template <class Layer>
+constexpr bool layer_is_alone = std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>;
+
+// What the kernels of a device call need beside the host half's layout of memory.
+template <class Layer>
+router_lists<typename Layer::accumulate> lists_of(const layer_saved<Layer>& saved) {
+  return {saved.handle.expert_offsets, saved.handle.gather, saved.handle.expert_row_of, saved.handle.pair_weights};
+}
+
+// Kernels want an address even for no rows, which an empty batch need not have.
+template <class S>
+matrix_view<const S> with_address(matrix_view<const S> rows, const void* any) {
+  if (rows.rows == 0) rows.data = static_cast<const S*>(any);
+  return rows;
+}
+
+template <class Layer>
+expert_rows one_group(device_stream stream, std::int32_t* offsets, std::int64_t num_tokens) {
+  fill_chunk_offsets(stream, offsets, num_tokens, 0);
+  return {1, offsets, nullptr};
+}
+
+template <class Layer>
+void layer_forward(device_stream stream, const Layer& layer, pass mode, const typename Layer::inputs& in,
+                   const typename Layer::weights& params, matrix_view<typename Layer::storage> y,
+                   saved_memory saved_bytes, workspace_memory workspace) {
+  static_assert(layer_is_alone<Layer>, "moe_layer: the device half works on one GPU: use comm::self<space::device>");
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  const shape& s = layer.dims();
+  const auto& state = layer.state();
+  const std::int64_t num_tokens = in.x.rows;
+  check_tokens(layer, in);
+  check_weights(layer, params);
+  expect_matrix(y, num_tokens, s.hidden, "y");
+  expect_disjoint(in.x, "x", y, "y");
+
+  const layer_plan<Layer> plan(s, layer.placement(), 0, layer.get_options());
+  memory_builder scratch_builder(workspace, "workspace");
+  memory_builder saved_builder(saved_bytes, "saved memory");
+  const layer_saved<Layer> saved(mode == pass::eval ? scratch_builder : saved_builder, plan);
+  const layer_forward_scratch<Layer> scratch(scratch_builder, plan);
+  const matrix_view<const S> x = with_address(in.x, saved.logits);
+
+  launch_strided_product(stream,
+                         strided_product<S, A>{{in.x.data, in.x.stride, 1},
+                                               {params.gate.data, params.gate.stride, 1},
+                                               params.gate_bias,
+                                               saved.logits,
+                                               num_tokens,
+                                               s.num_experts,
+                                               s.hidden,
+                                               0,
+                                               false},
+                         1);
+
+  const auto routing_inputs = router_view(saved, layer, in);
+  const routing<A> chosen = saved.chosen(num_tokens, s);
+  const bool counting = mode != pass::eval;
+  const balance_counts counts = counting ? balance_counts(saved.counts, s.num_experts) : balance_counts{};
+  const router_workspace sort_scratch{state.barrier, scratch.block_counts};
+  set_totals(stream, saved.handle.total, num_tokens);
+  if (plan.dispatch.capacity_factor > 0) {
+    layer.get_router().route(stream, routing_inputs, chosen, counts);
+    exchange_routing(stream, layer.comm(), layer.placement(), plan.bounds, plan.dispatch, chosen, saved.handle,
+                     sort_scratch);
+  } else {
+    route_sorted(stream, layer.get_router(), routing_inputs, chosen, counts, lists_of(saved), sort_scratch,
+                 state.status);
+  }
+
+  if (plan.has_shared())
+    plan.shared.forward(stream, one_group<Layer>(stream, scratch.token_offsets, num_tokens), x, {}, params.shared,
+                        saved.shared, {scratch.shared_out, s.max_tokens, s.hidden}, scratch.shared);
+  const matrix_view<S> pairs{scratch.pairs, plan.bounds.max_pairs, s.hidden};
+  plan.experts.forward(stream, saved.handle.rows(), x, {saved.handle.pair_weights, plan.weights_on}, params.experts,
+                       saved.experts, pairs, scratch.experts);
+
+  matrix_view<const A> weights = chosen.weights;
+  if (plan.weights_on == weight_on::input) weights.data = nullptr;
+  combine_addends<S, A> addends{};
+  if (plan.has_shared()) addends.rows = {scratch.shared_out, num_tokens, s.hidden};
+  combine_rows(stream, matrix_view<const S>(pairs), saved.handle.expert_row_of, weights, addends, y);
+
+  if (!counting) return;
+  if constexpr (Layer::num_losses > 0)
+    layer.get_router().losses(
+        stream, routing_inputs, const_balance_counts(saved.counts, s.num_experts), state.coefficients,
+        plan.chunk_tokens, matrix_view<A>{state.losses, num_chunks(num_tokens, plan.chunk_tokens), Layer::num_losses});
+  if (mode == pass::train) count_step(stream, state, saved.counts, saved.handle.total, saved.handle.expert_offsets);
+}
+
+template <class Layer>
+void layer_backward_input(device_stream stream, const Layer& layer, const typename Layer::inputs& in,
+                          matrix_view<const typename Layer::storage> dy, const typename Layer::weights& params,
+                          saved_memory saved_bytes, matrix_view<typename Layer::storage> dx,
+                          deferred_memory deferred_bytes, workspace_memory workspace) {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  const shape& s = layer.dims();
+  const std::int64_t num_tokens = in.x.rows;
+  check_tokens(layer, in);
+  check_weights(layer, params);
+  expect_matrix(dy, num_tokens, s.hidden, "dy");
+  expect_matrix(dx, num_tokens, s.hidden, "dx");
+  expect_disjoint(in.x, "x", dx, "dx");
+  expect_disjoint(dy, "dy", dx, "dx");
+
+  const layer_plan<Layer> plan(s, layer.placement(), 0, layer.get_options());
+  memory_builder saved_builder(saved_bytes, "saved memory");
+  memory_builder deferred_builder(deferred_bytes, "deferred memory");
+  memory_builder scratch_builder(workspace, "workspace");
+  const layer_saved<Layer> saved(saved_builder, plan);
+  const layer_deferred<Layer> deferred(deferred_builder, plan);
+  const layer_backward_scratch<Layer> scratch(scratch_builder, plan);
+  const matrix_view<const S> x = with_address(in.x, saved.logits);
+  const matrix_view<const S> dy_rows = with_address(dy, saved.logits);
+
+  if (plan.has_shared())
+    plan.shared.backward_input(stream, one_group<Layer>(stream, scratch.token_offsets, num_tokens), x, dy_rows, {},
+                               params.shared, saved.shared, deferred.shared,
+                               {scratch.shared_dx, s.max_tokens, s.hidden}, nullptr, scratch.shared);
+  const matrix_view<S> dpairs{scratch.dpairs, plan.bounds.max_pairs, s.hidden};
+  plan.experts.backward_input(stream, saved.handle.rows(), x, dy_rows, {saved.handle.pair_weights, plan.weights_on},
+                              params.experts, saved.experts, deferred.experts, dpairs, scratch.dpair_weights,
+                              scratch.experts);
+
+  const matrix_view<A> dweights{scratch.dweights, num_tokens, s.top_k};
+  return_pair_values(stream, layer.comm(), saved.handle, scratch.dpair_weights, dweights, scratch.values);
+  const matrix_view<A> dlogits{deferred.dlogits, num_tokens, s.num_experts};
+  route_backward(stream, layer.get_router(), router_view(saved, layer, in), saved.chosen(num_tokens, s),
+                 matrix_view<const A>(dweights), const_balance_counts(saved.counts, s.num_experts),
+                 layer.state().coefficients, layer.state().loss_scale, dlogits);
+
+  launch_strided_product(stream,
+                         strided_product<A, A>{{dlogits.data, dlogits.stride, 1},
+                                               {params.gate.data, 1, params.gate.stride},
+                                               nullptr,
+                                               scratch.gate,
+                                               num_tokens,
+                                               s.hidden,
+                                               s.num_experts,
+                                               0,
+                                               false},
+                         1);
+  combine_addends<S, A> addends{};
+  if (plan.has_shared()) addends.rows = {scratch.shared_dx, num_tokens, s.hidden};
+  addends.sums = {scratch.gate, num_tokens, s.hidden};
+  const matrix_view<const A> unweighted{nullptr, num_tokens, s.top_k};
+  combine_rows(stream, matrix_view<const S>(dpairs), saved.handle.expert_row_of, unweighted, addends, dx);
+}
+
+template <class Layer>
+void layer_backward_weights(device_stream stream, const Layer& layer, const typename Layer::inputs& in,
+                            matrix_view<const typename Layer::storage> dy, saved_memory saved_bytes,
+                            deferred_memory deferred_bytes, const typename Layer::gradients& grads, write mode) {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  const shape& s = layer.dims();
+  const std::int64_t num_tokens = in.x.rows;
+  check_tokens(layer, in);
+  expect_matrix(dy, num_tokens, s.hidden, "dy");
+
+  const layer_plan<Layer> plan(s, layer.placement(), 0, layer.get_options());
+  const std::int64_t chunks = num_chunks(num_tokens, plan.chunk_tokens);
+  check_gate_gradients(s, grads, chunks);
+  memory_builder saved_builder(saved_bytes, "saved memory");
+  memory_builder deferred_builder(deferred_bytes, "deferred memory");
+  const layer_saved<Layer> saved(saved_builder, plan);
+  const layer_deferred<Layer> deferred(deferred_builder, plan);
+  const matrix_view<const S> x = with_address(in.x, saved.logits);
+  const matrix_view<const S> dy_rows = with_address(dy, saved.logits);
+
+  plan.experts.backward_weights(stream, saved.handle.rows(), x, dy_rows, {saved.handle.pair_weights, plan.weights_on},
+                                saved.experts, deferred.experts, grads.experts, mode, deferred.experts_scratch);
+  fill_chunk_offsets(stream, deferred.chunk_offsets, num_tokens, plan.chunk_tokens);
+  const expert_rows groups{static_cast<std::int32_t>(chunks), deferred.chunk_offsets, nullptr};
+  if (plan.has_shared())
+    plan.shared.backward_weights(stream, groups, x, dy_rows, {}, saved.shared, deferred.shared, grads.shared, mode,
+                                 deferred.shared_scratch);
+  const bool accumulates = mode == write::accumulate;
+  launch_strided_product(stream,
+                         strided_product<A, S>{{deferred.dlogits, 1, s.num_experts},
+                                               {in.x.data, 1, in.x.stride},
+                                               nullptr,
+                                               grads.gate,
+                                               s.num_experts,
+                                               s.hidden,
+                                               num_tokens,
+                                               plan.chunk_tokens,
+                                               accumulates},
+                         chunks);
+  if (s.gate_bias)
+    sum_columns<A, A>(stream, groups, nullptr, matrix_view<const A>{deferred.dlogits, num_tokens, s.num_experts},
+                      grads.gate_bias, accumulates);
+}
+
+template <class Layer>
+void layer_reset_state(device_stream stream, const Layer& layer) {
+  initial_state<Layer::num_losses> initial{};
+  const auto coefficients = layer.get_router().default_coefficients();
+  std::copy(coefficients.begin(), coefficients.end(), initial.coefficients);
+  initial.bias_rate = default_bias_rate(layer);
+  reset_state(stream, layer.state(), initial);
+}
+
+template <class Layer>
+void layer_end_step(device_stream stream, const Layer& layer, typename Layer::communicator_type& batch) {
+  const auto& state = layer.state();
+  const int num_experts = layer.dims().num_experts;
+  batch.all_reduce(stream, state.load, state.global_load, num_experts);
+  if constexpr (Layer::router_type::has_bias)
+    balance::update_bias(stream, state.bias, state.global_load, num_experts, state.bias_rate);
+  clear_load(stream, state);
+}
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END

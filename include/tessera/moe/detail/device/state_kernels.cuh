@@ -1,0 +1,117 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include <tessera/core/chunks.hpp>
+#include <tessera/core/error.hpp>
+#include <tessera/core/stream.hpp>
+#include <tessera/dispatch/handle.hpp>
+#include <tessera/moe/state.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// The small kernels that keep a layer's state on the device. One block each: they touch E numbers.
+
+inline constexpr int state_threads = 256;
+
+inline void expect_state_launch(const char* kernel) {
+  const cudaError_t result = cudaGetLastError();
+  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, kernel << ": " << cudaGetErrorString(result));
+}
+
+// offsets[i] = first token of chunk i; one chunk of all tokens where chunk_tokens is 0.
+static __global__ void chunk_offsets_kernel(std::int32_t* offsets, std::int64_t chunks, std::int64_t num_tokens,
+                                            std::int64_t chunk_tokens) {
+  for (std::int64_t i = threadIdx.x; i <= chunks; i += blockDim.x)
+    offsets[i] = static_cast<std::int32_t>(i == chunks ? num_tokens : i * chunk_tokens);
+}
+
+inline void fill_chunk_offsets(device_stream stream, std::int32_t* offsets, std::int64_t num_tokens,
+                               std::int64_t chunk_tokens) {
+  chunk_offsets_kernel<<<1, state_threads, 0, stream.get()>>>(offsets, num_chunks(num_tokens, chunk_tokens), num_tokens,
+                                                              chunk_tokens);
+  expect_state_launch("chunk_offsets_kernel");
+}
+
+template <class Totals>
+__global__ void totals_kernel(Totals* total, std::int64_t num_tokens) {
+  *total = {num_tokens, num_tokens, 0, 0, 0};
+}
+
+template <class Totals>
+void set_totals(device_stream stream, Totals* total, std::int64_t num_tokens) {
+  totals_kernel<<<1, 1, 0, stream.get()>>>(total, num_tokens);
+  expect_state_launch("totals_kernel");
+}
+
+// One training pass: the load of its tokens, its drops and its size.
+template <class A, class Totals>
+__global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, const Totals* total,
+                                  const std::int32_t* expert_offsets) {
+  for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x))
+    state.load[e] += counts[e];
+  if (threadIdx.x != 0) return;
+  *state.dropped_by_capacity += total->capacity_drops;
+  const std::int64_t pairs = expert_offsets[state.num_experts];
+  if (pairs > *state.most_received_pairs) *state.most_received_pairs = pairs;
+}
+
+template <class A, class Totals>
+void count_step(device_stream stream, const layer_state<A>& state, const std::int64_t* counts, const Totals* total,
+                const std::int32_t* expert_offsets) {
+  count_step_kernel<<<1, state_threads, 0, stream.get()>>>(state, counts, total, expert_offsets);
+  expect_state_launch("count_step_kernel");
+}
+
+template <int NumLosses>
+struct initial_state {
+  float bias_rate;
+  float coefficients[NumLosses > 0 ? NumLosses : 1];
+};
+
+template <class A, int NumLosses>
+__global__ void reset_state_kernel(layer_state<A> state, initial_state<NumLosses> initial) {
+  for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x)) {
+    if (state.bias != nullptr) state.bias[e] = 0;
+    state.load[e] = 0;
+    state.global_load[e] = 0;
+  }
+  for (std::int64_t i = threadIdx.x; i < state.max_chunks * state.num_losses; i += blockDim.x) state.losses[i] = 0;
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < NumLosses; ++i) state.coefficients[i] = initial.coefficients[i];
+  *state.bias_rate = initial.bias_rate;
+  *state.loss_scale = 1;
+  *state.dropped_by_capacity = 0;
+  *state.dropped_by_bound = 0;
+  *state.most_received_pairs = 0;
+  *state.status = device_status{};
+  *state.barrier = 0;
+}
+
+template <class A, int NumLosses>
+void reset_state(device_stream stream, const layer_state<A>& state, const initial_state<NumLosses>& initial) {
+  reset_state_kernel<<<1, state_threads, 0, stream.get()>>>(state, initial);
+  expect_state_launch("reset_state_kernel");
+}
+
+template <class A>
+__global__ void clear_load_kernel(layer_state<A> state) {
+  for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x))
+    state.load[e] = 0;
+}
+
+template <class A>
+void clear_load(device_stream stream, const layer_state<A>& state) {
+  clear_load_kernel<<<1, state_threads, 0, stream.get()>>>(state);
+  expect_state_launch("clear_load_kernel");
+}
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END

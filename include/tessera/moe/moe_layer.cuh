@@ -1,0 +1,19 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Device half of the layer on one GPU of compute capability 9.0: instantiate `moe_layer` with
+/// `comm::self<space::device>` in a `.cu` file that includes this.
+///
+/// Calls enqueue on the stream and return; they neither allocate, synchronise nor read device memory, and may be
+/// captured in a CUDA graph, whose replays are right when the routing changes. Results are the same bits in every run.
+/// What kernels find wrong (logits that are not finite, ids out of range) is written to the state's `status`: copy it
+/// to the host when it suits and ask `expect_ok`.
+
+#include <tessera/comm/self.cuh>
+#include <tessera/dispatch/dispatch.cuh>
+#include <tessera/experts/expert_mlp.cuh>
+#include <tessera/moe/detail/device/layer_device.cuh>
+#include <tessera/moe/moe_layer.hpp>
+#include <tessera/router/router.cuh>

@@ -1,0 +1,393 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The layer on one GPU against the host half in double, on the same bf16 numbers.
+
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <tessera/moe/moe_layer.cuh>
+
+#include "../support/layer_fixture.hpp"
+
+namespace {
+
+using namespace tessera_test;
+
+void check(cudaError_t result) { REQUIRE_MESSAGE(result == cudaSuccess, cudaGetErrorString(result)); }
+
+// Device memory, filled with NaN unless it is given values.
+template <class T>
+class device_array {
+ public:
+  explicit device_array(std::size_t count = 0) : count_(count) {
+    if (count == 0) return;
+    check(cudaMalloc(&data_, count * sizeof(T)));
+    check(cudaMemset(data_, 0xff, count * sizeof(T)));
+  }
+  explicit device_array(const std::vector<T>& values) : device_array(values.size()) { set(values); }
+  device_array(device_array&& other) noexcept : data_(std::exchange(other.data_, nullptr)), count_(other.count_) {}
+  device_array& operator=(device_array&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(count_, other.count_);
+    return *this;
+  }
+  ~device_array() { cudaFree(data_); }
+  void set(const std::vector<T>& values) {
+    if (!values.empty()) check(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  T* data() const { return data_; }
+  std::size_t size() const { return count_; }
+  std::vector<T> host() const {
+    std::vector<T> values(count_);
+    if (count_ > 0) check(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t count_ = 0;
+};
+
+double relative_error(const std::vector<double>& got, const std::vector<double>& expected) {
+  REQUIRE(got.size() == expected.size());
+  double norm = 0, error = 0;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    norm += expected[i] * expected[i];
+    error += (got[i] - expected[i]) * (got[i] - expected[i]);
+  }
+  return norm == 0 ? std::sqrt(error) : std::sqrt(error / norm);  // NaN stays NaN
+}
+
+template <class T>
+std::vector<double> widened(const std::vector<T>& values) {
+  std::vector<double> out;
+  for (const T v : values) out.push_back(widen(v));
+  return out;
+}
+
+// `Oracle` is the host's precision: double, but where a clamp cuts gradients off, because bf16 moves values over its
+// border.
+template <class Router, class Activation, class WeightLayout, class Precision = ts::precision::bf16,
+          class Oracle = ts::precision::fp64>
+struct policies {
+  using router = Router;
+  using gradient = typename Precision::gradient;
+  static constexpr bool gated = Activation::gated;
+  using device_layer = ts::moe_layer<Router, ts::experts<Activation, Precision, WeightLayout>, ts::layout::block,
+                                     ts::comm::self<ts::space::device>>;
+  using host_layer = ts::moe_layer<Router, ts::experts<Activation, Oracle, WeightLayout>, ts::layout::block,
+                                   ts::comm::threads, ts::combine::ordered>;
+};
+
+// One layer in device memory.
+template <class Policies>
+struct device_case {
+  using layer = typename Policies::device_layer;
+  using S = ts::bfloat16;
+  using G = typename Policies::gradient;
+
+  device_case(const layer_problem& p, typename layer::router_options routing, typename layer::options options)
+      : sizes(p.sizes), tokens(p.num_tokens) {
+    sizes.max_tokens = std::max<std::int64_t>(p.num_tokens, 1);
+    options.chunk_tokens = p.chunk_tokens;
+    const ts::layout::block placement(sizes.num_experts, 1);
+    const auto bytes = layer::sizes(sizes, placement, 0, options);
+    state = device_array<std::byte>(bytes.state_bytes);
+    saved = device_array<std::byte>(bytes.saved_bytes);
+    deferred = device_array<std::byte>(bytes.deferred_bytes);
+    workspace = device_array<std::byte>(std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes));
+    moe.emplace(sizes, routing, placement, comm, ts::state_memory(state.data(), state.size()), options);
+    check(cudaStreamCreate(&stream));
+    moe->reset_state(stream);
+    check(cudaStreamSynchronize(stream));
+    if (moe->state().bias != nullptr) {
+      const auto bias = cast<float>(p.bias);
+      check(cudaMemcpy(moe->state().bias, bias.data(), bias.size() * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    x = device_array<S>(cast<S>(p.x));
+    dy = device_array<S>(cast<S>(p.dy));
+    y = device_array<S>(p.x.size());
+    dx = device_array<S>(p.x.size());
+    gate = device_array<float>(cast<float>(p.gate));
+    gate_bias = device_array<float>(cast<float>(p.gate_bias));
+    up = device_array<S>(cast<S>(p.up));
+    down = device_array<S>(cast<S>(p.down));
+    up_bias = device_array<S>(cast<S>(p.up_bias));
+    down_bias = device_array<S>(cast<S>(p.down_bias));
+    shared_up = device_array<S>(cast<S>(p.shared_up));
+    shared_down = device_array<S>(cast<S>(p.shared_down));
+    shared_up_bias = device_array<S>(cast<S>(p.shared_up_bias));
+    shared_down_bias = device_array<S>(cast<S>(p.shared_down_bias));
+    sequences = device_array<std::int32_t>(p.sequence_offsets);
+    const auto chunks = static_cast<std::size_t>(ts::num_chunks(tokens, p.chunk_tokens));
+    gate_grad = device_array<float>(chunks * gate.size());
+    gate_bias_grad = device_array<float>(chunks * gate_bias.size());
+    up_grad = device_array<G>(up.size());
+    down_grad = device_array<G>(down.size());
+    up_bias_grad = device_array<G>(up_bias.size());
+    down_bias_grad = device_array<G>(down_bias.size());
+    shared_up_grad = device_array<float>(chunks * shared_up.size());
+    shared_down_grad = device_array<float>(chunks * shared_down.size());
+    shared_up_bias_grad = device_array<float>(chunks * shared_up_bias.size());
+    shared_down_bias_grad = device_array<float>(chunks * shared_down_bias.size());
+  }
+  ~device_case() { cudaStreamDestroy(stream); }
+
+  typename layer::inputs inputs() const {
+    return {.x = {x.data(), tokens, sizes.hidden}, .sequence_offsets = {sequences.data(), sequences.size()}};
+  }
+  typename layer::weights weights() const {
+    return {.gate = {gate.data(), sizes.num_experts, sizes.hidden},
+            .gate_bias = gate_bias.data(),
+            .experts = {up.data(), down.data(), up_bias.data(), down_bias.data()},
+            .shared = {shared_up.data(), shared_down.data(), shared_up_bias.data(), shared_down_bias.data()}};
+  }
+  void forward(ts::pass mode) {
+    moe->forward(stream, mode, inputs(), weights(), {y.data(), tokens, sizes.hidden}, {saved.data(), saved.size()},
+                 {workspace.data(), workspace.size()});
+  }
+  void backward() {
+    const ts::matrix_view<const S> gradient{dy.data(), tokens, sizes.hidden};
+    moe->backward_input(stream, inputs(), gradient, weights(), {saved.data(), saved.size()},
+                        {dx.data(), tokens, sizes.hidden}, {deferred.data(), deferred.size()},
+                        {workspace.data(), workspace.size()});
+    moe->backward_weights(stream, inputs(), gradient, {saved.data(), saved.size()}, {deferred.data(), deferred.size()},
+                          {.gate = gate_grad.data(),
+                           .gate_bias = gate_bias_grad.data(),
+                           .experts = {up_grad.data(), down_grad.data(), up_bias_grad.data(), down_bias_grad.data()},
+                           .shared = {shared_up_grad.data(), shared_down_grad.data(), shared_up_bias_grad.data(),
+                                      shared_down_bias_grad.data()}},
+                          ts::write::overwrite);
+  }
+  void sync() {
+    check(cudaStreamSynchronize(stream));
+    ts::device_status status;
+    check(cudaMemcpy(&status, moe->state().status, sizeof(status), cudaMemcpyDeviceToHost));
+    ts::expect_ok(status);
+  }
+
+  ts::shape sizes;
+  std::int64_t tokens;
+  ts::comm::self<ts::space::device> comm;
+  cudaStream_t stream = nullptr;
+  device_array<std::byte> state, saved, deferred, workspace;
+  std::optional<layer> moe;
+  device_array<S> x, dy, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias, shared_down_bias;
+  device_array<float> gate, gate_bias, gate_grad, gate_bias_grad;
+  device_array<G> up_grad, down_grad, up_bias_grad, down_bias_grad;
+  device_array<float> shared_up_grad, shared_down_grad, shared_up_bias_grad, shared_down_bias_grad;
+  device_array<std::int32_t> sequences;
+};
+
+// Sum of `[chunks, width]` over chunks.
+std::vector<double> over_chunks(const std::vector<float>& values, std::size_t width) {
+  std::vector<double> sum(width);
+  for (std::size_t i = 0; i < values.size(); ++i) sum[i % width] += values[i];
+  return sum;
+}
+
+template <class Policies>
+void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens = 0) {
+  auto p = make_problem(sizes, tokens, Policies::gated, 17, true);
+  p.chunk_tokens = chunk_tokens;
+  if (tokens > 100) p.sequence_offsets = {0, 40, 41, static_cast<std::int32_t>(tokens)};
+  typename Policies::router::options routing;
+  routing.weigh.scale = 1.5f;
+  if constexpr (requires { routing.select.groups; }) routing.select = {.groups = 4, .kept_groups = 2};
+  device_case<Policies> device(p, routing, {});
+  device.forward(ts::pass::train);
+  device.backward();
+  device.moe->end_step(device.stream, device.comm);
+  device.sync();
+  const auto expected =
+      run_problem<typename Policies::host_layer>(p, ts::layout::block(sizes.num_experts, 1), {0, tokens}, routing, {});
+
+  const auto compare = [](const char* name, const std::vector<double>& got, const std::vector<double>& want,
+                          double bound) {
+    if (want.empty()) return;
+    const std::string which = name;
+    CAPTURE(which);
+    CHECK(relative_error(got, want) <= bound);
+  };
+  compare("y", widened(device.y.host()), expected.y, 1e-2);
+  compare("dx", widened(device.dx.host()), expected.dx, 1e-2);
+  compare("gate", over_chunks(device.gate_grad.host(), p.gate.size()), expected.gate, 2e-2);
+  compare("gate_bias", over_chunks(device.gate_bias_grad.host(), p.gate_bias.size()), expected.gate_bias, 2e-2);
+  compare("up", widened(device.up_grad.host()), expected.up, 1e-2);
+  compare("down", widened(device.down_grad.host()), expected.down, 1e-2);
+  compare("up_bias", widened(device.up_bias_grad.host()), expected.up_bias, 1e-2);
+  compare("down_bias", widened(device.down_bias_grad.host()), expected.down_bias, 1e-2);
+  compare("shared_up", over_chunks(device.shared_up_grad.host(), p.shared_up.size()), expected.shared_up, 1e-2);
+  compare("shared_down", over_chunks(device.shared_down_grad.host(), p.shared_down.size()), expected.shared_down, 1e-2);
+  compare("shared_up_bias", over_chunks(device.shared_up_bias_grad.host(), p.shared_up_bias.size()),
+          expected.shared_up_bias, 1e-2);
+  const auto& state = device.moe->state();
+  std::vector<std::int64_t> load(static_cast<std::size_t>(sizes.num_experts));
+  check(cudaMemcpy(load.data(), state.global_load, load.size() * sizeof(std::int64_t), cudaMemcpyDeviceToHost));
+  CHECK(load == expected.load);
+  if (state.bias != nullptr) {
+    std::vector<float> bias(load.size());
+    check(cudaMemcpy(bias.data(), state.bias, bias.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    CHECK(widened(bias) == expected.bias);
+  }
+  if constexpr (Policies::device_layer::num_losses > 0) {
+    constexpr auto num_losses = static_cast<std::size_t>(Policies::device_layer::num_losses);
+    std::vector<float> losses(static_cast<std::size_t>(ts::num_chunks(tokens, chunk_tokens)) * num_losses);
+    check(cudaMemcpy(losses.data(), state.losses, losses.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    compare("losses", over_chunks(losses, num_losses), expected.losses, 1e-4);
+  }
+}
+
+using mixtral_like =
+    policies<ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized, ts::balance::switch_loss>,
+             ts::activation::swiglu, ts::weight_layout::out_in_concatenated>;
+using deepseek_like =
+    policies<ts::router<ts::score::sigmoid, ts::select::group_limited<>, ts::weigh::normalized, ts::balance::bias,
+                        ts::balance::sequence_loss, ts::balance::z_loss>,
+             ts::activation::swiglu, ts::weight_layout::out_in_interleaved, ts::precision::bf16_gradients>;
+using gpt_oss_like =
+    policies<ts::router<ts::score::softmax_selected, ts::select::top_k, ts::weigh::raw>, ts::activation::clamped_swiglu,
+             ts::weight_layout::in_out_interleaved, ts::precision::bf16, ts::precision::bf16>;
+using llama_like =
+    policies<ts::router<ts::score::sigmoid_selected, ts::select::top_k, ts::weigh::on_input<ts::weigh::raw>>,
+             ts::activation::swiglu, ts::weight_layout::in_out_concatenated>;
+using relu2_like =
+    policies<ts::router<ts::score::sqrt_softplus, ts::select::top_k, ts::weigh::normalized, ts::balance::bias>,
+             ts::activation::relu2, ts::weight_layout::out_in_concatenated>;
+
+}  // namespace
+
+TEST_CASE("the layer on the device follows the host in double: softmax, top-k, switch loss, shared expert") {
+  check_layer<mixtral_like>(
+      {.num_experts = 16, .top_k = 4, .hidden = 136, .intermediate = 72, .num_shared_experts = 1, .gate_bias = true},
+      333, 64);
+  check_layer<mixtral_like>({.num_experts = 8, .top_k = 2, .hidden = 256, .intermediate = 128}, 1000);
+}
+
+TEST_CASE("the layer on the device follows the host in double: sigmoid, groups, bias, sequence loss") {
+  check_layer<deepseek_like>(
+      {.num_experts = 32, .top_k = 6, .hidden = 192, .intermediate = 64, .num_shared_experts = 2}, 500, 100);
+}
+
+TEST_CASE("the layer on the device follows the host in double: GPT-OSS") {
+  check_layer<gpt_oss_like>(
+      {.num_experts = 12, .top_k = 4, .hidden = 72, .intermediate = 40, .gate_bias = true, .expert_bias = true}, 257);
+}
+
+TEST_CASE("the layer on the device follows the host in double: weights on the input") {
+  check_layer<llama_like>({.num_experts = 16, .top_k = 1, .hidden = 128, .intermediate = 96, .num_shared_experts = 1},
+                          300);
+}
+
+TEST_CASE("the layer on the device follows the host in double: plain activation") {
+  check_layer<relu2_like>({.num_experts = 16, .top_k = 3, .hidden = 160, .intermediate = 104}, 400);
+}
+
+TEST_CASE("one token and no token work") {
+  check_layer<mixtral_like>({.num_experts = 8, .top_k = 8, .hidden = 64, .intermediate = 32, .num_shared_experts = 1},
+                            1);
+  check_layer<mixtral_like>({.num_experts = 8, .top_k = 2, .hidden = 64, .intermediate = 32, .num_shared_experts = 1},
+                            0);
+}
+
+TEST_CASE("eval and recompute give the bits of train, and two runs are the same bits") {
+  const auto p = make_problem(
+      {.num_experts = 16, .top_k = 4, .hidden = 128, .intermediate = 64, .num_shared_experts = 1}, 700, true, 3, true);
+  device_case<mixtral_like> a(p, {}, {});
+  device_case<mixtral_like> b(p, {}, {});
+  const auto bits = [](const std::vector<ts::bfloat16>& v) {
+    std::vector<std::uint16_t> out;
+    for (const auto e : v) out.push_back(e.bits);
+    return out;
+  };
+  for (auto* c : {&a, &b}) {
+    c->forward(ts::pass::train);
+    c->backward();
+    c->sync();
+  }
+  const auto y = bits(a.y.host()), dx = bits(a.dx.host());
+  CHECK(bits(b.y.host()) == y);
+  CHECK(bits(b.dx.host()) == dx);
+  CHECK(a.up_grad.host() == b.up_grad.host());
+  b.forward(ts::pass::eval);
+  b.sync();
+  CHECK(bits(b.y.host()) == y);
+  b.forward(ts::pass::recompute);
+  b.backward();
+  b.sync();
+  CHECK(bits(b.dx.host()) == dx);
+}
+
+TEST_CASE("a captured step is right when it is replayed with other tokens") {
+  const ts::shape sizes{.num_experts = 16, .top_k = 4, .hidden = 128, .intermediate = 64, .num_shared_experts = 1};
+  const auto first = make_problem(sizes, 512, true, 3, true);
+  auto second = make_problem(sizes, 512, true, 3, true);
+  second.x = random_values(512 * 128, 1, 99, true);
+  device_case<mixtral_like> direct(second, {}, {});
+  direct.forward(ts::pass::train);
+  direct.backward();
+  direct.moe->end_step(direct.stream, direct.comm);
+  direct.sync();
+
+  device_case<mixtral_like> replayed(first, {}, {});
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check(cudaStreamBeginCapture(replayed.stream, cudaStreamCaptureModeThreadLocal));
+  replayed.forward(ts::pass::train);
+  replayed.backward();
+  replayed.moe->end_step(replayed.stream, replayed.comm);
+  check(cudaStreamEndCapture(replayed.stream, &graph));
+  check(cudaGraphInstantiate(&exec, graph, 0));
+  check(cudaGraphLaunch(exec, replayed.stream));
+  replayed.sync();
+  replayed.x.set(cast<ts::bfloat16>(second.x));
+  check(cudaGraphLaunch(exec, replayed.stream));
+  replayed.sync();
+  CHECK(widened(replayed.y.host()) == widened(direct.y.host()));
+  CHECK(widened(replayed.dx.host()) == widened(direct.dx.host()));
+  CHECK(replayed.up_grad.host() == direct.up_grad.host());
+  CHECK(replayed.gate_grad.host() == direct.gate_grad.host());
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+}
+
+TEST_CASE("logits that are not finite are reported by token") {
+  auto p = make_problem({.num_experts = 8, .top_k = 2, .hidden = 64, .intermediate = 32}, 50, true, 3, true);
+  p.x[7 * 64 + 3] = std::nan("");
+  device_case<mixtral_like> c(p, {}, {});
+  c.forward(ts::pass::train);
+  std::string text;
+  try {
+    c.sync();
+  } catch (const ts::invalid_argument& e) {
+    text = e.what();
+  }
+  CHECK(text.find("token 7") != std::string::npos);
+}
+
+int main(int argc, char** argv) {
+  int devices = 0;
+  const cudaError_t found = cudaGetDeviceCount(&devices);
+  if (found != cudaSuccess || devices == 0) {
+    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
+    return 77;
+  }
+  try {
+    ts::gemm::hopper::device::current();
+  } catch (const ts::error& e) {
+    std::printf("skipped: %s\n", e.what());
+    return 77;
+  }
+  return doctest::Context(argc, argv).run();
+}
