@@ -42,8 +42,8 @@ int find_not_finite(const A* x, int n) {
 /// Turns `x` into `exp(x - max)`. Returns the sum; `max` is written.
 template <accumulate_type A>
 A exponentials(A* x, int n, A& max) {
-  max = x[0];
-  for (int i = 1; i < n; ++i) max = x[i] > max ? x[i] : max;
+  max = -std::numeric_limits<A>::infinity();
+  for (int i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
   A sum = A(0);
   for (int i = 0; i < n; ++i) {
     x[i] = std::exp(x[i] - max);
