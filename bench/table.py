@@ -15,15 +15,18 @@ def main() -> None:
             path += ".json"
         with open(path, encoding="utf-8") as file:
             report = json.load(file)
-        print(f"\n`{path}`\n\n| case | µs | GFLOP/s | GB/s |\n|---|---|---|---|")
+        print(f"\n`{path}`\n\n| case | µs | GFLOP/s | GB/s | million tokens or rows/s |\n|---|---|---|---|---|")
         for case in report["benchmarks"]:
             if case.get("run_type") != "iteration" or case.get("error_occurred"):
                 continue
             micros = case["real_time"] * SCALE[case["time_unit"]]
             flops = f"{case['flops'] / 1e9:.0f}" if "flops" in case else ""
-            rate = f"{case['bytes'] / 1e9:.1f}" if "bytes" in case else ""
+            bytes_rate = case.get("bytes", case.get("bytes_per_second"))
+            rate = f"{bytes_rate / 1e9:.1f}" if bytes_rate else ""
+            items_rate = case.get("tokens", case.get("items_per_second", case.get("items")))
+            items = f"{items_rate / 1e6:.2f}" if items_rate else ""
             name = case["name"].removesuffix("/manual_time")
-            print(f"| `{name}` | {micros:.0f} | {flops} | {rate} |")
+            print(f"| `{name}` | {micros:.0f} | {flops} | {rate} | {items} |")
 
 
 if __name__ == "__main__":
