@@ -79,12 +79,12 @@ std::vector<double> widened(const std::vector<T>& values) {
 // `Oracle` is the host's precision: double, but where a clamp cuts gradients off, because bf16 moves values over its
 // border.
 template <class Router, class Activation, class WeightLayout, class Precision = ts::precision::bf16,
-          class Oracle = ts::precision::fp64>
+          class Oracle = ts::precision::fp64, class Gemm = ts::gemm::automatic>
 struct policies {
   using router = Router;
   using gradient = typename Precision::gradient;
   static constexpr bool gated = Activation::gated;
-  using device_layer = ts::moe_layer<Router, ts::experts<Activation, Precision, WeightLayout>, ts::layout::block,
+  using device_layer = ts::moe_layer<Router, ts::experts<Activation, Precision, WeightLayout, Gemm>, ts::layout::block,
                                      ts::comm::self<ts::space::device>>;
   using host_layer = ts::moe_layer<Router, ts::experts<Activation, Oracle, WeightLayout>, ts::layout::block,
                                    ts::comm::threads, ts::combine::ordered>;
@@ -252,6 +252,9 @@ void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens
 using mixtral_like =
     policies<ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized, ts::balance::switch_loss>,
              ts::activation::swiglu, ts::weight_layout::out_in_concatenated>;
+using portable_mixtral_like =
+    policies<mixtral_like::router, ts::activation::swiglu, ts::weight_layout::out_in_concatenated, ts::precision::bf16,
+             ts::precision::fp64, ts::gemm::portable::backend>;
 using deepseek_like =
     policies<ts::router<ts::score::sigmoid, ts::select::group_limited<>, ts::weigh::normalized, ts::balance::bias,
                         ts::balance::sequence_loss, ts::balance::z_loss>,
@@ -271,6 +274,12 @@ TEST_CASE("the layer on the device follows the host in double: softmax, top-k, s
       {.num_experts = 16, .top_k = 4, .hidden = 136, .intermediate = 72, .num_shared_experts = 1, .gate_bias = true},
       333, 64);
   check_layer<mixtral_like>({.num_experts = 8, .top_k = 2, .hidden = 256, .intermediate = 128}, 1000);
+}
+
+TEST_CASE("the layer on the device follows the host in double: softmax, top-k, products of sm_80") {
+  check_layer<portable_mixtral_like>(
+      {.num_experts = 16, .top_k = 4, .hidden = 136, .intermediate = 72, .num_shared_experts = 1, .gate_bias = true},
+      333, 64);
 }
 
 TEST_CASE("the layer on the device follows the host in double: sigmoid, groups, bias, sequence loss") {
@@ -378,7 +387,7 @@ int main(int argc, char** argv) {
     return 77;
   }
   try {
-    ts::gemm::hopper::device::current();
+    ts::gemm::portable::device::current();
   } catch (const ts::error& e) {
     std::printf("skipped: %s\n", e.what());
     return 77;

@@ -3,7 +3,8 @@
 #pragma once
 
 /// @file
-/// Device half of the experts: three fused grouped products forward, five backward, in bf16 on sm_90a.
+/// Device half of the experts: three fused grouped products forward, five backward, in bf16, on the backend that the
+/// policy `Gemm` stands for (`gemm/automatic.hpp`): compute capability 8.0 or later.
 ///
 /// Sizes d and n are multiples of 8; weights and rows start at multiples of 16 bytes. `P` is the last row offset, read
 /// on the device; buffers of `max_pairs` rows bound it.
@@ -13,7 +14,7 @@
 
 #include <tessera/experts/detail/device/row_kernels.cuh>
 #include <tessera/experts/expert_mlp.hpp>
-#include <tessera/gemm/hopper.cuh>
+#include <tessera/gemm/automatic.cuh>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -47,8 +48,8 @@ void with_source(const expert_rows& rows, F&& f) {
 
 // `c(g, m, n) (=|+=) sum_i rows[source of i][m] * packed[i][n]`, where the gathered operand may have to be the second
 // one, because the kernel writes rows of c.
-template <class TC>
-void grouped_outer_product(device_stream stream, const gemm::hopper::device& d, const expert_rows& groups,
+template <class TC, class Products>
+void grouped_outer_product(device_stream stream, const Products& products, const expert_rows& groups,
                            std::int64_t max_rows, std::int64_t M, std::int64_t N, gemm::row_operand<bfloat16> source,
                            gemm::row_operand<bfloat16> packed, gemm::group_operand<TC> c, write mode) {
   using gemm::hopper::gathered;
@@ -56,14 +57,14 @@ void grouped_outer_product(device_stream stream, const gemm::hopper::device& d, 
   const bool gathers = source.gather != nullptr;
   if (c.col_stride == 1) {
     if (gathers)
-      gemm::hopper::variable_k<gathered::a, TC>(stream, d, rows, M, N, source, packed, c, mode);
+      products.template variable_k<gathered::a, TC>(stream, rows, M, N, source, packed, c, mode);
     else
-      gemm::hopper::variable_k<gathered::none, TC>(stream, d, rows, M, N, source, packed, c, mode);
+      products.template variable_k<gathered::none, TC>(stream, rows, M, N, source, packed, c, mode);
   } else {
     if (gathers)
-      gemm::hopper::variable_k<gathered::b, TC>(stream, d, rows, N, M, packed, source, transposed(c), mode);
+      products.template variable_k<gathered::b, TC>(stream, rows, N, M, packed, source, transposed(c), mode);
     else
-      gemm::hopper::variable_k<gathered::none, TC>(stream, d, rows, N, M, packed, source, transposed(c), mode);
+      products.template variable_k<gathered::none, TC>(stream, rows, N, M, packed, source, transposed(c), mode);
   }
 }
 
@@ -80,7 +81,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
                 "precision::bf16_gradients, or the host half");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
-  const auto device = gemm::hopper::device::current();
+  const detail::device_products<Gemm> products(scratch.tile_counter);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, saved.h.rows};
   const auto up = WeightLayout::up(w.up, up_width(), d, w.up_stride);
@@ -96,13 +97,13 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
     source.gather = nullptr;
     a = {scratch.input.data, scratch.input.stride, nullptr};
   }
+  const gemm::row_operand<bfloat16> act{scratch.activation.data, scratch.activation.stride, nullptr};
   detail::with_source(source, [&](auto which) {
-    gemm::hopper::variable_m_activation<layout::forward, decltype(which)::value, Activation, layout::interleaved>(
-        stream, device, groups, n, d, a, up, w.up_bias, saved.h, scratch.activation, options_);
+    products.template variable_m_activation<layout::forward, decltype(which)::value, Activation, layout::interleaved>(
+        stream, groups, n, d, a, up, w.up_bias, saved.h, scratch.activation, options_);
   });
-  gemm::hopper::variable_m<layout::forward, gathered::none, storage>(
-      stream, device, groups, d, n, {scratch.activation.data, scratch.activation.stride, nullptr}, down, w.down_bias,
-      y);
+  products.template variable_m<layout::forward, gathered::none, storage>(stream, groups, d, n, act, down, w.down_bias,
+                                                                         y);
 }
 
 template <class Activation, class Precision, class WeightLayout, class Gemm>
@@ -113,7 +114,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
-  const auto device = gemm::hopper::device::current();
+  const detail::device_products<Gemm> products(scratch.tile_counter);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, max_rows};
   const auto up = detail::transposed(WeightLayout::up(w.up, up_width(), d, w.up_stride));
@@ -122,11 +123,12 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   const bool wants_weights = dpair_weights != nullptr && !on_input;
   // dY W2 stays in registers here, so its scratch is free for the parts of the weights' gradients.
   accumulate* parts = wants_weights ? scratch.dactivation.data : nullptr;
+  const gemm::row_operand<bfloat16> doutput{dy.data, dy.stride, rows.gather};
+  const accumulate* output_weights = on_input ? nullptr : weighting.values;
   detail::with_source(rows, [&](auto which) {
-    gemm::hopper::variable_m_activation_backward<layout::backward, decltype(which)::value, Activation,
-                                                 layout::interleaved>(
-        stream, device, groups, n, d, {dy.data, dy.stride, rows.gather}, down, on_input ? nullptr : weighting.values,
-        saved.h, deferred.activation, parts, options_);
+    products.template variable_m_activation_backward<layout::backward, decltype(which)::value, Activation,
+                                                     layout::interleaved>(
+        stream, groups, n, d, doutput, down, output_weights, saved.h, deferred.activation, parts, options_);
   });
   const unsigned blocks = detail::row_blocks(max_rows);
   if (wants_weights) {
@@ -139,12 +141,12 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   }
   const gemm::row_operand<bfloat16> dh{saved.h.data, saved.h.stride, nullptr};
   if (!on_input) {
-    gemm::hopper::variable_m<layout::backward, gathered::none, storage>(stream, device, groups, d, up_width(), dh, up,
-                                                                        nullptr, dx);
+    products.template variable_m<layout::backward, gathered::none, storage>(stream, groups, d, up_width(), dh, up,
+                                                                            nullptr, dx);
     return;
   }
-  gemm::hopper::variable_m<layout::backward, gathered::none, accumulate>(stream, device, groups, d, up_width(), dh, up,
-                                                                         nullptr, scratch.dinput);
+  products.template variable_m<layout::backward, gathered::none, accumulate>(stream, groups, d, up_width(), dh, up,
+                                                                             nullptr, scratch.dinput);
   detail::unweigh_rows_kernel<storage><<<blocks, detail::row_kernel_threads, 0, stream.get()>>>(
       rows, weighting.values, x, matrix_view<const accumulate>(scratch.dinput), dx, dpair_weights);
   detail::expect_launched("unweigh_rows_kernel");
@@ -156,14 +158,15 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
     pair_weights<accumulate> weighting, const saved_view& saved, const deferred_view& deferred, const gradients& g,
     write mode, const backward_weights_scratch& scratch) const {
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
-  const auto device = gemm::hopper::device::current();
+  const detail::device_products<Gemm> products(scratch.tile_counter);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
   const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
   const bool accumulates = mode == write::accumulate;
   const gemm::row_operand<bfloat16> act{deferred.activation.data, deferred.activation.stride, nullptr};
   const gemm::row_operand<bfloat16> dh{saved.h.data, saved.h.stride, nullptr};
-  detail::grouped_outer_product<gradient>(stream, device, groups, max_rows, d, n, {dy.data, dy.stride, groups.gather},
-                                          act, WeightLayout::down(g.down, d, n, g.down_stride), mode);
+  const gemm::row_operand<bfloat16> doutput{dy.data, dy.stride, groups.gather};
+  detail::grouped_outer_product<gradient>(stream, products, groups, max_rows, d, n, doutput, act,
+                                          WeightLayout::down(g.down, d, n, g.down_stride), mode);
   gemm::row_operand<bfloat16> inputs{x.data, x.stride, groups.gather};
   if (on_input) {
     detail::weigh_rows_kernel<storage><<<detail::row_blocks(max_rows), detail::row_kernel_threads, 0, stream.get()>>>(
@@ -172,7 +175,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
     inputs = {scratch.input.data, scratch.input.stride, nullptr};
   }
   // The inputs are the operand that may be gathered, so the product is formed as [d, U] and written as [U, d].
-  detail::grouped_outer_product<gradient>(stream, device, groups, max_rows, d, up_width(), inputs, dh,
+  detail::grouped_outer_product<gradient>(stream, products, groups, max_rows, d, up_width(), inputs, dh,
                                           detail::transposed(WeightLayout::up(g.up, up_width(), d, g.up_stride)), mode);
   if (g.down_bias == nullptr) return;
   detail::sum_columns<storage, gradient>(stream, groups, on_input ? nullptr : weighting.values, dy, g.down_bias,

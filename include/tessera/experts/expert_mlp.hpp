@@ -40,7 +40,8 @@ TESSERA_NAMESPACE_BEGIN
 /// @tparam Activation Between the projections; models `activation_policy`.
 /// @tparam Precision Element types; models `precision_policy`.
 /// @tparam WeightLayout How weights lie; models `weight_layout_policy`.
-/// @tparam Gemm Backend of the grouped products.
+/// @tparam Gemm Backend of the grouped products: `gemm::automatic`; in host memory `gemm::reference` or `gemm::blas`, in
+/// device memory `gemm::hopper::backend` or `gemm::portable::backend`.
 template <class Activation, class Precision, class WeightLayout = weight_layout::out_in_concatenated,
           class Gemm = gemm::automatic>
 class experts {
@@ -89,15 +90,21 @@ class experts {
   struct forward_scratch {
     matrix_view<storage> activation;  ///< `[max_pairs, n]`: A.
     matrix_view<storage> input;       ///< `[max_pairs, d]`: weighted inputs; empty for weights on the output.
+    /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
+    std::int32_t* tile_counter = nullptr;
   };
   /// During `backward_input`.
   struct backward_input_scratch {
-    matrix_view<accumulate> dactivation;  ///< `[max_pairs, n]`: dY W2.
+    matrix_view<accumulate> dactivation;  ///< `[max_pairs, n]`: dY W2; on a device `[(n + 127) / 128, max_pairs]`.
     matrix_view<accumulate> dinput;       ///< `[max_pairs, d]`: dH W1; empty for weights on the output.
+    /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
+    std::int32_t* tile_counter = nullptr;
   };
   /// During `backward_weights`.
   struct backward_weights_scratch {
     matrix_view<storage> input;  ///< `[max_pairs, d]`: weighted inputs; empty for weights on the output.
+    /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
+    std::int32_t* tile_counter = nullptr;
   };
 
   /// @param sizes Sizes of this rank's experts. @param activation_options Options of the activation.
@@ -125,6 +132,8 @@ class experts {
   forward_scratch carve_forward(memory_builder& memory, std::int64_t max_pairs, weight_on applied) const;
   /// Slices of `backward_input`'s workspace. @param memory Counts or carves. @param max_pairs Bound of the number of
   /// expert rows. @param applied Where pair weights apply.
+  /// @tparam Space Where the call will run: a device needs less.
+  template <class Space = space::host>
   backward_input_scratch carve_backward_input(memory_builder& memory, std::int64_t max_pairs, weight_on applied) const;
   /// Slices of `backward_weights`' workspace. @param memory Counts or carves. @param max_pairs Bound of the number of
   /// expert rows. @param applied Where pair weights apply.

@@ -3,10 +3,12 @@
 #pragma once
 
 /// @file
-/// Which backend computes the grouped products, and what a host backend must offer.
+/// Which backend computes the grouped products, and what a host backend must offer. The device half of the choice is in
+/// `automatic.cuh`.
 
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 #include <tessera/core/passes.hpp>
 #include <tessera/core/views.hpp>
@@ -17,8 +19,27 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace gemm {
 
-/// Lets the library choose the backend: `reference` in host memory.
+/// Lets the library choose the backend: `reference` in host memory; in device memory, when a call is made, `hopper` on
+/// compute capability 9.0 in programs compiled for `sm_90a`, `portable` everywhere else from 8.0 on.
 struct automatic {};
+
+namespace hopper {
+/// The policy that asks for `gemm/hopper.cuh` in device memory: calls throw on devices other than 9.0. In host memory
+/// it means `automatic`.
+struct backend {};
+}  // namespace hopper
+
+/// Grouped products on sm_80 and later.
+namespace portable {
+/// The policy that asks for `gemm/portable.cuh` in device memory, wherever it runs. In host memory it means
+/// `automatic`.
+struct backend {};
+}  // namespace portable
+
+/// A policy that chooses a backend in device memory. Models: `automatic`, `hopper::backend`, `portable::backend`.
+template <class G>
+concept device_policy =
+    std::is_same_v<G, automatic> || std::is_same_v<G, hopper::backend> || std::is_same_v<G, portable::backend>;
 
 namespace detail {
 
@@ -26,14 +47,15 @@ template <class G>
 struct host_backend {
   using type = G;
 };
-template <>
-struct host_backend<automatic> {
+template <device_policy G>
+struct host_backend<G> {
   using type = reference;
 };
 
 }  // namespace detail
 
-/// The backend that the policy `G` stands for in host memory: `reference` for `automatic`, otherwise `G` itself.
+/// The backend that the policy `G` stands for in host memory: `reference` for the policies of device memory, otherwise
+/// `G` itself.
 template <class G>
 using host_backend = typename detail::host_backend<G>::type;
 

@@ -38,6 +38,7 @@ using gathered = tessera::detail::hopper::gathered;
 struct device {
   int num_multiprocessors = 0;                                   ///< Blocks that run at once.
   tessera::detail::hopper::tensor_map_encoder encode = nullptr;  ///< The driver's function for tensor maps.
+  std::int32_t* tile_counter = nullptr;                          ///< For launches whose options have none.
 
   /// Of the calling thread's current device.
   /// @throws invalid_argument if it is not of compute capability 9.0. @throws cuda_error if the runtime fails.
@@ -72,6 +73,19 @@ template <contiguous Order, gathered Rows, class TC>
 void variable_m(device_stream stream, const device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
                 row_operand<bfloat16> a, group_operand<const bfloat16> b, const bfloat16* bias, matrix_view<TC> c,
                 write mode = write::overwrite, const launch_options& options = {});
+
+/// `c(i, j) = sum over the parts p of B, in their order, of sum_k a.row(i)[k] * b_p(j, k)`: a product with a matrix
+/// that bf16 does not hold, given as a sum of matrices that it does. All rows are one group.
+/// @tparam Parts How many.
+/// @param stream Where. @param d The device. @param rows One group. @param N Columns of `c`. @param K Length of sums.
+/// @param a Rows of `[K]`, not gathered. @param b `[Parts, N, K]`, packed; the least significant part first loses
+/// least.
+/// @param c `[max_rows, N]`. @param options How the launch is made; `forced` is not used.
+/// @throws invalid_argument if an extent, a stride or an address does not fit; nothing is enqueued then.
+template <int Parts>
+void product_with_parts(device_stream stream, const device& d, const row_groups& rows, std::int64_t N, std::int64_t K,
+                        row_operand<bfloat16> a, const bfloat16* b, matrix_view<float> c,
+                        const launch_options& options = {});
 
 /// The up-projection: `h(i, j)` as `variable_m` computes it, rounded, and `out(i, j) = Activation(h)`.
 /// @tparam Order Order of `b`. @tparam Rows `gathered::a` if `a` has a gather list, else `gathered::none`.

@@ -80,8 +80,10 @@ constexpr config choose(const problem& p) {
     c.order = schedule::ping_pong;
     c.tile_n = 128;
   }
-  // Neighbours along M share B where there are nearly always two; reading H leaves no time to wait for a neighbour.
-  const bool shares = !p.variable_k && p.b_along_k && mean_rows >= 2048;
+  // Neighbours along M share B where there are nearly always two and their products last long enough to wait for each
+  // other. Reading H leaves no time for that. Measured: bench/README.md.
+  const bool shares_rows = mean_rows >= 2048 && (p.b_along_k || p.k >= 8192);
+  const bool shares = p.variable_k ? p.m >= 512 && p.m * p.n >= std::int64_t{1} << 20 : shares_rows;
   if (c.order == schedule::cooperative && p.epilogue != epilogue_kind::activation_backward && shares) c.cluster = 2;
   const std::int64_t blocks = max_tiles(p, c) * c.cluster;
   const std::int64_t most = p.num_multiprocessors / c.cluster * c.cluster;

@@ -3,7 +3,7 @@
 #pragma once
 
 /// @file
-/// Device half of the layer on one GPU of compute capability 9.0: instantiate `moe_layer` with
+/// Device half of the layer on one GPU of compute capability 8.0 or later, made for 9.0: instantiate `moe_layer` with
 /// `comm::self<space::device>` in a `.cu` file that includes this.
 ///
 /// Calls enqueue on the stream and return; they neither allocate, synchronise nor read device memory, and may be

@@ -42,7 +42,9 @@ struct layer_state {
 
   device_status* status =
       nullptr;  ///< One: what a kernel found wrong since `reset_state`; see `expect_ok`. Host: stays clear.
-  std::uint32_t* barrier = nullptr;  ///< One: belongs to the router's kernels; 0 after `reset_state`.
+  std::uint32_t* barrier = nullptr;       ///< One: belongs to the router's kernels; 0 after `reset_state`.
+  std::int32_t* tile_counters = nullptr;  ///< Two for routed and two for shared experts: belong to their products'
+                                          ///< kernels; 0 after `reset_state`.
 
   int num_experts = 0;          ///< E.
   int num_losses = 0;           ///< Balances that are losses.
@@ -65,6 +67,7 @@ struct layer_state {
     s.most_received_pairs = builder.take<std::int64_t>("most_received_pairs", 1);
     s.status = builder.take<device_status>("status", 1);
     s.barrier = builder.take<std::uint32_t>("barrier", 1);
+    s.tile_counters = builder.take<std::int32_t>("tile_counters", 4);
     s.num_experts = num_experts;
     s.num_losses = num_losses;
     s.max_chunks = max_chunks;

@@ -139,6 +139,7 @@ auto experts<Activation, Precision, WeightLayout, Gemm>::carve_forward(memory_bu
 }
 
 template <class Activation, class Precision, class WeightLayout, class Gemm>
+template <class Space>
 auto experts<Activation, Precision, WeightLayout, Gemm>::carve_backward_input(memory_builder& memory,
                                                                               std::int64_t max_pairs,
                                                                               weight_on applied) const
@@ -146,7 +147,11 @@ auto experts<Activation, Precision, WeightLayout, Gemm>::carve_backward_input(me
   const std::int64_t n = dims_.intermediate, d = dims_.hidden;
   const std::int64_t inputs = applied == weight_on::input ? max_pairs : 0;
   backward_input_scratch scratch;
-  scratch.dactivation = {memory.take<accumulate>("experts.dactivation", max_pairs * n), max_pairs, n};
+  // The device half keeps dY W2 in registers and stores parts of its products with the activation.
+  const std::int64_t parts = (n + 127) / 128;
+  const std::int64_t rows = std::is_same_v<Space, space::device> ? parts : max_pairs;
+  const std::int64_t columns = std::is_same_v<Space, space::device> ? max_pairs : n;
+  scratch.dactivation = {memory.take<accumulate>("experts.dactivation", rows * columns), rows, columns};
   scratch.dinput = {memory.take<accumulate>("experts.dinput", inputs * d), inputs, d};
   return scratch;
 }

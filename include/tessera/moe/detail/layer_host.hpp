@@ -285,6 +285,7 @@ void layer_reset_state(host_stream, const Layer& layer) {
   *state.most_received_pairs = 0;
   *state.status = {};
   *state.barrier = 0;
+  std::fill_n(state.tile_counters, 4, 0);
 }
 
 template <class Layer>

@@ -8,6 +8,7 @@
 #include <tessera/core/memory.hpp>
 #include <tessera/dispatch/dispatch.hpp>
 #include <tessera/experts/experts.hpp>
+#include <tessera/moe/detail/gate_splits.hpp>
 #include <tessera/moe/shape.hpp>
 #include <tessera/router/lists.hpp>
 
@@ -37,6 +38,9 @@ struct layer_plan {
 
   bool has_shared() const { return sizes.num_shared_experts > 0; }
   bool alone() const { return bounds.num_ranks == 1; }
+  gate_splits gate_gradient_splits() const {
+    return gate_splits::make(sizes.max_tokens, chunk_tokens, sizes.num_experts, sizes.hidden);
+  }
 
   shape sizes;
   std::int64_t chunk_tokens;
@@ -46,6 +50,7 @@ struct layer_plan {
   shared_type shared;
   std::int64_t max_chunks;
 
+  static constexpr bool on_device = std::is_same_v<typename Layer::space, space::device>;
   static constexpr weight_on weights_on = Layer::router_type::weights_on_input ? weight_on::input : weight_on::output;
 };
 
@@ -88,6 +93,7 @@ struct layer_forward_scratch {
   std::int64_t* counts;  // [E + 2] of this rank
   routing_exchange_workspace<A> plan;
   std::uint8_t* block_counts;  // of the router's kernels; null on the host
+  S* gate_parts;               // [3, E, d]; null on the host
   dispatch_workspace<S> rows;
   S* pairs;  // [max pairs, d] outputs of experts
   typename Layer::experts_type::forward_scratch experts;
@@ -101,9 +107,9 @@ struct layer_forward_scratch {
     const shape& s = p.sizes;
     counts = b.take<std::int64_t>("local counts", balance_counts::size(s.num_experts));
     plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
-    block_counts = b.take<std::uint8_t>("counts of blocks", std::is_same_v<typename Layer::space, space::device>
-                                                                ? router_workspace::block_count_bytes(s.num_experts)
-                                                                : 0);
+    block_counts =
+        b.take<std::uint8_t>("counts of blocks", p.on_device ? router_workspace::block_count_bytes(s.num_experts) : 0);
+    gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
     rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     pairs = b.take<S>("expert outputs", p.bounds.max_pairs * s.hidden);
     experts = p.experts.carve_forward(b, p.bounds.max_pairs, p.weights_on);
@@ -120,9 +126,12 @@ struct layer_deferred {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  A* dlogits;                   // [T, E]
-  S* dy_received;               // [received rows, d]; null at one rank
-  std::int32_t* chunk_offsets;  // [chunks + 1]
+  A* dlogits;                        // [T, E]
+  S* dlogit_parts;                   // [T, 3 E]; null on the host, as are the next two
+  std::int32_t* gate_split_offsets;  // [chunks * splits + 1]
+  A* gate_partial;                   // [chunks * splits, 2 E, d]
+  S* dy_received;                    // [received rows, d]; null at one rank
+  std::int32_t* chunk_offsets;       // [chunks + 1]
   typename Layer::experts_type::deferred_view experts;
   typename Layer::experts_type::backward_weights_scratch experts_scratch;
   typename Layer::shared_type::deferred_view shared;
@@ -131,6 +140,10 @@ struct layer_deferred {
   layer_deferred(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
     dlogits = b.take<A>("logit gradients", s.max_tokens * s.num_experts);
+    const std::int64_t splits = p.on_device ? p.max_chunks * p.gate_gradient_splits().per_chunk : 0;
+    dlogit_parts = b.take<S>("parts of logit gradients", p.on_device ? s.max_tokens * 3 * s.num_experts : 0);
+    gate_split_offsets = b.take<std::int32_t>("gate split offsets", splits == 0 ? 0 : splits + 1);
+    gate_partial = b.take<A>("gate gradients of splits", splits * 2 * s.num_experts * s.hidden);
     dy_received = b.take<S>("received gradients", p.alone() ? 0 : p.bounds.max_received_rows() * s.hidden);
     chunk_offsets = b.take<std::int32_t>("chunk offsets", p.max_chunks + 1);
     experts = p.experts.carve_deferred(b, p.bounds.max_pairs);
@@ -140,6 +153,16 @@ struct layer_deferred {
     shared_scratch = p.shared.carve_backward_weights(b, s.max_tokens, weight_on::output);
   }
 };
+
+// A container may need less on a device, and say so by a template parameter.
+template <class Space, class Experts>
+typename Experts::backward_input_scratch carve_backward_input(const Experts& experts, memory_builder& b,
+                                                              std::int64_t max_pairs, weight_on applied) {
+  if constexpr (requires { experts.template carve_backward_input<Space>(b, max_pairs, applied); })
+    return experts.template carve_backward_input<Space>(b, max_pairs, applied);
+  else
+    return experts.carve_backward_input(b, max_pairs, applied);
+}
 
 template <class Layer>
 struct layer_backward_scratch {
@@ -153,9 +176,10 @@ struct layer_backward_scratch {
   A* dweights;  // [T, K]
   typename Layer::experts_type::backward_input_scratch experts;
   combine_workspace<S, A> sums;
-  A* routed;                    // [T, d]
+  A* routed;                    // [T, d]; null on a device, as is the next
   A* gate;                      // [T, d]
-  S* shared_dx;                 // [T, d]; null without shared experts
+  S* gate_parts;                // [3, E, d]; null on the host
+  S* shared_dx;                 // [T, d]; null on the host without shared experts
   std::int32_t* token_offsets;  // [2]
   typename Layer::shared_type::backward_input_scratch shared;
 
@@ -166,13 +190,15 @@ struct layer_backward_scratch {
     dpair_weights = b.take<A>("weight gradients of expert rows", p.bounds.max_pairs);
     values = pair_values_workspace<A>::layout(b, p.bounds);
     dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
-    experts = p.experts.carve_backward_input(b, p.bounds.max_pairs, p.weights_on);
+    experts = carve_backward_input<typename Layer::space>(p.experts, b, p.bounds.max_pairs, p.weights_on);
     sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
-    routed = b.take<A>("routed gradients", s.max_tokens * s.hidden);
-    gate = b.take<A>("gate's input gradients", s.max_tokens * s.hidden);
-    shared_dx = b.take<S>("shared gradients", p.has_shared() ? s.max_tokens * s.hidden : 0);
+    routed = b.take<A>("routed gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
+    gate = b.take<A>("gate's input gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
+    gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
+    shared_dx = b.take<S>("replicated gradients", p.on_device || p.has_shared() ? s.max_tokens * s.hidden : 0);
     token_offsets = b.take<std::int32_t>("token offsets", 2);
-    if (p.has_shared()) shared = p.shared.carve_backward_input(b, s.max_tokens, weight_on::output);
+    if (p.has_shared())
+      shared = carve_backward_input<typename Layer::space>(p.shared, b, s.max_tokens, weight_on::output);
   }
 };
 

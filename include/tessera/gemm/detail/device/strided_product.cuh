@@ -23,12 +23,12 @@ struct strided_operand {
 
 // c[g](m, n) = sum_k a(m, k) b(n, k) + bias(n) over the k of group g, in fp32 and in ascending order of k: the products
 // with the gate, whose bits decide the routing. Groups are chunks of `group_k`; 0: one group of all.
-template <class TA, class TB>
+template <class TA, class TB, class TC = float>
 struct strided_product {
   strided_operand<TA> a;
   strided_operand<TB> b;
   const float* bias;
-  float* c;  // [groups, M, N]
+  TC* c;  // [groups, M, N]
   std::int64_t M, N, K, group_k;
   bool accumulate;
 
@@ -74,9 +74,9 @@ struct strided_product {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < 4; ++j) {
         if (m0 + row + i >= M || n0 + col + j >= N) continue;
-        float* to = c + (group * M + m0 + row + i) * N + n0 + col + j;
+        TC* to = c + (group * M + m0 + row + i) * N + n0 + col + j;
         const float value = sum[i][j] + (bias == nullptr ? 0.0f : bias[n0 + col + j]);
-        *to = accumulate ? *to + value : value;
+        *to = static_cast<TC>(accumulate ? static_cast<float>(*to) + value : value);
       }
     }
   }
@@ -87,14 +87,14 @@ __global__ void __launch_bounds__(Product::threads) strided_product_kernel(const
   product.run();
 }
 
-template <class TA, class TB>
-void launch_strided_product(device_stream stream, const strided_product<TA, TB>& product, std::int64_t num_groups) {
+template <class TA, class TB, class TC>
+void launch_strided_product(device_stream stream, const strided_product<TA, TB, TC>& product, std::int64_t num_groups) {
   if (product.M == 0 || product.N == 0 || num_groups == 0) return;
-  constexpr std::int64_t tile = strided_product<TA, TB>::tile;
+  constexpr std::int64_t tile = strided_product<TA, TB, TC>::tile;
   TESSERA_EXPECTS(num_groups < 65536, num_groups << " chunks in one call, at most 65535 are possible");
   const dim3 grid(static_cast<unsigned>((product.M + tile - 1) / tile),
                   static_cast<unsigned>((product.N + tile - 1) / tile), static_cast<unsigned>(num_groups));
-  strided_product_kernel<<<grid, strided_product<TA, TB>::threads, 0, stream.get()>>>(product);
+  strided_product_kernel<<<grid, strided_product<TA, TB, TC>::threads, 0, stream.get()>>>(product);
   const cudaError_t result = cudaGetLastError();
   TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, "strided_product_kernel: " << cudaGetErrorString(result));
 }

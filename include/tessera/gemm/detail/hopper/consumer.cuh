@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include <tessera/gemm/detail/hopper/epilogue.cuh>
 #include <tessera/gemm/detail/hopper/producer.cuh>
 
 TESSERA_NAMESPACE_BEGIN
@@ -50,19 +51,22 @@ __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
 
 /// Zeroes the lines from `valid` on that the copy engine brought into a stage of `variable_k`. They belong to the next
 /// group or to nobody, and a zero in one operand alone does not silence a NaN in the other. Gathered lines are zero
-/// already.
+/// already. @param together Whether both warpgroups multiply this tile and so share the work.
 template <class Shape>
-__device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int valid) {
+__device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int valid, bool together) {
   static constexpr int first = Shape::gather == gathered::a ? Shape::chunks_a : 0;
   static constexpr int last = Shape::gather == gathered::b ? Shape::chunks_a : Shape::chunks_a + Shape::chunks_b;
-  static constexpr int threads = Shape::ping_pong ? 128 : 256;
+  const int threads = together ? 256 : 128;
   const int thread = (static_cast<int>(threadIdx.x) - 128) % threads;
   const int units = (chunk_rows - valid) * 8;
   for (int c = first; c < last; ++c)
     for (int u = thread; u < units; u += threads)
       store_shared(r.stage(slot) + static_cast<std::uint32_t>(c * chunk_bytes + valid * 128 + u * 16), {0, 0, 0, 0});
   async_proxy_fence();
-  named_barrier(Shape::ping_pong ? static_cast<int>(threadIdx.x / 128) : 1, threads);
+  if (together)
+    named_barrier(1, 256);
+  else
+    named_barrier(1 + static_cast<int>(threadIdx.x / 128), 128);
 }
 
 /// Waits for the operands of stage `index` of a tile's sum.
@@ -70,9 +74,10 @@ template <class Shape>
 __device__ __forceinline__ void await_stage(const rings<Shape>& r, const ring_position<Shape::stages>& at,
                                             const tile& t, int index) {
   barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
+  if constexpr (Shape::gather != gathered::none) async_proxy_fence();
   if constexpr (Shape::kind == product::variable_k) {
     const int valid = t.k_end - t.k_begin - index * Shape::tile_k;
-    if (valid < Shape::tile_k) zero_tail(r, at.slot, valid);
+    if (valid < Shape::tile_k) zero_tail(r, at.slot, valid, !Shape::ping_pong && t.m + chunk_rows < t.m_end);
   }
 }
 
@@ -118,7 +123,7 @@ __device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<S
                                           int which) {
   const int stages = sum_stages<Shape>(t);
   for (int s = 0; s < stages; ++s) {
-    await_stage(r, at, t, s);
+    barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
     named_barrier(2 + which, 128);
     release_stage(r, at.slot);
     at.advance();
@@ -126,33 +131,35 @@ __device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<S
 }
 
 /// Hands a warpgroup's blocks to the epilogue.
-template <class Shape, class Epilogue, int Blocks, class P>
+template <class Shape, class Epilogue, int Blocks, class P, class Held>
 __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::blocks][Shape::accumulators], const tile& t,
-                                           int first_row, std::uint32_t staging) {
+                                           int first_row, warp_output& output, const Held& held) {
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) {
     const int row = first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16;
-    if (row < t.m_end) Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, staging);
+    if (row < t.m_end) Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, output, held);
   }
 }
 
 /// Lets the epilogue prepare for a warpgroup's blocks.
-template <class Shape, class Epilogue, int Blocks, class P>
-__device__ __forceinline__ void prepare_tile(const P& p, const tile& t, int first_row) {
+template <class Shape, class Epilogue, int Blocks, class P, class Held>
+__device__ __forceinline__ void prepare_tile(const P& p, const tile& t, int first_row, Held& held) {
 #pragma unroll
   for (int block = 0; block < Blocks; ++block)
     Epilogue::template prepare<Shape::tile_n>(
-        p.epilogue, t, first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16);
+        p.epilogue, t, first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16, held);
 }
 
-/// A consumer warpgroup's whole work. @param which 0 or 1. @param staging This warp's staging buffers.
+/// A consumer warpgroup's whole work. @param which 0 or 1. @param staging This warp's two buffers.
 template <class Shape, class Accumulation, class Epilogue, class P>
 __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint32_t staging) {
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
+  warp_output output(staging);
   for (int turn = 0;; ++turn) {
     const tile t = read_tile(r, slot);
     if (t.group < 0) break;
+    typename Epilogue::template held<Shape::blocks> held;
     float sums[Shape::blocks][Shape::accumulators];
     if constexpr (Shape::ping_pong) {
       if (turn % 2 != which) {
@@ -165,27 +172,28 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
       const std::uint32_t other = r.turns + 8 * static_cast<std::uint32_t>(which ^ 1);
       const int parity = (turn / 2 + which + 1) % 2;  // the first turn of the first warpgroup is given
       if (t.m_end - t.m > chunk_rows) {
-        prepare_tile<Shape, Epilogue, 2>(p, t, t.m);
+        prepare_tile<Shape, Epilogue, 2>(p, t, t.m, held);
         barrier_wait(mine, static_cast<std::uint32_t>(parity));
         sum_tile<Shape, Accumulation, 2>(sums, r, at, t, 0, other);
-        write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, staging);
+        write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, output, held);
       } else {
-        prepare_tile<Shape, Epilogue, 1>(p, t, t.m);
+        prepare_tile<Shape, Epilogue, 1>(p, t, t.m, held);
         barrier_wait(mine, static_cast<std::uint32_t>(parity));
         sum_tile<Shape, Accumulation, 1>(sums, r, at, t, 0, other);
-        write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, staging);
+        write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, output, held);
       }
     } else {
       const int first_row = t.m + which * chunk_rows;
       if (first_row < t.m_end) {
-        prepare_tile<Shape, Epilogue, 1>(p, t, first_row);
+        prepare_tile<Shape, Epilogue, 1>(p, t, first_row, held);
         sum_tile<Shape, Accumulation, 1>(sums, r, at, t, static_cast<std::uint32_t>(which) * chunk_bytes, 0);
-        write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, staging);
+        write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output, held);
       } else {
         skip_tile(r, at, t, which);
       }
     }
   }
+  tma_store_wait();  // shared memory ends with the block
 }
 
 }  // namespace detail::hopper

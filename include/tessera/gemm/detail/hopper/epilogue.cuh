@@ -3,13 +3,17 @@
 #pragma once
 
 /// @file
-/// From accumulators to memory: staging of one warp's rows, and the epilogue that stores, with a bias or added to what
-/// is there.
+/// From accumulators to memory: one warp's rows through shared memory to the copy engine, and the epilogue that stores,
+/// with a bias or added to what is there.
+///
+/// A warp puts 16 rows x 128 bytes into one of its two buffers and goes on while the copy engine stores them: the next
+/// tile's products start before this one's last store has left. Only where a group ends within the 16 rows does the
+/// warp store them itself, because the rows below are its neighbour's.
 ///
 /// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); `clusters`
-/// (whether its kernel for clusters exists); `staging_buffers`; and what a warp calls for its 16 rows:
-/// `prepare<TileN>(params, tile, first_row)` before the products, `write<TileN>(params, sums, tile, first_row,
-/// staging)` after them.
+/// (whether its kernel for clusters exists); `held<Blocks>`, what a warp keeps in registers while products are summed;
+/// and what a warp calls for its 16 rows: `prepare<TileN>(params, tile, first_row, held)` before the products,
+/// `write<TileN>(params, sums, tile, first_row, output, held)` after them.
 
 #include <cstdint>
 #include <type_traits>
@@ -24,73 +28,145 @@ namespace detail::hopper {
 /// `8 j + lane % 4 * 2 + {0, 1}` in rows `lane / 4` and `lane / 4 + 8`.
 using fragment = std::uint32_t[16];
 
-/// One staging buffer of one warp. Rows leave and arrive as whole 16-byte units, coalesced and each under its own
-/// bounds, so that no tile writes over its neighbour. All lanes call together.
-class warp_staging {
+/// A matrix that a kernel writes: as the copy engine sees it, in boxes of 16 rows x 128 bytes, and as threads do.
+template <class T>
+struct output_matrix {
+  CUtensorMap map;            ///< Rank 3: columns, rows, layers.
+  T* data;                    ///< Row 0 of layer 0.
+  std::int64_t layer_stride;  ///< Elements between layers: groups, or H's gates and ups where gates come first.
+  std::int64_t row_stride;    ///< Elements between rows.
+  int columns;                ///< Columns.
+  bool layer_per_group;       ///< Whether groups are layers; then nothing else lies below a group's rows.
+};
+
+/// A warp's two buffers of 16 rows x 128 bytes. Rows are swizzled as the copy engine expects: 16-byte unit `u` of row
+/// `r` stands at unit `u ^ r % 8`. All lanes call together.
+class warp_output {
  public:
-  __device__ explicit warp_staging(std::uint32_t address) : address_(address) {}
+  /// @param address Of both buffers, aligned to 1024 bytes.
+  __device__ explicit warp_output(std::uint32_t address) : address_(address) {}
+
+  /// The buffer that was written longer ago, once its store has read it.
+  __device__ __forceinline__ std::uint32_t acquire() {
+    which_ ^= 1;
+    if (lane() == 0) tma_store_wait_read<1>();
+    __syncwarp();
+    return buffer(which_);
+  }
+  /// Both buffers, once no store reads them.
+  __device__ __forceinline__ void acquire_both() const {
+    if (lane() == 0) tma_store_wait_read<0>();
+    __syncwarp();
+  }
+  /// One of the buffers. @param which 0 or 1.
+  __device__ __forceinline__ std::uint32_t buffer(int which) const {
+    return address_ + static_cast<std::uint32_t>(which) * staging_bytes;
+  }
 
   /// Puts a fragment.
-  __device__ __forceinline__ void put(const fragment& f) const {
+  static __device__ __forceinline__ void put(std::uint32_t buffer, const fragment& f) {
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
-      store_matrices(matrix_address(j), f[2 * j], f[2 * j + 1], f[2 * j + 2], f[2 * j + 3]);
+      store_matrices(matrix_address(buffer, j), f[2 * j], f[2 * j + 1], f[2 * j + 2], f[2 * j + 3]);
+  }
+  /// Puts 16 rows x 32 columns of fp32, as 16 accumulators of a lane hold them.
+  static __device__ __forceinline__ void put(std::uint32_t buffer, const float* sums) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_shared_8(address(buffer, lane() / 4 + 8 * half, 32 * j + lane() % 4 * 8),
+                       {__float_as_uint(sums[4 * j + 2 * half]), __float_as_uint(sums[4 * j + 2 * half + 1])});
   }
   /// Gets a fragment.
-  __device__ __forceinline__ void get(fragment& f) const {
+  static __device__ __forceinline__ void get(std::uint32_t buffer, fragment& f) {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       std::uint32_t m[4];
-      load_matrices(matrix_address(j), m);
+      load_matrices(matrix_address(buffer, j), m);
       f[2 * j] = m[0], f[2 * j + 1] = m[1], f[2 * j + 2] = m[2], f[2 * j + 3] = m[3];
     }
   }
 
-  /// Writes rows `[first_row, row_end)`, at most 16, columns `[column, column_end)`, at most 64, of a matrix.
-  __device__ __forceinline__ void store(bfloat16* matrix, std::int64_t stride, int first_row, int row_end, int column,
-                                        int column_end) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + line(i), at = column + unit() * 8;
-      const uint4 v = load_shared(unit_address(i));
-      if (row < row_end && at < column_end) *reinterpret_cast<uint4*>(matrix + row * stride + at) = v;
+  /// Sends a buffer to rows `[first_row, row_end)`, at most 16, from `column` on, of layer `layer`.
+  /// @tparam Add Whether fp32 numbers are added to what is there.
+  template <bool Add, class T>
+  __device__ __forceinline__ void send(std::uint32_t buffer, const output_matrix<T>& to, int layer, int first_row,
+                                       int row_end, int column) const {
+    if (to.layer_per_group || first_row + 16 <= row_end) {
+      async_proxy_fence();
+      __syncwarp();
+      if (lane() == 0) {
+        if constexpr (Add)
+          tma_add(to.map, buffer, column, first_row, layer);
+        else
+          tma_store(to.map, buffer, column, first_row, layer);
+      }
+    } else {
+      __syncwarp();
+      store_rows<Add>(buffer, to, layer, first_row, row_end, column);
     }
+    if (lane() == 0) tma_store_commit();  // an empty group too: `acquire` counts them
   }
 
-  /// Reads what `store` would write; zeros elsewhere. The values are for `fill`.
-  __device__ __forceinline__ static void read(uint4 (&v)[4], const bfloat16* matrix, std::int64_t stride, int first_row,
+  /// Reads 16 rows x 128 bytes, zeros beyond `row_end` and `column_end`; the values are for `fill`.
+  static __device__ __forceinline__ void read(uint4 (&v)[4], const bfloat16* matrix, std::int64_t stride, int first_row,
                                               int row_end, int column, int column_end) {
+    const int at = column + unit() * 8;
+    const bfloat16* const source = matrix + (first_row + line(0)) * stride + at;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + line(i), at = column + unit() * 8;
-      v[i] = row < row_end && at < column_end ? *reinterpret_cast<const uint4*>(matrix + row * stride + at)
-                                              : uint4{0, 0, 0, 0};
+      const bool inside = first_row + line(i) < row_end && at < column_end;
+      v[i] = inside ? *reinterpret_cast<const uint4*>(source + 4 * i * stride) : uint4{0, 0, 0, 0};
     }
   }
   /// Puts what `read` has read.
-  __device__ __forceinline__ void fill(const uint4 (&v)[4]) const {
+  static __device__ __forceinline__ void fill(std::uint32_t buffer, const uint4 (&v)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) store_shared(unit_address(i), v[i]);
+    for (int i = 0; i < 4; ++i) store_shared(address(buffer, line(i), unit() * 16), v[i]);
   }
 
-  /// Address of column `column` in row `lane / 4 + 8 * half`.
-  __device__ __forceinline__ std::uint32_t element_address(int half, int column) const {
-    return address_ + static_cast<std::uint32_t>((lane() / 4 + 8 * half) * staging_pitch + column * 2);
+  /// Address of byte `byte` of row `lane / 4 + 8 * half`.
+  static __device__ __forceinline__ std::uint32_t element_address(std::uint32_t buffer, int half, int byte) {
+    return address(buffer, lane() / 4 + 8 * half, byte);
   }
 
  private:
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ int line(int i) { return 4 * i + lane() / 8; }
   static __device__ __forceinline__ int unit() { return lane() % 8; }
-  __device__ __forceinline__ std::uint32_t unit_address(int i) const {
-    return address_ + static_cast<std::uint32_t>(line(i) * staging_pitch + unit() * 16);
+  static __device__ __forceinline__ std::uint32_t address(std::uint32_t buffer, int row, int byte) {
+    return buffer + static_cast<std::uint32_t>(row * 128 + ((byte / 16) ^ (row % 8)) * 16 + byte % 16);
   }
   // of the row that this lane names for the 16 x 16 block from column 8 j on
-  __device__ __forceinline__ std::uint32_t matrix_address(int j) const {
-    return address_ + static_cast<std::uint32_t>(lane() % 16 * staging_pitch + (j + lane() / 16) * 16);
+  static __device__ __forceinline__ std::uint32_t matrix_address(std::uint32_t buffer, int j) {
+    return address(buffer, lane() % 16, (j + lane() / 16) * 16);
+  }
+
+  template <bool Add, class T>
+  static __device__ __forceinline__ void store_rows(std::uint32_t buffer, const output_matrix<T>& to, int layer,
+                                                    int first_row, int row_end, int column) {
+    static constexpr int per_unit = 16 / static_cast<int>(sizeof(T));
+    const int at = column + unit() * per_unit;
+    T* const target = to.data + layer * to.layer_stride + (first_row + line(0)) * to.row_stride + at;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      if (first_row + line(i) >= row_end || at >= to.columns) continue;
+      uint4 v = load_shared(address(buffer, line(i), unit() * 16));
+      uint4* const place = reinterpret_cast<uint4*>(target + 4 * i * to.row_stride);
+      if constexpr (Add) {
+        const uint4 old = *place;
+        v = {sum(old.x, v.x), sum(old.y, v.y), sum(old.z, v.z), sum(old.w, v.w)};
+      }
+      *place = v;
+    }
+  }
+  static __device__ __forceinline__ unsigned sum(unsigned a, unsigned b) {
+    return __float_as_uint(__uint_as_float(a) + __uint_as_float(b));
   }
 
   std::uint32_t address_;
+  int which_ = 0;
 };
 
 /// Rounds the 64 columns from `64 * Chunk` on.
@@ -123,75 +199,110 @@ __device__ __forceinline__ void for_each_chunk(F&& f) {
   if constexpr (Count > 3) f.template operator()<3>();
 }
 
+/// What an epilogue keeps that keeps nothing.
+struct nothing_held {};
+
 /// Stores the result, rounded once. `TC` is bfloat16 or float.
 template <class TC>
 struct store_epilogue {
   static constexpr bool split = false, clusters = true;
-  static constexpr int staging_buffers = std::is_same_v<TC, bfloat16> ? 1 : 0;
 
   struct params {
-    TC* c;                      ///< Row 0 of group 0.
-    std::int64_t group_stride;  ///< Elements between groups; 0 where rows are packed.
-    std::int64_t row_stride;    ///< Elements between rows.
-    int columns;                ///< Columns of the result.
-    bool accumulate;            ///< Whether the old content is added.
-    const bfloat16* bias;       ///< `[G, columns]`, or null.
+    output_matrix<TC> c;
+    bool accumulate;       ///< Whether the old content is added.
+    const bfloat16* bias;  ///< `[G, columns]`, or null.
   };
 
+  template <int Blocks>
+  using held = nothing_held;
+
   template <int TileN>
-  static __device__ __forceinline__ void prepare(const params&, const tile&, int) {}
+  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
 
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               std::uint32_t staging) {
-    TC* const c = p.c + t.group * p.group_stride;
-    const int lane = static_cast<int>(threadIdx.x % 32);
+                                               warp_output& output, const nothing_held&) {
+    const int columns = p.c.columns, layer = p.c.layer_per_group ? t.group : 0;
     for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
       const int column = t.n + Chunk * chunk_rows;
-      if (column >= p.columns) return;
+      if (column >= columns) return;
       if (p.bias != nullptr)
-        add_bias<Chunk>(sums, p.bias + static_cast<std::int64_t>(t.group) * p.columns, column, p.columns);
-      if (p.accumulate || std::is_same_v<TC, float>) {
+        add_bias<Chunk>(sums, p.bias + static_cast<std::int64_t>(t.group) * columns, column, columns);
+      if constexpr (std::is_same_v<TC, float>) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = first_row + lane / 4 + 8 * half;
-          TC* const line = c + row * p.row_stride + column + lane % 4 * 2;
-          if (row < t.m_end) {
-            if (p.accumulate) {
-#pragma unroll
-              for (int j = 0; j < 8; ++j)
-                if (column + 8 * j < p.columns) add(sums + Chunk * 32 + 4 * j + 2 * half, line + 8 * j);
-            }
-            if constexpr (std::is_same_v<TC, float>) {
-#pragma unroll
-              for (int j = 0; j < 8; ++j)
-                if (column + 8 * j < p.columns)
-                  *reinterpret_cast<float2*>(line + 8 * j) = {sums[Chunk * 32 + 4 * j + 2 * half],
-                                                              sums[Chunk * 32 + 4 * j + 2 * half + 1]};
-            }
-          }
+          if (column + 32 * half >= columns) continue;
+          const std::uint32_t buffer = output.acquire();
+          warp_output::put(buffer, sums + Chunk * 32 + 16 * half);
+          if (p.accumulate)
+            output.template send<true>(buffer, p.c, layer, first_row, t.m_end, column + 32 * half);
+          else
+            output.template send<false>(buffer, p.c, layer, first_row, t.m_end, column + 32 * half);
         }
-      }
-      if constexpr (std::is_same_v<TC, bfloat16>) {
-        const warp_staging buffer(staging);
+      } else {
+        if (p.accumulate) add_old<Chunk>(p, sums, t, first_row, column);
         fragment f;
         round_chunk<Chunk>(sums, f);
-        __syncwarp();
-        buffer.put(f);
-        __syncwarp();
-        buffer.store(c, p.row_stride, first_row, t.m_end, column, p.columns);
+        const std::uint32_t buffer = output.acquire();
+        warp_output::put(buffer, f);
+        output.template send<false>(buffer, p.c, layer, first_row, t.m_end, column);
       }
     });
   }
 
  private:
-  static __device__ __forceinline__ void add(float* sums, const float* old) {
-    const float2 v = *reinterpret_cast<const float2*>(old);
-    sums[0] += v.x, sums[1] += v.y;
+  // The sum is rounded once, so the old values are added before it is.
+  template <int Chunk, int Count>
+  static __device__ __forceinline__ void add_old(const params& p, float (&sums)[Count], const tile& t, int first_row,
+                                                 int column) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + lane / 4 + 8 * half;
+      if (row >= t.m_end) continue;
+      const TC* const line = p.c.data + t.group * p.c.layer_stride + row * p.c.row_stride + column + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (column + 8 * j >= p.c.columns) continue;
+        const std::uint32_t old = *reinterpret_cast<const std::uint32_t*>(line + 8 * j);
+        sums[Chunk * 32 + 4 * j + 2 * half] += low_bf16(old);
+        sums[Chunk * 32 + 4 * j + 2 * half + 1] += high_bf16(old);
+      }
+    }
   }
-  static __device__ __forceinline__ void add(float* sums, const bfloat16* old) {
-    const std::uint32_t v = *reinterpret_cast<const std::uint32_t*>(old);
-    sums[0] += low_bf16(v), sums[1] += high_bf16(v);
+};
+
+/// The sum of `Parts` products with the same 64 columns each, in their order, in fp32.
+template <int Parts>
+struct parts_epilogue {
+  static constexpr bool split = false, clusters = false;
+
+  struct params {
+    output_matrix<float> c;
+  };
+
+  template <int Blocks>
+  using held = nothing_held;
+
+  template <int TileN>
+  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
+
+  template <int TileN>
+  static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
+                                               warp_output& output, const nothing_held&) {
+    static_assert(TileN == Parts * chunk_rows);
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+#pragma unroll
+      for (int part = 1; part < Parts; ++part) sums[i] += sums[32 * part + i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = t.n + 32 * half;
+      if (column >= p.c.columns) continue;
+      const std::uint32_t buffer = output.acquire();
+      warp_output::put(buffer, sums + 16 * half);
+      output.template send<false>(buffer, p.c, 0, first_row, t.m_end, column);
+    }
   }
 };
 

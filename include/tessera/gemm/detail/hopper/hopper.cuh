@@ -44,6 +44,8 @@ template <gathered Which, gathered Expected>
 void expect_source(const row_operand<bfloat16>& operand, const char* name) {
   TESSERA_EXPECTS((operand.gather != nullptr) == (Which == Expected),
                   name << (Which == Expected ? " needs a gather list" : " has a gather list that would be ignored"));
+  TESSERA_EXPECTS(operand.stride < (std::int64_t{1} << 30),
+                  name << " has row stride " << operand.stride << ", at most 2^30 - 1 elements are possible");
 }
 
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
@@ -56,8 +58,20 @@ inline CUtensorMap row_map(const device& d, const row_operand<bfloat16>& operand
                    {stride, 0}, name);
 }
 
+/// H as kernels write it: where gates come first, a layer of gates and one of ups, so that a chunk that ends with the
+/// gates leaves the ups alone. @param d The device. @param h `[rows, U]`. @param n Columns of the activation. @param
+/// rows How many.
+template <class Activation, bool Interleaved>
+output_matrix<bfloat16> output_of_h(const device& d, const matrix_view<bfloat16>& h, std::int64_t n,
+                                    std::int64_t rows) {
+  if constexpr (Activation::gated && !Interleaved)
+    return make_output(d.encode, h.data, n, rows, h.stride, 2, n, false, "h");
+  else
+    return make_output(d.encode, h.data, Activation::gated ? 2 * n : n, rows, h.stride, 1, 0, false, "h");
+}
+
 /// Everything that the products with variable M have in common. @param fill Sets the epilogue's parameters.
-template <contiguous Order, gathered Rows, class Epilogue>
+template <contiguous Order, gathered Rows, class Epilogue, int Parts = 1>
 void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
                         std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
                         const typename Epilogue::params& epilogue, const launch_options& options) {
@@ -80,7 +94,7 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   expect_vector_rows(b.data, b.group_stride, sizeof(bfloat16), "b, from group to group,");
 
   const bool shared = b.group_stride == 0;
-  const std::int64_t matrices = shared ? 1 : groups.num_groups, N = shape.n;
+  const std::int64_t matrices = Parts > 1 ? Parts : shared ? 1 : groups.num_groups, N = shape.n;
   const std::int64_t inner = Order == contiguous::k ? K : N, outer = Order == contiguous::k ? N : K;
   const CUtensorMap map_b = chunk_map(d.encode, b.data, 3, {inner, outer, matrices},
                                       {row_stride, shared ? row_stride * outer : b.group_stride}, "b");
@@ -90,14 +104,18 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   multiply_params<typename Epilogue::params> p{};
   p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), 0, static_cast<int>(Epilogue::split ? N / 2 : N),
              static_cast<int>(K)};
-  p.b_group_step = shared ? 0 : 1;
+  p.b_group_step = shared || Parts > 1 ? 0 : 1;
   p.split = static_cast<int>(split);
   p.gather_data = a.data;
   p.gather_stride = a.stride;
   p.gather = a.gather;
-  p.tile_counter = options.tile_counter;
+  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
   p.epilogue = epilogue;
-  launch_configured<product::variable_m, Order, Rows, Epilogue>(stream, c, map_a, map_b, p);
+  if constexpr (Parts > 1)
+    launch<kernel_shape<product::variable_m, Order, Rows, 64 * Parts, 4, 1, false, Parts>, Epilogue>(stream, c, map_a,
+                                                                                                     map_b, p);
+  else
+    launch_configured<product::variable_m, Order, Rows, Epilogue>(stream, c, map_a, map_b, p);
 }
 
 }  // namespace detail::hopper
@@ -147,8 +165,39 @@ void variable_m(device_stream stream, const device& d, const row_groups& groups,
   shape.k = K;
   shape.gathered = Rows != gathered::none;
   enqueue_variable_m<Order, Rows, store_epilogue<TC>>(
-      stream, d, shape, groups, 0, a, b, {c.data, 0, c.stride, static_cast<int>(N), mode == write::accumulate, bias},
+      stream, d, shape, groups, 0, a, b,
+      {make_output(d.encode, c.data, N, groups.max_rows, c.stride, 1, 0, false, "c"), mode == write::accumulate, bias},
       options);
+}
+
+template <int Parts>
+void product_with_parts(device_stream stream, const device& d, const row_groups& rows, std::int64_t N, std::int64_t K,
+                        row_operand<bfloat16> a, const bfloat16* b, matrix_view<float> c,
+                        const launch_options& options) {
+  using namespace tessera::detail::hopper;
+  expect_groups(rows);
+  TESSERA_EXPECTS(rows.num_groups == 1, "a product with parts has one group, these rows have " << rows.num_groups);
+  expect_unit_extent(N, "the number of columns");
+  if (rows.max_rows == 0) return;
+  expect_matrix(c, -1, N, "c");
+  TESSERA_EXPECTS(c.rows >= rows.max_rows, "c has " << c.rows << " rows, max_rows = " << rows.max_rows);
+  expect_vector_rows(c.data, c.stride, sizeof(float), "c");
+  problem shape;
+  shape.max_rows = rows.max_rows;
+  shape.num_groups = 1;
+  shape.n = N;
+  shape.k = K;
+  config c_of_parts;
+  c_of_parts.tile_n = 64;
+  const std::int64_t tiles = max_tiles(shape, c_of_parts);
+  const int most =
+      options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors ? options.sm_budget : d.num_multiprocessors;
+  c_of_parts.grid = static_cast<int>(tiles < most ? tiles : most);
+  launch_options forced = options;
+  forced.forced = &c_of_parts;
+  enqueue_variable_m<contiguous::k, gathered::none, parts_epilogue<Parts>, Parts>(
+      stream, d, shape, rows, 0, a, {b, N * K, K, 1},
+      {make_output(d.encode, c.data, N, rows.max_rows, c.stride, 1, 0, false, "c")}, forced);
 }
 
 template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
@@ -177,7 +226,10 @@ void variable_m_activation(device_stream stream, const device& d, const row_grou
   shape.gathered = Rows != gathered::none;
   enqueue_variable_m<Order, Rows, epilogue>(
       stream, d, shape, groups, epilogue::split ? n : 0, a, b,
-      {h.data, h.stride, out.data, out.stride, static_cast<int>(n), bias, activation}, options);
+      {output_of_h<Activation, Interleaved>(d, h, n, groups.max_rows),
+       make_output(d.encode, out.data, n, groups.max_rows, out.stride, 1, 0, false, "the activation"),
+       static_cast<int>(n), bias, activation},
+      options);
 }
 
 template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
@@ -206,7 +258,9 @@ void variable_m_activation_backward(device_stream stream, const device& d, const
   shape.gathered = Rows != gathered::none;
   enqueue_variable_m<Order, Rows, activation_backward_epilogue<Activation, Interleaved>>(
       stream, d, shape, groups, 0, a, b,
-      {h.data, h.stride, out.data, out.stride, static_cast<int>(n), weights, parts, groups.max_rows, activation},
+      {output_of_h<Activation, Interleaved>(d, h, n, groups.max_rows),
+       make_output(d.encode, out.data, n, groups.max_rows, out.stride, 1, 0, false, "the activation"),
+       static_cast<int>(n), weights, parts, groups.max_rows, activation},
       options);
 }
 
@@ -262,8 +316,9 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
   p.gather_data = listed.data;
   p.gather_stride = listed.stride;
   p.gather = listed.gather;
-  p.tile_counter = options.tile_counter;
-  p.epilogue = {c.data, c.group_stride, c.row_stride, static_cast<int>(N), mode == write::accumulate, nullptr};
+  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
+  p.epilogue = {make_output(d.encode, c.data, N, M, c.row_stride, groups.num_groups, c.group_stride, true, "c"),
+                mode == write::accumulate, nullptr};
   launch_configured<product::variable_k, contiguous::mn, Rows, epilogue>(stream, chosen, map_a, map_b, p);
 }
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
                     [[maybe_unused]] const __grid_constant__ hopper::multiply_params<typename Epilogue::params> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
-  using layout = shared_layout<Shape, Epilogue::staging_buffers>;
+  using layout = shared_layout<Shape>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const std::uint32_t base = shared_address(shared_memory);
   const rings<Shape> r{base,
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     tma_prefetch(map_a);
     tma_prefetch(map_b);
     for (std::uint32_t i = 0; i < Shape::stages; ++i) {
-      barrier_init(r.full + 8 * i, 1 + gathering_warps);
+      barrier_init(r.full + 8 * i, 1 + 32 * gathering_warps);
       barrier_init(r.empty + 8 * i, releases);
     }
     for (std::uint32_t i = 0; i < Shape::tile_slots; ++i) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 
   if (warpgroup == 0) {
     registers_release<Shape::producer_registers>();
-    static constexpr int step_n = Epilogue::split ? Shape::tile_n / 2 : Shape::tile_n;
+    static constexpr int step_n = Shape::tile_n / (Epilogue::split ? 2 : Shape::parts);
     if constexpr (Shape::gather != gathered::none) {
       produce_gathered<Shape, Epilogue::split, step_n>(map_a, map_b, p, r, rank);
     } else {

@@ -23,15 +23,17 @@ enum class gathered { none, a, b };
 /// @tparam Gathered The operand that is copied row by row instead of by the copy engine.
 /// @tparam TileN Columns of a tile: 128, 192 or 256. @tparam Stages Slots of the operand ring.
 /// @tparam Cluster Blocks that share B. @tparam PingPong Whether each consumer warpgroup computes tiles of its own, one
-/// in its epilogue while the other multiplies, instead of half a tile each.
-template <product Product, contiguous OrderB, gathered Gathered, int TileN, int Stages, int Cluster, bool PingPong>
+/// in its epilogue while the other multiplies, instead of half a tile each. @tparam Parts Matrices whose sum is B, of
+/// which a tile holds the same 64 columns; more than one: of a single group.
+template <product Product, contiguous OrderB, gathered Gathered, int TileN, int Stages, int Cluster, bool PingPong,
+          int Parts = 1>
 struct kernel_shape {
   static constexpr product kind = Product;
   static constexpr contiguous order_a = Product == product::variable_k ? contiguous::mn : contiguous::k;
   static constexpr contiguous order_b = Product == product::variable_k ? contiguous::mn : OrderB;
   static constexpr gathered gather = Gathered;
   static constexpr int tile_m = 128, tile_n = TileN, tile_k = 64;
-  static constexpr int stages = Stages, cluster = Cluster;
+  static constexpr int stages = Stages, cluster = Cluster, parts = Parts;
   static constexpr bool ping_pong = PingPong;
 
   static constexpr int chunks_a = tile_m / chunk_rows, chunks_b = tile_n / chunk_rows;
@@ -43,24 +45,23 @@ struct kernel_shape {
   /// The gathering warpgroup keeps row addresses, the other producer is one thread.
   static constexpr int producer_registers = Gathered == gathered::none ? 40 : 56;
   static constexpr int consumer_registers = Gathered == gathered::none ? 232 : 224;
-  /// Stages between issuing copies and announcing them; the consumers release a stage one later than they could, so
-  /// two less than the ring has cannot deadlock.
-  static constexpr int copy_lag = Stages - 2 < 3 ? Stages - 2 : 3;
   static_assert(TileN == 128 || TileN == 192 || TileN == 256, "there are matrix instructions for these tiles");
   static_assert(Stages >= 3, "the ring needs three stages");
   static_assert(Product == product::variable_k || Gathered != gathered::b, "rows of B are not gathered in variable_m");
+  static_assert(Parts == 1 || (Product == product::variable_m && Gathered == gathered::none && Cluster == 1 &&
+                               TileN == 64 * Parts),
+                "a tile holds 64 columns of each part of B");
 
   static constexpr int stage_bytes = (chunks_a + chunks_b) * chunk_bytes;
 };
 
-inline constexpr int staging_pitch = 144;  ///< Bytes of a staging row: 64 bf16, and 16 against conflicts.
-inline constexpr int staging_bytes = 16 * staging_pitch;  ///< One staging buffer of one warp: 16 rows.
+inline constexpr int staging_bytes = 16 * 128;  ///< One of a warp's two output buffers: 16 rows x 128 bytes.
 
 /// Places in shared memory, from its 1024-byte aligned start.
-template <class Shape, int StagingBuffers>
+template <class Shape>
 struct shared_layout {
   static constexpr int staging = Shape::stages * Shape::stage_bytes;
-  static constexpr int warp_staging = StagingBuffers * staging_bytes;
+  static constexpr int warp_staging = 2 * staging_bytes;
   static constexpr int tiles = staging + Shape::consumer_warps * warp_staging;
   static constexpr int full = tiles + Shape::tile_slots * 32;
   static constexpr int empty = full + Shape::stages * 8;

@@ -6,6 +6,7 @@
 /// The host's side of a launch: tensor maps, checks of operands, the kernel's attributes.
 
 #include <cstdint>
+#include <type_traits>
 
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
@@ -24,26 +25,55 @@ inline void expect_cuda(cudaError_t status, const char* what) {
   TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess, what << " failed: " << cudaGetErrorString(status));
 }
 
-/// A map of a bf16 tensor for boxes of one chunk: 64 elements of the first extent, 64 of the second, 1 of the third.
-/// @param encode The driver's function. @param data Element 0. @param rank 2 or 3. @param shape Extents, the contiguous
-/// one first. @param strides Elements between neighbours along the second and third extent. @param name For messages.
-inline CUtensorMap chunk_map(tensor_map_encoder encode, const bfloat16* data, int rank, const std::int64_t (&shape)[3],
-                             const std::int64_t (&strides)[2], const char* name) {
+/// A tensor map for boxes of 128 bytes x `box_rows` x 1, swizzled by 128 bytes.
+/// @tparam T bfloat16 or float. @param encode The driver's function. @param data Element 0. @param rank 2 or 3. @param
+/// shape Extents, the contiguous one first. @param strides Elements between neighbours along the second and third
+/// extent. @param box_rows Rows of a box. @param name For messages.
+template <class T>
+CUtensorMap swizzled_map(tensor_map_encoder encode, const T* data, int rank, const std::int64_t (&shape)[3],
+                         const std::int64_t (&strides)[2], int box_rows, const char* name) {
+  static constexpr bool is_float = std::is_same_v<T, float>;
   cuuint64_t extents[3], bytes[2];
-  const cuuint32_t box[3] = {chunk_rows, chunk_rows, 1}, steps[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {128 / sizeof(T), static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
   for (int i = 0; i < 3; ++i) extents[i] = static_cast<cuuint64_t>(shape[i] > 0 ? shape[i] : 1);
-  for (int i = 0; i < 2; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * sizeof(bfloat16);
+  for (int i = 0; i < 2; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * sizeof(T);
   CUtensorMap map;
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<bfloat16*>(data),
-             extents, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                 static_cast<cuuint32_t>(rank), const_cast<T*>(data), extents, bytes, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TESSERA_EXPECTS_AS(cuda_error, result == CUDA_SUCCESS,
                      "cuTensorMapEncodeTiled returned " << static_cast<int>(result) << " for " << name << ": extents ["
                                                         << shape[0] << ", " << shape[1] << ", " << shape[2]
                                                         << "], strides [1, " << strides[0] << ", " << strides[1]
                                                         << "] in elements");
   return map;
+}
+
+/// The map of an operand: boxes of one chunk. @param encode The driver's function. @param data Element 0. @param rank 2
+/// or 3. @param shape Extents. @param strides Elements between neighbours. @param name For messages.
+inline CUtensorMap chunk_map(tensor_map_encoder encode, const bfloat16* data, int rank, const std::int64_t (&shape)[3],
+                             const std::int64_t (&strides)[2], const char* name) {
+  return swizzled_map(encode, data, rank, shape, strides, chunk_rows, name);
+}
+
+/// A matrix to write. @param encode The driver's function. @param data Row 0. @param columns,rows Extents. @param
+/// row_stride Elements between rows. @param layers,layer_stride How many matrices, and elements between them. @param
+/// layer_per_group Whether they are groups. @param name For messages.
+template <class T>
+output_matrix<T> make_output(tensor_map_encoder encode, T* data, std::int64_t columns, std::int64_t rows,
+                             std::int64_t row_stride, std::int64_t layers, std::int64_t layer_stride,
+                             bool layer_per_group, const char* name) {
+  // a single layer's stride is not used, but it is checked
+  const std::int64_t stride = layers > 1 ? layer_stride : row_stride * (rows > 0 ? rows : 1);
+  const std::int64_t row_step = row_stride > 0 ? row_stride : columns;
+  return {
+      swizzled_map<T>(encode, data, 3, {columns, rows, layers}, {row_step, stride > 0 ? stride : row_step}, 16, name),
+      data,
+      layers > 1 ? layer_stride : 0,
+      row_stride,
+      static_cast<int>(columns),
+      layer_per_group};
 }
 
 /// Checks what 16-byte accesses to rows need. @param data First row. @param stride Elements between rows.
@@ -66,7 +96,7 @@ inline void expect_unit_extent(std::int64_t extent, const char* name) {
 template <class Shape, class Epilogue>
 void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a, const CUtensorMap& map_b,
             const multiply_params<typename Epilogue::params>& p) {
-  static constexpr int bytes = shared_layout<Shape, Epilogue::staging_buffers>::bytes;
+  static constexpr int bytes = shared_layout<Shape>::bytes;
   const auto kernel = multiply_kernel<Shape, direct_accumulation, Epilogue>;
   expect_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
   cudaLaunchAttribute attribute{};

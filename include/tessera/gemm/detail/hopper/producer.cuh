@@ -108,20 +108,23 @@ __device__ __forceinline__ int used_chunks_a(const tile& t) {
 /// Chunks of B that hold columns of the result.
 template <class Shape, bool Split>
 __device__ __forceinline__ int used_chunks_b(const tile& t, int n) {
-  const int chunks = (n - t.n + chunk_rows - 1) / chunk_rows * (Split ? 2 : 1);
+  const int chunks = (n - t.n + chunk_rows - 1) / chunk_rows * (Split ? 2 : Shape::parts);
   return chunks < Shape::chunks_b ? chunks : Shape::chunks_b;
 }
 
-/// Enqueues this block's share of the chunks of B for the sum from `k` on.
+/// Enqueues this block's share of the chunks of B for the sum from `k` on. Where B has parts, its chunks are the same
+/// columns of one part after the other.
 template <class Shape, bool Split, class P>
 __device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t target, std::uint32_t barrier,
                                        const tile& t, int chunks, int k, const P& p, int rank) {
-  const int group = t.group * p.b_group_step;
 #pragma unroll
   for (int i = 0; i < Shape::chunks_b / Shape::cluster; ++i) {
     const int c = i * Shape::cluster + (Shape::cluster > 1 ? rank : 0);
     if (c >= chunks) break;
-    const int column = Split ? t.n + c / 2 * chunk_rows + c % 2 * p.split : t.n + c * chunk_rows;
+    const int group = Shape::parts > 1 ? c : t.group * p.b_group_step;
+    const int column = Shape::parts > 1 ? t.n
+                       : Split          ? t.n + c / 2 * chunk_rows + c % 2 * p.split
+                                        : t.n + c * chunk_rows;
     const std::uint32_t chunk = target + static_cast<std::uint32_t>(c) * chunk_bytes;
     constexpr auto everyone = static_cast<std::uint16_t>((1 << Shape::cluster) - 1);
     if constexpr (Shape::kind == product::variable_k) {
@@ -153,6 +156,13 @@ __device__ __forceinline__ void load_a(const CUtensorMap& map, std::uint32_t tar
     else
       tma_load(chunk, map, barrier, k, row);
   }
+}
+
+/// Row `index` of a matrix whose row 0 is at `base`: one instruction.
+__device__ __forceinline__ const bfloat16* offset_row(const bfloat16* base, std::int32_t index,
+                                                      std::int32_t row_bytes) {
+  return reinterpret_cast<const bfloat16*>(reinterpret_cast<const char*>(base) +
+                                           static_cast<std::int64_t>(index) * row_bytes);
 }
 
 /// Waits until a slot of the operand ring is empty, in all blocks of the cluster.
@@ -202,8 +212,9 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
 /// Four warps, of which one thread feeds the copy engine with one operand, and all copy rows of the other, 16 bytes a
 /// time, placed as the copy engine would with its 128-byte swizzle.
 ///
-/// A row's copies are announced `copy_lag` stages after they were issued: ordinary copies must be complete and fenced
-/// before the matrix units may read them, and waiting for the newest would leave nothing under way.
+/// Copies announce themselves on the stage's barrier when they are complete, so that nobody here waits for memory and
+/// the whole ring is under way. They are ordinary writes to the matrix units, which is why consumers fence after the
+/// wait.
 template <class Shape, bool Split, int StepN, class P>
 __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
                                  int rank) {
@@ -217,21 +228,14 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
   tile_order<Shape::cluster> order(p.tile_counter);
   ring_position<Shape::tile_slots> slot;
-  ring_position<Shape::stages> at, announced;
+  ring_position<Shape::stages> at;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
   const int unit = thread % 8, first_line = thread / 8;
   const bool leader = thread == 0;
+  const auto row_bytes = static_cast<std::int32_t>(p.gather_stride * 2);
   // the same for all lines of a thread, because they are 16 apart
   const auto swizzled = static_cast<std::uint32_t>(first_line * 128 + (unit ^ (first_line % 8)) * 16);
-  int pending = 0;
-
-  const auto announce = [&]() {
-    async_proxy_fence();
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(r.full + 8 * static_cast<std::uint32_t>(announced.slot));
-    announced.advance();
-  };
 
   for (;;) {
     tile t;
@@ -246,13 +250,13 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
     const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
     const auto bytes = static_cast<std::uint32_t>((of_a ? chunks_b : chunks_a) * chunk_bytes);
 
-    const bfloat16* rows[lines_each];  // null: beyond the group
+    const bfloat16* rows[lines_each];  // `variable_m`: null beyond the group
     std::int32_t upcoming[lines_each];
     if constexpr (rows_are_k) {
 #pragma unroll
       for (int i = 0; i < lines_each; ++i) {
         const int row = t.k_begin + first_line + 16 * i;
-        upcoming[i] = row < t.k_end ? __ldg(p.gather + row) : -1;
+        upcoming[i] = row < t.k_end ? __ldg(p.gather + row) : 0;
       }
     } else {
 #pragma unroll
@@ -261,17 +265,26 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
         rows[i] = row < t.m_end ? p.gather_data + p.gather_stride * __ldg(p.gather + row) + unit * 8 : nullptr;
       }
     }
+    const bool whole_rows = rows_are_k || t.m + chunks_a * chunk_rows <= t.m_end;
 
     int k = t.k_begin;
 #pragma unroll 1
     for (int left = sum_stages<Shape>(t); left > 0; --left, k += Shape::tile_k) {
+      bool whole = whole_rows && k + Shape::tile_k <= t.k_end;  // as nearly always
       if constexpr (rows_are_k) {
-        const int column = (of_a ? t.m : t.n) + unit * 8;
+        // What follows runs for every stage on few warps: addresses take one instruction, indices come a stage early.
+        const bfloat16* const columns_begin = p.gather_data + (of_a ? t.m : t.n) + unit * 8;
+        whole = whole && (of_a ? t.m_end - t.m : p.sizes.n - t.n) >= chunks_of_line * chunk_rows;
 #pragma unroll
-        for (int i = 0; i < lines_each; ++i) {
-          rows[i] = upcoming[i] >= 0 ? p.gather_data + p.gather_stride * upcoming[i] + column : nullptr;
-          const int row = k + Shape::tile_k + first_line + 16 * i;
-          upcoming[i] = row < t.k_end ? __ldg(p.gather + row) : -1;
+        for (int i = 0; i < lines_each; ++i) rows[i] = offset_row(columns_begin, upcoming[i], row_bytes);
+        const std::int32_t* const next = p.gather + k + Shape::tile_k + first_line;
+        if (k + 2 * Shape::tile_k <= t.k_end) {
+#pragma unroll
+          for (int i = 0; i < lines_each; ++i) upcoming[i] = __ldg(next + 16 * i);
+        } else {
+#pragma unroll
+          for (int i = 0; i < lines_each; ++i)
+            upcoming[i] = k + Shape::tile_k + first_line + 16 * i < t.k_end ? __ldg(next + 16 * i) : 0;
         }
       }
       wait_empty(r, at);
@@ -290,39 +303,45 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
       if constexpr (rows_are_k) {
         const int used = of_a ? chunks_a : chunks_b;
         const int first_column = of_a ? t.m : t.n, columns = of_a ? t.m_end : p.sizes.n;
+        if (whole) {
+#pragma unroll
+          for (int i = 0; i < lines_each; ++i)
+#pragma unroll
+            for (int c = 0; c < chunks_of_line; ++c)
+              copy_async(target + static_cast<std::uint32_t>(c * chunk_bytes + i * 16 * 128), rows[i] + c * chunk_rows);
+        }
 #pragma unroll
         for (int c = 0; c < chunks_of_line; ++c) {
-          if (c >= used) continue;
+          if (whole || c >= used) continue;
           const bool inside = first_column + c * chunk_rows + unit * 8 < columns;
 #pragma unroll
           for (int i = 0; i < lines_each; ++i) {
-            const bool valid = inside && rows[i] != nullptr;
+            const bool valid = inside && k + first_line + 16 * i < t.k_end;
             copy_async(target + static_cast<std::uint32_t>(c * chunk_bytes + i * 16 * 128),
                        valid ? rows[i] + c * chunk_rows : p.gather_data, valid ? 16 : 0);
           }
         }
       } else {
         const bool inside = k + unit * 8 < t.k_end;
+        if (whole) {
+#pragma unroll
+          for (int i = 0; i < lines_each; ++i)
+            if (i * 16 < chunks_a * chunk_rows)
+              copy_async(target + static_cast<std::uint32_t>(i * 16 * 128), rows[i] + k);
+        }
 #pragma unroll
         for (int i = 0; i < lines_each; ++i) {
-          if (i * 16 >= chunks_a * chunk_rows) continue;
+          if (whole || i * 16 >= chunks_a * chunk_rows) continue;
           const bool valid = inside && rows[i] != nullptr;
           copy_async(target + static_cast<std::uint32_t>(i * 16 * 128), valid ? rows[i] + k : p.gather_data,
                      valid ? 16 : 0);
         }
       }
-      copy_async_commit();
+      copy_async_arrive(r.full + 8 * static_cast<std::uint32_t>(at.slot));
       at.advance();
-      if (pending == Shape::copy_lag) {
-        copy_async_wait<Shape::copy_lag>();
-        announce();
-      } else {
-        ++pending;
-      }
     }
   }
-  copy_async_wait<0>();
-  for (; pending > 0; --pending) announce();
+  copy_async_wait_all();
   if (leader) order.finish();
 }
 

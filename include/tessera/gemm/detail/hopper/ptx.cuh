@@ -147,9 +147,51 @@ __device__ __forceinline__ void tma_load_multicast(std::uint32_t target, const C
       : "memory");
 }
 
+/// Brings the line of `address` into the second-level cache.
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+/// Enqueues the store of a box to `(x, y, z)` of a rank-3 map, in this thread's current group of stores.
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, std::uint32_t source, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(source), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+/// `tma_store` that adds fp32 numbers to what is there.
+__device__ __forceinline__ void tma_add(const CUtensorMap& map, std::uint32_t source, int x, int y, int z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+      "r"(source), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+/// Closes a group of this thread's stores.
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/// Waits until at most `Pending` of this thread's groups of stores still read shared memory.
+template <int Pending>
+__device__ __forceinline__ void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+
+/// Waits until this thread's stores have been made.
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+/// Enqueues a copy of 16 bytes. All of a stage's lines are whole nearly always.
+__device__ __forceinline__ void copy_async(std::uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 /// Enqueues a copy of 16 bytes, of which those from `bytes` (0 or 16) on are zeros. With 0 nothing is read.
 __device__ __forceinline__ void copy_async(std::uint32_t target, const void* source, std::uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+
+/// One arrival on a barrier of this block, which must expect it, once this thread's `copy_async` so far are complete.
+__device__ __forceinline__ void copy_async_arrive(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /// Closes a group of this thread's `copy_async`.
@@ -161,8 +203,11 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-/// Orders this thread's accesses to shared memory, `copy_async` included, before later ones of the matrix units and the
-/// copy engine.
+/// Waits until this thread's `copy_async` are complete.
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// Orders accesses to shared memory that this thread made or knows of, `copy_async` included, before later ones of the
+/// matrix units and the copy engine.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/experts/expert_mlp.cuh>
-#include <tessera/gemm/detail/device/strided_product.cuh>
+#include <tessera/moe/detail/device/gate_product.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_host.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
@@ -35,6 +35,13 @@ template <class S>
 matrix_view<const S> with_address(matrix_view<const S> rows, const void* any) {
   if (rows.rows == 0) rows.data = static_cast<const S*>(any);
   return rows;
+}
+
+// Products hand tiles out as blocks ask for them, by counters of the layer's, where the container has a place for them.
+template <class State, class Routed, class Shared>
+void share_tile_counters(const State& state, Routed& routed, Shared& shared) {
+  if constexpr (requires { routed.tile_counter = state.tile_counters; }) routed.tile_counter = state.tile_counters;
+  if constexpr (requires { shared.tile_counter = state.tile_counters; }) shared.tile_counter = state.tile_counters + 2;
 }
 
 template <class Layer>
@@ -62,20 +69,12 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
   memory_builder scratch_builder(workspace, "workspace");
   memory_builder saved_builder(saved_bytes, "saved memory");
   const layer_saved<Layer> saved(mode == pass::eval ? scratch_builder : saved_builder, plan);
-  const layer_forward_scratch<Layer> scratch(scratch_builder, plan);
+  layer_forward_scratch<Layer> scratch(scratch_builder, plan);
+  share_tile_counters(state, scratch.experts, scratch.shared);
   const matrix_view<const S> x = with_address(in.x, saved.logits);
 
-  launch_strided_product(stream,
-                         strided_product<S, A>{{in.x.data, in.x.stride, 1},
-                                               {params.gate.data, params.gate.stride, 1},
-                                               params.gate_bias,
-                                               saved.logits,
-                                               num_tokens,
-                                               s.num_experts,
-                                               s.hidden,
-                                               0,
-                                               false},
-                         1);
+  gate_forward(stream, x, matrix_view<const A>(params.gate), params.gate_bias,
+               matrix_view<A>{saved.logits, num_tokens, s.num_experts}, scratch.gate_parts, scratch.token_offsets);
 
   const auto routing_inputs = router_view(saved, layer, in);
   const routing<A> chosen = saved.chosen(num_tokens, s);
@@ -135,7 +134,8 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   memory_builder scratch_builder(workspace, "workspace");
   const layer_saved<Layer> saved(saved_builder, plan);
   const layer_deferred<Layer> deferred(deferred_builder, plan);
-  const layer_backward_scratch<Layer> scratch(scratch_builder, plan);
+  layer_backward_scratch<Layer> scratch(scratch_builder, plan);
+  share_tile_counters(layer.state(), scratch.experts, scratch.shared);
   const matrix_view<const S> x = with_address(in.x, saved.logits);
   const matrix_view<const S> dy_rows = with_address(dy, saved.logits);
 
@@ -155,20 +155,13 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
                  matrix_view<const A>(dweights), const_balance_counts(saved.counts, s.num_experts),
                  layer.state().coefficients, layer.state().loss_scale, dlogits);
 
-  launch_strided_product(stream,
-                         strided_product<A, A>{{dlogits.data, dlogits.stride, 1},
-                                               {params.gate.data, 1, params.gate.stride},
-                                               nullptr,
-                                               scratch.gate,
-                                               num_tokens,
-                                               s.hidden,
-                                               s.num_experts,
-                                               0,
-                                               false},
-                         1);
+  // What every token's gradient has beside its experts': the gate's, on top of the shared experts'.
+  const matrix_view<S> replicated{scratch.shared_dx, num_tokens, s.hidden};
+  gate_backward_input(stream, x, matrix_view<const A>(dlogits), matrix_view<const A>(params.gate), replicated,
+                      plan.has_shared() ? write::accumulate : write::overwrite, scratch.gate_parts,
+                      deferred.dlogit_parts, scratch.token_offsets);
   combine_addends<S, A> addends{};
-  if (plan.has_shared()) addends.rows = {scratch.shared_dx, num_tokens, s.hidden};
-  addends.sums = {scratch.gate, num_tokens, s.hidden};
+  addends.rows = replicated;
   const matrix_view<const A> unweighted{nullptr, num_tokens, s.top_k};
   combine_rows(stream, matrix_view<const S>(dpairs), saved.handle.expert_row_of, unweighted, addends, dx);
 }
@@ -190,7 +183,8 @@ void layer_backward_weights(device_stream stream, const Layer& layer, const type
   memory_builder saved_builder(saved_bytes, "saved memory");
   memory_builder deferred_builder(deferred_bytes, "deferred memory");
   const layer_saved<Layer> saved(saved_builder, plan);
-  const layer_deferred<Layer> deferred(deferred_builder, plan);
+  layer_deferred<Layer> deferred(deferred_builder, plan);
+  share_tile_counters(layer.state(), deferred.experts_scratch, deferred.shared_scratch);
   const matrix_view<const S> x = with_address(in.x, saved.logits);
   const matrix_view<const S> dy_rows = with_address(dy, saved.logits);
 
@@ -201,21 +195,10 @@ void layer_backward_weights(device_stream stream, const Layer& layer, const type
   if (plan.has_shared())
     plan.shared.backward_weights(stream, groups, x, dy_rows, {}, saved.shared, deferred.shared, grads.shared, mode,
                                  deferred.shared_scratch);
-  const bool accumulates = mode == write::accumulate;
-  launch_strided_product(stream,
-                         strided_product<A, S>{{deferred.dlogits, 1, s.num_experts},
-                                               {in.x.data, 1, in.x.stride},
-                                               nullptr,
-                                               grads.gate,
-                                               s.num_experts,
-                                               s.hidden,
-                                               num_tokens,
-                                               plan.chunk_tokens,
-                                               accumulates},
-                         chunks);
-  if (s.gate_bias)
-    sum_columns<A, A>(stream, groups, nullptr, matrix_view<const A>{deferred.dlogits, num_tokens, s.num_experts},
-                      grads.gate_bias, accumulates);
+  const matrix_view<const A> dlogits{deferred.dlogits, num_tokens, s.num_experts};
+  gate_backward_weights(stream, x, dlogits, deferred.dlogit_parts, grads.gate, mode, chunks, plan.chunk_tokens,
+                        plan.gate_gradient_splits(), deferred.gate_split_offsets, deferred.gate_partial);
+  if (s.gate_bias) sum_columns<A, A>(stream, groups, nullptr, dlogits, grads.gate_bias, mode == write::accumulate);
 }
 
 template <class Layer>

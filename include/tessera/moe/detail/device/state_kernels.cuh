@@ -92,6 +92,7 @@ __global__ void reset_state_kernel(layer_state<A> state, initial_state<NumLosses
   *state.most_received_pairs = 0;
   *state.status = device_status{};
   *state.barrier = 0;
+  for (int i = 0; i < 4; ++i) state.tile_counters[i] = 0;
 }
 
 template <class A, int NumLosses>

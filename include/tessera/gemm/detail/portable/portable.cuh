@@ -1,0 +1,226 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Definitions of `gemm/portable.cuh`.
+
+#include <cstdint>
+#include <type_traits>
+
+#include <tessera/gemm/portable.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::portable {
+
+using gemm::group_operand;
+using gemm::row_operand;
+using gemm::hopper::problem;
+using gemm::portable::device;
+using gemm::portable::gathered;
+using gemm::portable::launch_options;
+using gemm::portable::row_groups;
+// What both backends ask of their operands.
+using hopper::expect_cuda;
+using hopper::expect_groups;
+using hopper::expect_source;
+using hopper::expect_unit_extent;
+using hopper::expect_vector_rows;
+
+/// Blocks for a problem; 0: there is nothing to do. @param d The device. @param p The problem. @param options What the
+/// caller asks for.
+inline int grid_for(const device& d, const problem& p, const launch_options& options) {
+  TESSERA_EXPECTS(d.num_multiprocessors > 0, "the device is not filled in: use gemm::portable::device::current()");
+  gemm::hopper::config tiles;
+  tiles.tile_m = tiles.tile_n = tile_rows;
+  const std::int64_t blocks = gemm::hopper::max_tiles(p, tiles);
+  const bool limited = options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors;
+  // Blocks are spread before they are stacked, so under a budget there is one on each.
+  const std::int64_t most = limited ? options.sm_budget : d.num_multiprocessors * d.blocks_per_multiprocessor;
+  return static_cast<int>(blocks < most ? blocks : most);
+}
+
+/// Enqueues one kernel. @param stream Where. @param grid Its blocks. @param p Its parameters.
+template <product Product, contiguous OrderB, class Epilogue>
+void launch(device_stream stream, int grid, const multiply_params<typename Epilogue::params>& p) {
+  const auto kernel = multiply_tiles_kernel<Product, OrderB, Epilogue>;
+  expect_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+              "cudaFuncSetAttribute");
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = dim3(static_cast<unsigned>(grid));
+  launch_config.blockDim = dim3(threads);
+  launch_config.dynamicSmemBytes = shared_bytes;
+  launch_config.stream = stream.get();
+  expect_cuda(cudaLaunchKernelEx(&launch_config, kernel, p), "the launch of multiply_tiles_kernel");
+}
+
+/// Everything that the products with variable M have in common. @param shape Bounds. @param split Distance from a gate
+/// to its up value in the rows of b, or 0.
+template <contiguous Order, gathered Rows, class Epilogue>
+void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
+                        std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
+                        const typename Epilogue::params& epilogue, const launch_options& options) {
+  static_assert(Rows != gathered::b, "rows of b are not gathered in variable_m");
+  expect_unit_extent(shape.k, "the length of the sums");
+  expect_source<Rows, gathered::a>(a, "a");
+  const int grid = grid_for(d, shape, options);
+  if (grid == 0) return;
+  expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
+  const std::int64_t contiguous_stride = Order == contiguous::k ? b.col_stride : b.row_stride;
+  const std::int64_t line_stride = Order == contiguous::k ? b.row_stride : b.col_stride;
+  TESSERA_EXPECTS(contiguous_stride == 1, "b has strides [" << b.group_stride << ", " << b.row_stride << ", "
+                                                            << b.col_stride << "], but its "
+                                                            << (Order == contiguous::k ? "last" : "middle")
+                                                            << " one must be 1 for this kernel");
+  expect_vector_rows(b.data, line_stride, sizeof(bfloat16), "b");
+  expect_vector_rows(b.data, b.group_stride, sizeof(bfloat16), "b, from group to group,");
+  const std::int64_t columns = Epilogue::split ? shape.n / 2 : shape.n;
+  multiply_params<typename Epilogue::params> p{};
+  p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), 0, static_cast<int>(columns),
+             static_cast<int>(shape.k)};
+  p.a = {a.data, 0, a.stride, a.gather};
+  p.b = {b.data, b.group_stride, line_stride, nullptr};
+  p.split = static_cast<int>(split);
+  p.epilogue = epilogue;
+  launch<product::variable_m, Order, Epilogue>(stream, grid, p);
+}
+
+/// Checks H and the activation. @param groups The rows. @param n Columns of the activation. @param U Columns of H.
+/// @param h,out The matrices.
+inline void expect_activations(const row_groups& groups, std::int64_t n, std::int64_t U, const matrix_view<bfloat16>& h,
+                               const matrix_view<bfloat16>& out) {
+  expect_matrix(h, -1, U, "h");
+  expect_matrix(out, -1, n, "the activation");
+  TESSERA_EXPECTS(h.rows >= groups.max_rows && out.rows >= groups.max_rows,
+                  "h has " << h.rows << " rows and the activation " << out.rows << ", max_rows = " << groups.max_rows);
+  expect_vector_rows(h.data, h.stride, sizeof(bfloat16), "h");
+  expect_vector_rows(out.data, out.stride, sizeof(bfloat16), "the activation");
+}
+
+}  // namespace detail::portable
+
+namespace gemm::portable {
+
+inline device device::current() {
+  using tessera::detail::hopper::expect_cuda;
+  int ordinal = 0, major_version = 0, minor_version = 0, shared = 0;
+  device d;
+  const auto attribute = [&](int& value, cudaDeviceAttr which) {
+    expect_cuda(cudaDeviceGetAttribute(&value, which, ordinal), "cudaDeviceGetAttribute");
+  };
+  expect_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
+  attribute(major_version, cudaDevAttrComputeCapabilityMajor);
+  attribute(minor_version, cudaDevAttrComputeCapabilityMinor);
+  TESSERA_EXPECTS(major_version >= 8, "gemm::portable needs a device of compute capability 8.0 or later, device "
+                                          << ordinal << " has " << major_version << '.' << minor_version);
+  attribute(d.num_multiprocessors, cudaDevAttrMultiProcessorCount);
+  attribute(shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  constexpr int reserved = 1024;  // that the driver takes of each block's shared memory
+  d.blocks_per_multiprocessor = shared >= 2 * (tessera::detail::portable::shared_bytes + reserved) ? 2 : 1;
+  return d;
+}
+
+template <contiguous Order, gathered Rows, class TC>
+void variable_m(device_stream stream, const device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
+                row_operand<bfloat16> a, group_operand<const bfloat16> b, const bfloat16* bias, matrix_view<TC> c,
+                write mode, const launch_options& options) {
+  using namespace tessera::detail::portable;
+  static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
+  expect_groups(groups);
+  expect_unit_extent(N, "the number of columns");
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  expect_matrix(c, -1, N, "c");
+  TESSERA_EXPECTS(c.rows >= groups.max_rows, "c has " << c.rows << " rows, max_rows = " << groups.max_rows);
+  expect_vector_rows(c.data, c.stride, sizeof(TC), "c");
+  problem shape;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.n = N;
+  shape.k = K;
+  enqueue_variable_m<Order, Rows, store_epilogue<TC>>(
+      stream, d, shape, groups, 0, a, b, {c.data, 0, c.stride, static_cast<int>(N), mode == write::accumulate, bias},
+      options);
+}
+
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
+void variable_m_activation(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+                           std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
+                           const bfloat16* bias, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
+                           const typename Activation::options& activation, const launch_options& options) {
+  using namespace tessera::detail::portable;
+  using epilogue = activation_epilogue<Activation, Interleaved>;
+  const std::int64_t U = Activation::gated ? 2 * n : n;
+  expect_groups(groups);
+  expect_unit_extent(n, "the number of columns of the activation");
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  expect_activations(groups, n, U, h, out);
+  problem shape;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.n = U;
+  shape.k = K;
+  enqueue_variable_m<Order, Rows, epilogue>(
+      stream, d, shape, groups, epilogue::split ? n : 0, a, b,
+      {h.data, h.stride, out.data, out.stride, static_cast<int>(n), bias, activation}, options);
+}
+
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
+void variable_m_activation_backward(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+                                    std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
+                                    const float* weights, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
+                                    float* parts, const typename Activation::options& activation,
+                                    const launch_options& options) {
+  using namespace tessera::detail::portable;
+  expect_groups(groups);
+  expect_unit_extent(n, "the number of columns of the activation");
+  if (groups.num_groups == 0 || groups.max_rows == 0) return;
+  expect_activations(groups, n, Activation::gated ? 2 * n : n, h, out);
+  problem shape;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.n = n;
+  shape.k = K;
+  enqueue_variable_m<Order, Rows, activation_backward_epilogue<Activation, Interleaved>>(
+      stream, d, shape, groups, 0, a, b,
+      {h.data, h.stride, out.data, out.stride, static_cast<int>(n), weights, parts, groups.max_rows, activation},
+      options);
+}
+
+template <gathered Rows, class TC>
+void variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
+                row_operand<bfloat16> a, row_operand<bfloat16> b, group_operand<TC> c, write mode,
+                const launch_options& options) {
+  using namespace tessera::detail::portable;
+  using epilogue = store_epilogue<TC>;
+  static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
+  expect_groups(groups);
+  expect_unit_extent(M, "the number of rows of a result");
+  expect_unit_extent(N, "the number of columns of a result");
+  if (groups.num_groups == 0) return;
+  expect_source<Rows, gathered::a>(a, "a");
+  expect_source<Rows, gathered::b>(b, "b");
+  TESSERA_EXPECTS(c.col_stride == 1, "c has column stride " << c.col_stride << ", it must be 1: exchange the operands");
+  expect_vector_rows(c.data, c.row_stride, sizeof(TC), "c");
+  expect_vector_rows(c.data, c.group_stride, sizeof(TC), "c, from group to group,");
+  if (groups.max_rows > 0) {
+    expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
+    expect_vector_rows(b.data, b.stride, sizeof(bfloat16), "b");
+  }
+  problem shape;
+  shape.variable_k = true;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.m = M;
+  shape.n = N;
+  multiply_params<typename epilogue::params> p{};
+  p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), static_cast<int>(M), static_cast<int>(N), 0};
+  p.a = {a.data, 0, a.stride, a.gather};
+  p.b = {b.data, 0, b.stride, b.gather};
+  p.epilogue = {c.data, c.group_stride, c.row_stride, static_cast<int>(N), mode == write::accumulate, nullptr};
+  launch<product::variable_k, contiguous::mn, epilogue>(stream, grid_for(d, shape, options), p);
+}
+
+}  // namespace gemm::portable
+
+TESSERA_NAMESPACE_END
