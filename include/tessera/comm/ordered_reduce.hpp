@@ -169,4 +169,124 @@ void ordered_all_reduce(stream_ref<typename Comm::space> stream, Comm& comm, con
   ordered_all_reduce(stream, comm, contributions, local_chunks, count, result, builder);
 }
 
+/// Bytes of workspace with which `ordered_scatter` works on every rank.
+/// @param num_ranks R. @param max_chunks Chunks of one rank, at most.
+inline std::size_t ordered_scatter_workspace_bytes(int num_ranks, std::int64_t max_chunks) {
+  TESSERA_EXPECTS(num_ranks >= 1 && max_chunks >= 0,
+                  "ordered_scatter_workspace_bytes: num_ranks = " << num_ranks << ", max_chunks = " << max_chunks
+                                                                  << ": needs at least 1 and 0");
+  memory_builder memory;
+  memory.take<std::int64_t>("ordered_scatter.chunks", num_ranks);
+  memory.take<transfer>("ordered_scatter.sends", max_chunks * (num_ranks - 1));
+  memory.take<transfer>("ordered_scatter.receives", max_chunks * (num_ranks - 1));
+  return memory.bytes();
+}
+
+/// Gives each rank its row of every chunk of all ranks, in global chunk order and not yet added up: what an ordered
+/// reduce-scatter adds, and what a second ordered reduction over other ranks may go on with. Collective; host: returns
+/// when done; allocates nothing of its own.
+/// @param stream        Host stream.
+/// @param comm          All ranks.
+/// @param contributions `[local_chunks, size, count]`: row `r` of a chunk is for rank `r`.
+/// @param local_chunks  Chunks of this rank; may differ between ranks and may be 0.
+/// @param count         Elements per row, the same on all ranks.
+/// @param rows          `[total_chunks, count]`, disjoint from `contributions`.
+/// @param max_rows      Rows there is memory for, the same on all ranks.
+/// @param workspace     Builder with at least `ordered_scatter_workspace_bytes` bytes left, from which slices are
+/// taken.
+/// @return the number of chunks of all ranks.
+/// @throws invalid_argument for wrong arguments, comm_error if another rank does not do its part.
+template <host_communicator Comm, transferable T>
+std::int64_t ordered_scatter(stream_ref<typename Comm::space> stream, Comm& comm, const T* contributions,
+                             std::int64_t local_chunks, std::int64_t count, T* rows, std::int64_t max_rows,
+                             memory_builder& workspace) {
+  const int ranks = comm.size();
+  const int rank = comm.rank();
+  TESSERA_EXPECTS(local_chunks >= 0 && count >= 0, "ordered_scatter: rank "
+                                                       << rank << " gives local_chunks = " << local_chunks
+                                                       << ", count = " << count << ", they must not be negative");
+  const std::int64_t limit = (std::numeric_limits<std::int64_t>::max)() / static_cast<std::int64_t>(sizeof(T)) / ranks;
+  TESSERA_EXPECTS(count == 0 || local_chunks <= limit / count, "ordered_scatter: " << local_chunks << " chunks of "
+                                                                                   << ranks << " rows of " << count
+                                                                                   << " elements exceed the memory");
+  TESSERA_EXPECTS(contributions != nullptr || local_chunks * count == 0,
+                  "ordered_scatter: rank " << rank << " gives no data for " << local_chunks << " chunks of " << count
+                                           << " elements");
+  TESSERA_EXPECTS(!workspace.counting(), "ordered_scatter needs a memory_builder with memory, not one that counts");
+
+  auto* chunks = workspace.take<std::int64_t>("ordered_scatter.chunks", ranks);
+  comm.all_gather(stream, &local_chunks, chunks, 1);
+  std::int64_t total = 0;
+  for (int peer = 0; peer < ranks; ++peer) total += chunks[peer];
+  TESSERA_EXPECTS(total <= max_rows && (rows != nullptr || total * count == 0),
+                  "ordered_scatter: the ranks have " << total << " chunks, there is memory for " << max_rows);
+  constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+  expect_disjoint(contributions, local_chunks * ranks * count * size, "contributions", rows, total * count * size,
+                  "rows");
+  auto* sends = workspace.take<transfer>("ordered_scatter.sends", local_chunks * (ranks - 1));
+  auto* receives = workspace.take<transfer>("ordered_scatter.receives", total - local_chunks);
+  std::size_t num_sends = 0;
+  std::size_t num_receives = 0;
+  T* place = rows;
+  for (int peer = 0; peer < ranks; ++peer) {
+    for (std::int64_t chunk = 0; peer != rank && chunk < local_chunks; ++chunk) {
+      sends[num_sends++] = send_to(peer, contributions + (chunk * ranks + peer) * count, count);
+    }
+    for (std::int64_t chunk = 0; chunk < chunks[peer]; ++chunk, place += count) {
+      if (peer != rank) {
+        receives[num_receives++] = receive_from(peer, place, count);
+      } else if (count > 0) {
+        std::copy_n(contributions + (chunk * ranks + rank) * count, count, place);
+      }
+    }
+  }
+  comm.exchange(stream, std::span(sends, num_sends), std::span(receives, num_receives));
+  return total;
+}
+
+/// Bytes of workspace with which `ordered_reduce_scatter` works on every rank, however the chunks are spread.
+/// @param num_ranks R. @param total_chunks Chunks of all ranks together, at most. @param count Elements per row.
+template <accumulate_type A>
+std::size_t ordered_reduce_scatter_workspace_bytes(int num_ranks, std::int64_t total_chunks, std::int64_t count) {
+  TESSERA_EXPECTS(count >= 0,
+                  "ordered_reduce_scatter_workspace_bytes: count = " << count << ", it must not be negative");
+  const std::size_t scatter_bytes = ordered_scatter_workspace_bytes(num_ranks, total_chunks);
+  memory_builder memory;
+  memory.take<A>("ordered_reduce_scatter.rows", total_chunks * count);
+  memory.take<std::byte>("ordered_reduce_scatter.scatter", static_cast<std::int64_t>(scatter_bytes));
+  return memory.bytes();
+}
+
+/// Sums the chunks of all ranks and gives each rank its row of the sum: the bits that `ordered_all_reduce` of the same
+/// chunks has there, for every number of ranks and every division of the chunks among them. Collective; host: returns
+/// when done; allocates nothing of its own.
+/// @param stream        Host stream.
+/// @param comm          All ranks.
+/// @param contributions `[local_chunks, size, count]`: row `r` of a chunk is for rank `r`.
+/// @param local_chunks  Chunks of this rank; may differ between ranks and may be 0.
+/// @param count         Elements per row, the same on all ranks.
+/// @param result        `[count]`, disjoint from `contributions`; zero where no rank has a chunk.
+/// @param total_chunks  Chunks of all ranks together, at most; the same on all ranks.
+/// @param workspace     Builder with at least `ordered_reduce_scatter_workspace_bytes` bytes left.
+/// @throws invalid_argument for wrong arguments, comm_error if another rank does not do its part.
+template <host_communicator Comm, accumulate_type A>
+void ordered_reduce_scatter(stream_ref<typename Comm::space> stream, Comm& comm, const A* contributions,
+                            std::int64_t local_chunks, std::int64_t count, A* result, std::int64_t total_chunks,
+                            memory_builder& workspace) {
+  TESSERA_EXPECTS(
+      total_chunks >= 0 && count >= 0 && (result != nullptr || count == 0),
+      "ordered_reduce_scatter: total_chunks = " << total_chunks << ", count = " << count << ", or there is no result");
+  TESSERA_EXPECTS(!workspace.counting(),
+                  "ordered_reduce_scatter needs a memory_builder with memory, not one that counts");
+  A* rows = workspace.take<A>("ordered_reduce_scatter.rows", total_chunks * count);
+  const std::int64_t total =
+      ordered_scatter(stream, comm, contributions, local_chunks, count, rows, total_chunks, workspace);
+  if (total == 0) {
+    std::fill_n(result, count, A{0});
+  } else {
+    detail::reduce_in_order(
+        reduce_op::sum, total, [&](std::int64_t chunk) { return rows + chunk * count; }, count, result);
+  }
+}
+
 TESSERA_NAMESPACE_END

@@ -1,0 +1,224 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Where everything of `fully_sharded` lies. The same code counts and carves.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include <tessera/core/memory.hpp>
+#include <tessera/shard/exact_sum.hpp>
+#include <tessera/shard/group_layout.hpp>
+#include <tessera/shard/memory.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+namespace shard::detail {
+
+/// Pointers of one group.
+template <class P, class M>
+struct group_memory {
+  using storage = typename P::storage;
+  using accumulate = typename P::accumulate;
+  using gradient = typename P::gradient;
+
+  std::vector<storage*> parameter;  // per parameter: this rank's part
+  std::vector<accumulate*> master;
+  std::vector<M*> exp_avg, exp_avg_sq;
+  std::vector<accumulate*> sum;         // per parameter: this rank's part of the summed gradient
+  std::vector<storage*> full;           // per parameter: the whole, in the group's own memory or its slot
+  std::vector<gradient*> contribution;  // [chunk][parameter]: whole gradients
+  accumulate* rows = nullptr;           // between the two steps of a reduction, where that may take several calls
+};
+
+/// Pointers of all groups, and what groups share.
+template <class P, class M>
+struct sharded_memory {
+  using storage = typename P::storage;
+  using accumulate = typename P::accumulate;
+  using gradient = typename P::gradient;
+
+  std::vector<group_memory<P, M>> groups;
+  storage* gather_buffer = nullptr;
+  accumulate* packed = nullptr;
+  accumulate* rows = nullptr;
+  accumulate* result = nullptr;
+  workspace_memory workspace;
+  exact_sum* squares = nullptr;
+  memory_sizes sizes;
+};
+
+/// Slots that groups take turns in: those that stay gathered have none.
+inline int num_slots(std::span<const group_shape> shapes, const options& choices) {
+  int turning = 0;
+  for (const group_shape& s : shapes) turning += s.reshard_after_forward ? 1 : 0;
+  return (std::min)(turning, choices.prefetch + 1);
+}
+
+/// Bytes since the last call.
+struct section {
+  const memory_builder& builder;
+  std::size_t last = 0;
+  std::size_t operator()() {
+    const std::size_t bytes = builder.bytes() - last;
+    last = builder.bytes();
+    return bytes;
+  }
+};
+
+/// Parts that live as long as training.
+template <class P, class M>
+void lay_out_state(sharded_memory<P, M>& memory, memory_builder& state, std::span<const group_shape> shapes,
+                   std::span<const group_layout> layouts) {
+  using storage = typename P::storage;
+  using accumulate = typename P::accumulate;
+  constexpr bool one_type = std::is_same_v<storage, accumulate>;
+  memory.groups.resize(shapes.size());
+  const auto each = [&](auto&& body) {
+    for (std::size_t g = 0; g < shapes.size(); ++g) {
+      for (int i = 0; i < layouts[g].num_parameters(); ++i) {
+        body(memory.groups[g], layouts[g].part_elements(i, shapes[g].shard_rank));
+      }
+    }
+  };
+  section bytes{state};
+  each([&](auto& g, std::int64_t count) { g.parameter.push_back(state.take<storage>("parameters", count)); });
+  memory.sizes.parameters = bytes();
+  if constexpr (one_type) {
+    for (auto& g : memory.groups) g.master = g.parameter;
+  } else {
+    each([&](auto& g, std::int64_t count) { g.master.push_back(state.take<accumulate>("masters", count)); });
+  }
+  memory.sizes.masters = bytes();
+  each([&](auto& g, std::int64_t count) { g.exp_avg.push_back(state.take<M>("exp_avg", count)); });
+  each([&](auto& g, std::int64_t count) { g.exp_avg_sq.push_back(state.take<M>("exp_avg_sq", count)); });
+  memory.sizes.moments = bytes();
+}
+
+/// Whole tensors of a group, one after another. @return bytes.
+template <class T>
+std::size_t lay_out_whole(memory_builder& builder, const group_layout& layout, std::int64_t copies, const char* name,
+                          std::vector<T*>& pointers) {
+  for (std::int64_t c = 0; c < copies; ++c) {
+    for (int i = 0; i < layout.num_parameters(); ++i) pointers.push_back(builder.take<T>(name, layout.elements(i)));
+  }
+  return builder.bytes();
+}
+
+/// The same in a place that groups take turns in; a null place is being counted.
+template <class T>
+void lay_out_whole_at(std::byte* place, std::size_t bytes, const group_layout& layout, std::int64_t copies,
+                      const char* name, std::vector<T*>& pointers) {
+  memory_builder builder;
+  if (place != nullptr) builder = memory_builder(step_memory(place, bytes), name);
+  lay_out_whole(builder, layout, copies, name, pointers);
+}
+
+/// Memory of a step.
+template <class P, class M, class Reduction>
+void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                  std::span<const group_layout> layouts, const options& choices) {
+  using storage = typename P::storage;
+  using accumulate = typename P::accumulate;
+  using gradient = typename P::gradient;
+  const std::size_t num_groups = shapes.size();
+  memory.groups.resize(num_groups);
+  section bytes{step};
+
+  // Groups in their order take turns in the slots, so those that are in use together have different ones.
+  std::vector<std::size_t> slot_bytes(static_cast<std::size_t>(num_slots(shapes, choices)), 0);
+  const auto each_turning = [&](auto&& body) {
+    std::size_t turn = 0;
+    for (std::size_t g = 0; g < num_groups; ++g) {
+      if (shapes[g].reshard_after_forward) body(g, turn++ % slot_bytes.size());
+    }
+  };
+  each_turning([&](std::size_t g, std::size_t slot) {
+    memory_builder counting;
+    std::vector<storage*> none;
+    slot_bytes[slot] = (std::max)(slot_bytes[slot], lay_out_whole(counting, layouts[g], 1, "gathered", none));
+  });
+  std::vector<std::byte*> slots;
+  for (const std::size_t size : slot_bytes) {
+    slots.push_back(step.take<std::byte>("gathered parameters", static_cast<std::int64_t>(size)));
+  }
+  each_turning([&](std::size_t g, std::size_t slot) {
+    lay_out_whole_at(slots[slot], slot_bytes[slot], layouts[g], 1, "gathered parameters", memory.groups[g].full);
+  });
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    if (!shapes[g].reshard_after_forward) {
+      lay_out_whole(step, layouts[g], 1, "gathered parameters", memory.groups[g].full);
+    }
+  }
+  memory.sizes.gathered = bytes();
+
+  std::int64_t gather_elements = 0;
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    gather_elements = (std::max)(gather_elements, shapes[g].shard_ranks * layouts[g].row_elements());
+  }
+  memory.gather_buffer = step.take<storage>("gather buffer", gather_elements);
+  memory.sizes.gather_buffer = bytes();
+
+  const auto shares_gradients = [&](std::size_t g) {
+    return shapes[g].reshard_after_forward && !choices.accumulate_unsharded;
+  };
+  std::size_t shared_bytes = 0;
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    std::vector<gradient*> none;
+    memory_builder counting;
+    if (shares_gradients(g)) {
+      shared_bytes =
+          (std::max)(shared_bytes, lay_out_whole(counting, layouts[g], shapes[g].max_chunks, "gradients", none));
+    }
+  }
+  std::byte* const shared = step.take<std::byte>("whole gradients", static_cast<std::int64_t>(shared_bytes));
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    std::vector<gradient*>& pointers = memory.groups[g].contribution;
+    if (shares_gradients(g)) {
+      lay_out_whole_at(shared, shared_bytes, layouts[g], shapes[g].max_chunks, "whole gradients", pointers);
+    } else {
+      lay_out_whole(step, layouts[g], shapes[g].max_chunks, "whole gradients", pointers);
+    }
+  }
+  memory.sizes.full_gradients = bytes();
+
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    for (int i = 0; i < layouts[g].num_parameters(); ++i) {
+      memory.groups[g].sum.push_back(
+          step.take<accumulate>("gradients", layouts[g].part_elements(i, shapes[g].shard_rank)));
+    }
+  }
+  memory.sizes.gradients = bytes();
+
+  std::int64_t packed = 0, shared_rows = 0, longest_row = 0;
+  std::size_t workspace_bytes = 0;
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    const group_shape& s = shapes[g];
+    const std::int64_t row = layouts[g].row_elements();
+    const std::int64_t chunks = Reduction::keeps_chunks ? s.max_chunks : 1;
+    const std::int64_t rows = Reduction::rows(s.shard_ranks, chunks) * row;
+    packed = (std::max)(packed, chunks * s.shard_ranks * row);
+    shared_rows = (std::max)(shared_rows, rows);
+    longest_row = (std::max)(longest_row, row);
+    workspace_bytes = (std::max)(
+        workspace_bytes, Reduction::template workspace_bytes<accumulate>(s.shard_ranks, s.replicas, chunks, row));
+    if (s.replicas > 1) memory.groups[g].rows = step.take<accumulate>("rows of a replica", rows);
+  }
+  memory.packed = step.take<accumulate>("reduce buffer", packed);
+  memory.rows = step.take<accumulate>("reduced rows", shared_rows);
+  memory.result = step.take<accumulate>("reduced row", longest_row);
+  memory.workspace = {step.take<std::byte>("reduction workspace", static_cast<std::int64_t>(workspace_bytes)),
+                      workspace_bytes};
+  memory.sizes.reduce_buffers = bytes();
+
+  memory.squares = step.take<exact_sum>("sums of squares", static_cast<std::int64_t>(num_groups));
+  memory.sizes.norm = bytes();
+}
+
+}  // namespace shard::detail
+TESSERA_NAMESPACE_END
