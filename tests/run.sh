@@ -58,7 +58,7 @@ step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - start)); }
 
 # --- Packages ---------------------------------------------------------------------------------------------------------
 required=(build-essential cmake ninja-build doctest-dev libbenchmark-dev)
-optional=(libopenmpi-dev openmpi-bin libopenblas-dev libcli11-dev gnuplot-nox xz-utils doxygen doxygen-awesome-css
+optional=(libopenmpi-dev openmpi-bin libopenblas-dev libcli11-dev nlohmann-json3-dev libxxhash-dev clang gnuplot-nox xz-utils doxygen doxygen-awesome-css
   clang-format-14 shellcheck pkg-config)
 
 installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q '^install ok installed$'; }

@@ -19,6 +19,7 @@ function(expect sentence header content)
   file(WRITE "${dir}/comm/comm.hpp" "${preamble}#include <tessera/comm/self.hpp>\n")
   file(WRITE "${dir}/gemm/gemm.hpp" "${preamble}#include <vector>\n")
   file(WRITE "${dir}/moe/moe.hpp" "${preamble}#include <vector>\n")
+  file(WRITE "${dir}/checkpoint/checkpoint.hpp" "${preamble}#include <vector>\n")
   file(WRITE "${dir}/tessera.hpp" "${preamble}#include <tessera/comm/comm.hpp>\n#include <tessera/core/core.hpp>\n\
 #include <tessera/gemm/gemm.hpp>\n#include <tessera/moe/moe.hpp>\n")
   file(WRITE "${WORK}/include/tessera/${header}" "${content}")
@@ -55,5 +56,8 @@ expect("needs an optional dependency" moe/uses_mpi.hpp "${preamble}#include <tes
 expect("layout/layout.hpp: the room layout needs this header" layout/block.hpp "${preamble}#include <vector>\n")
 expect("comm/comm.hpp: it does not include <tessera/comm/other.hpp>" comm/other.hpp "${preamble}#include <vector>\n")
 expect("tessera.hpp: it does not include <tessera/layout/layout.hpp>" layout/layout.hpp "${preamble}#include <vector>\n")
+expect("" checkpoint/detail/json.hpp "${preamble}#include <nlohmann/json.hpp>\n")
+expect("<nlohmann/json.hpp> belongs in the header of its optional part" moe/json.hpp
+  "${preamble}#include <nlohmann/json.hpp>\n")
 expect("it starts with the two SPDX lines" moe/bare.hpp "#pragma once\n#include <vector>\n\n")
 file(REMOVE_RECURSE "${WORK}")

@@ -16,6 +16,9 @@
 #if defined(CONSUMER_HAS_NCCL)
 #include <nccl.h>
 #endif
+#if defined(CONSUMER_HAS_CHECKPOINT)
+#include <tessera/checkpoint/checkpoint.hpp>
+#endif
 
 int main() {
 #if defined(CONSUMER_HAS_MPI)
@@ -34,6 +37,12 @@ int main() {
   int version = 0;
   if (ncclGetVersion(&version) != ncclSuccess) return 1;
   std::printf("nccl %d\n", version);
+#endif
+#if defined(CONSUMER_HAS_CHECKPOINT)
+  tessera::checkpoint::manifest content;
+  content.block_bytes = tessera::checkpoint::min_block_bytes;
+  if (tessera::checkpoint::parse_manifest(tessera::checkpoint::to_json(content), "text") != content) return 1;
+  std::puts("checkpoint");
 #endif
   return 0;
 }

@@ -1,0 +1,334 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Definitions of load.hpp.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <tessera/checkpoint/detail/agree.hpp>
+#include <tessera/checkpoint/detail/box_copy.hpp>
+#include <tessera/checkpoint/detail/checksum.hpp>
+#include <tessera/checkpoint/detail/files.hpp>
+#include <tessera/checkpoint/detail/pieces.hpp>
+#include <tessera/checkpoint/load.hpp>
+#include <tessera/checkpoint/safetensors.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace checkpoint {
+
+namespace detail {
+
+/// A file of a checkpoint, opened and compared with what the manifest says of it.
+class checked_file {
+ public:
+  checked_file(const manifest& content, std::int32_t index, const std::string& folder, const io_observer& observer)
+      : source_(file::open(join(folder, listed(content, index).name))) {
+    const manifest_file& expected = listed(content, index);
+    const std::int64_t bytes = source_.size();
+    TESSERA_EXPECTS_AS(checkpoint_error, bytes == expected.bytes,
+                       source_.path() << ": it has " << bytes << " bytes, the manifest says " << expected.bytes
+                                      << (bytes < expected.bytes ? ": the file is truncated" : ""));
+    TESSERA_EXPECTS_AS(checkpoint_error, expected.header_bytes <= max_safetensors_header_bytes + 8,
+                       source_.path() << ": its header would have " << expected.header_bytes << " bytes");
+    std::string start(static_cast<std::size_t>(expected.header_bytes), '\0');
+    source_.read(start.data(), expected.header_bytes, 0, observer);
+    header_ = parse_safetensors_header(start, bytes, source_.path());
+    TESSERA_EXPECTS_AS(checkpoint_error, header_.data_begin == expected.header_bytes,
+                       source_.path() << ": its header ends at byte " << header_.data_begin << ", the manifest says "
+                                      << expected.header_bytes);
+    // after the entries, so that a wrong one is called by its name
+    is_damaged_ = expected.header_checksum != 0 && checksum_of(start) != expected.header_checksum;
+  }
+
+  /// Compares a chunk with the file's own header.
+  void expect_chunk(const manifest_tensor& tensor, const manifest_chunk& chunk) const {
+    const safetensors_entry* entry = header_.find(chunk.entry);
+    TESSERA_EXPECTS_AS(checkpoint_error, entry != nullptr,
+                       source_.path() << ": tensor '" << tensor.name << "' should be here as '" << chunk.entry
+                                      << "', which is not in the header");
+    TESSERA_EXPECTS_AS(checkpoint_error, entry->type == tensor.type,
+                       source_.path() << ": tensor '" << tensor.name << "' has elements " << name_of(entry->type)
+                                      << ", the manifest says " << name_of(tensor.type));
+    const std::int64_t begin = chunk.begin - header_.data_begin;
+    const std::int64_t end = begin + chunk.part.volume() * size_of(tensor.type);
+    TESSERA_EXPECTS_AS(checkpoint_error, entry->begin == begin && entry->end == end,
+                       source_.path() << ": tensor '" << tensor.name << "' is at bytes [" << entry->begin << ", "
+                                      << entry->end << ") of the data, the manifest says [" << begin << ", " << end
+                                      << ")");
+    std::vector<std::int64_t> here;
+    std::vector<std::int64_t> expected;
+    for (const std::int64_t extent : entry->shape) {
+      if (extent != 1) here.push_back(extent);
+    }
+    for (int i = 0; i < chunk.part.rank; ++i) {
+      if (chunk.part.size[i] != 1) expected.push_back(chunk.part.size[i]);
+    }
+    TESSERA_EXPECTS_AS(checkpoint_error, here == expected,
+                       source_.path() << ": tensor '" << tensor.name << "' has other extents than the manifest's "
+                                      << text_of(chunk.part));
+  }
+
+  void expect_undamaged() const {
+    TESSERA_EXPECTS_AS(checkpoint_error, !is_damaged_, source_.path() << ": the checksum of its header is wrong");
+  }
+
+  const file& source() const { return source_; }
+
+ private:
+  static const manifest_file& listed(const manifest& content, std::int32_t index) {
+    return content.files[static_cast<std::size_t>(index)];
+  }
+
+  file source_;
+  safetensors_header header_;
+  bool is_damaged_ = false;
+};
+
+/// The blocks that one rank reads, in its own memory.
+class staged_units {
+ public:
+  /// Reads and compares.
+  void read(const manifest& content, const read_plan& plan, int rank, const std::string& folder,
+            const io_observer& observer) {
+    offset_.assign(plan.units.size(), -1);
+    std::vector<std::size_t> own;
+    for (std::size_t i = 0; i < plan.units.size(); ++i) {
+      if (plan.units[i].reader == rank) own.push_back(i);
+    }
+    const auto file_of = [&](std::size_t i) { return chunk_of(content, plan.units[i]).file; };
+    std::sort(own.begin(), own.end(), [&](std::size_t a, std::size_t b) {
+      return std::pair(file_of(a), plan.units[a].begin) < std::pair(file_of(b), plan.units[b].begin);
+    });
+    bytes_ = plan.bytes[static_cast<std::size_t>(rank)];
+    data_ = std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes_));
+
+    // neighbours in a file are one access, not so large that it leaves the caches before its checksum is computed
+    struct access {
+      std::size_t first;
+      std::size_t end;
+      std::int64_t begin;
+      std::int64_t bytes;
+    };
+    constexpr std::int64_t most = std::int64_t{4} << 20;
+    std::vector<access> accesses;
+    std::int64_t place = 0;
+    for (std::size_t i = 0; i < own.size(); ++i) {
+      const read_unit& unit = plan.units[own[i]];
+      const bool joins = !accesses.empty() && file_of(own[i - 1]) == file_of(own[i]) &&
+                         unit.begin == accesses.back().begin + accesses.back().bytes &&
+                         accesses.back().bytes + unit.bytes <= most;
+      if (!joins) accesses.push_back({i, i, unit.begin, 0});
+      accesses.back().end = i + 1;
+      accesses.back().bytes += unit.bytes;
+      offset_[own[i]] = place;
+      place += unit.bytes;
+    }
+
+    std::unique_ptr<checked_file> open;
+    std::int32_t open_file = -1;
+    std::size_t asked = 0;  // the system knows of the accesses before
+    for (std::size_t a = 0; a < accesses.size(); ++a) {
+      const access& next = accesses[a];
+      const std::int32_t index = file_of(own[next.first]);
+      if (index != open_file) {
+        open.reset();
+        open = std::make_unique<checked_file>(content, index, folder, observer);
+        open_file = index;
+        expect_chunks(content, plan, own, next.first, *open);
+      }
+      constexpr std::int64_t ahead = std::int64_t{32} << 20;
+      std::int64_t waiting = 0;
+      for (std::size_t b = a; b < accesses.size() && waiting < ahead; ++b) {
+        if (file_of(own[accesses[b].first]) != index) break;
+        waiting += accesses[b].bytes;
+        if (b >= asked) {
+          open->source().start_reading(accesses[b].begin, accesses[b].bytes);
+          asked = b + 1;
+        }
+      }
+      open->source().read(data_.get() + offset_[own[next.first]], next.bytes, next.begin, observer);
+      for (std::size_t i = next.first; i < next.end; ++i) {
+        compare(content, plan.units[own[i]], offset_[own[i]], open->source().path());
+      }
+    }
+  }
+
+  const std::byte* of(std::size_t unit) const { return data_.get() + offset_[unit]; }
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  static const manifest_chunk& chunk_of(const manifest& content, const read_unit& unit) {
+    return content.tensors[static_cast<std::size_t>(unit.tensor)].chunks[static_cast<std::size_t>(unit.chunk)];
+  }
+
+  // All chunks of the file that `own[first]` is in.
+  static void expect_chunks(const manifest& content, const read_plan& plan, const std::vector<std::size_t>& own,
+                            std::size_t first, const checked_file& open) {
+    const std::int32_t index = chunk_of(content, plan.units[own[first]]).file;
+    const manifest_chunk* previous = nullptr;
+    for (std::size_t i = first; i < own.size(); ++i) {
+      const manifest_chunk& chunk = chunk_of(content, plan.units[own[i]]);
+      if (chunk.file != index) break;
+      if (&chunk == previous) continue;
+      previous = &chunk;
+      open.expect_chunk(content.tensors[static_cast<std::size_t>(plan.units[own[i]].tensor)], chunk);
+    }
+    open.expect_undamaged();
+  }
+
+  void compare(const manifest& content, const read_unit& unit, std::int64_t offset, const std::string& path) const {
+    const manifest_chunk& chunk = chunk_of(content, unit);
+    if (chunk.checksums.empty()) return;  // a file of others
+    TESSERA_EXPECTS_AS(
+        checkpoint_error,
+        checksum_of(data_.get() + offset, unit.bytes) == chunk.checksums[static_cast<std::size_t>(unit.block)],
+        path << ": the checksum of " << text_of(unit.part) << " of tensor '"
+             << content.tensors[static_cast<std::size_t>(unit.tensor)].name << "' (bytes [" << unit.begin << ", "
+             << unit.begin + unit.bytes << ") of the file) is wrong: the file is damaged");
+  }
+
+  std::unique_ptr<std::byte[]> data_;
+  std::int64_t bytes_ = 0;
+  std::vector<std::int64_t> offset_;  // of each unit of the plan; -1: read by another rank
+};
+
+/// Brings what was read to those who want it. Collective.
+template <class Comm>
+void distribute(Comm& comm, const manifest& content, const read_plan& plan, const staged_units& staged,
+                std::span<const target_piece> pieces) {
+  const int rank = comm.rank();
+  // Rounds bound the memory in flight. The round of a block follows from the bytes that its reader has before it, so
+  // all ranks know it.
+  std::int64_t most = (std::int64_t{256} << 20) / comm.size();
+  if (most < content.block_bytes) most = content.block_bytes;
+  std::vector<std::int64_t> sent(static_cast<std::size_t>(comm.size()));
+  std::vector<std::vector<std::size_t>> rounds;
+  std::int64_t num_rounds = 0;
+  for (std::size_t i = 0; i < plan.units.size(); ++i) {
+    const read_unit& unit = plan.units[i];
+    std::int64_t& before = sent[static_cast<std::size_t>(unit.reader)];
+    const std::int64_t round = before / most;
+    before += unit.bytes;
+    num_rounds = std::max(num_rounds, round + 1);
+    bool is_mine = unit.reader == rank;
+    for (std::int64_t n = 0; n < unit.num_needs && !is_mine; ++n) {
+      const auto target = static_cast<std::size_t>(plan.needs[static_cast<std::size_t>(unit.first_need + n)]);
+      const std::vector<read_holder>& holders = plan.targets[target].holders;
+      const auto place = std::lower_bound(holders.begin(), holders.end(), rank,
+                                          [](const read_holder& h, int r) { return h.rank < r; });
+      is_mine = place != holders.end() && place->rank == rank;
+    }
+    if (!is_mine) continue;
+    if (static_cast<std::int64_t>(rounds.size()) <= round) rounds.resize(static_cast<std::size_t>(round + 1));
+    rounds[static_cast<std::size_t>(round)].push_back(i);
+  }
+  rounds.resize(static_cast<std::size_t>(num_rounds));
+
+  struct arrival {  // what is not contiguous where it goes
+    const target_piece* piece;
+    box part;
+    std::unique_ptr<std::byte[]> data;
+  };
+  std::vector<transfer> sends;
+  std::vector<transfer> receives;
+  std::vector<arrival> arrivals;
+  std::vector<std::unique_ptr<std::byte[]>> packed;
+  for (const std::vector<std::size_t>& units : rounds) {
+    sends.clear();
+    receives.clear();
+    arrivals.clear();
+    packed.clear();
+    for (const std::size_t i : units) {
+      const read_unit& unit = plan.units[i];
+      const std::int64_t width = size_of(content.tensors[static_cast<std::size_t>(unit.tensor)].type);
+      const stride_array unit_strides = packed_strides(unit.part);
+      for (std::int64_t n = 0; n < unit.num_needs; ++n) {
+        const read_target& target =
+            plan.targets[static_cast<std::size_t>(plan.needs[static_cast<std::size_t>(unit.first_need + n)])];
+        const box part = intersect(unit.part, target.part);
+        const std::int64_t bytes = part.volume() * width;
+        const std::byte* outgoing = nullptr;
+        for (const read_holder& holder : target.holders) {
+          if (unit.reader != rank && holder.rank != rank) continue;
+          if (unit.reader == rank && holder.rank != rank) {
+            if (outgoing == nullptr && is_contiguous(part, unit_strides)) {
+              outgoing = staged.of(i) + offset_in(unit.part, unit_strides, part) * width;
+            } else if (outgoing == nullptr) {
+              packed.push_back(std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes)));
+              copy_box(part, staged.of(i), unit.part, unit_strides, packed.back().get(), part, packed_strides(part),
+                       width);
+              outgoing = packed.back().get();
+            }
+            sends.push_back(send_to(holder.rank, outgoing, bytes));
+            continue;
+          }
+          const target_piece& piece = pieces[static_cast<std::size_t>(holder.piece)];
+          const stride_array strides = strides_or_packed(piece.strides, piece.part);
+          if (unit.reader == rank) {
+            copy_box(part, staged.of(i), unit.part, unit_strides, piece.data, piece.part, strides, width);
+          } else if (is_contiguous(part, strides)) {
+            std::byte* place = static_cast<std::byte*>(piece.data) + offset_in(piece.part, strides, part) * width;
+            receives.push_back(receive_from(unit.reader, place, bytes));
+          } else {
+            arrivals.push_back(
+                {&piece, part, std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes))});
+            receives.push_back(receive_from(unit.reader, arrivals.back().data.get(), bytes));
+          }
+        }
+      }
+    }
+    comm.exchange(host_stream{}, sends, receives);
+    for (const arrival& a : arrivals) {
+      copy_box(a.part, a.data.get(), a.part, packed_strides(a.part), a.piece->data, a.piece->part,
+               strides_or_packed(a.piece->strides, a.piece->part), size_of(a.piece->type));
+    }
+  }
+}
+
+}  // namespace detail
+
+template <host_communicator Comm>
+load_result load(Comm& comm, const std::string& path, const manifest& content, std::span<const target_piece> targets,
+                 const load_options& options) {
+  detail::together(comm, [&] {
+    for (const target_piece& piece : targets) {
+      expect_piece(piece);
+      TESSERA_EXPECTS(piece.data != nullptr || piece.part.empty(), "tensor '" << piece.name << "' has no data");
+    }
+  });
+  const read_plan plan = plan_reads(content, detail::gather_pieces(comm, targets), path);
+  detail::staged_units staged;
+  detail::together(comm, [&] { staged.read(content, plan, comm.rank(), path, options.observer); });
+  detail::distribute(comm, content, plan, staged, targets);
+  if (comm.rank() == 0) options.log(log_level::info, "loaded ", path);
+  return {content.state, path, staged.bytes()};
+}
+
+template <host_communicator Comm>
+load_result load(Comm& comm, const std::string& path, std::span<const target_piece> targets,
+                 const load_options& options) {
+  std::string text;
+  const std::string name = detail::join(path, manifest_name);
+  detail::together(comm, [&] {
+    if (comm.rank() != 0) return;
+    read_manifest(path, options.observer);
+    text = detail::read_text(name, max_manifest_bytes, options.observer);
+  });
+  text = detail::broadcast_bytes(comm, std::move(text), 0);
+  return load(comm, path, parse_manifest(text, name), targets, options);
+}
+
+}  // namespace checkpoint
+
+TESSERA_NAMESPACE_END
