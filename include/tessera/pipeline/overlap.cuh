@@ -1,0 +1,132 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// The lanes of an overlapped pair on a device: two streams, events between them, and a budget of multiprocessors.
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+
+#include <tessera/core/error.hpp>
+#include <tessera/core/stream.hpp>
+#include <tessera/pipeline/overlap.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace pipeline {
+
+/// Options of `device_lanes`.
+struct device_lanes_options {
+  /// Multiprocessors for the kernels of the communication lane, in `[0, multiprocessors of the device)`; the compute
+  /// lane has the others. 0: neither lane is limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel
+  /// keeps to its budget by the number of blocks it is launched with.
+  int communication_sms = 0;
+};
+
+/// Two streams: the caller's computes, one that the object owns communicates. Phases enqueue and return; `run` enqueues
+/// the whole pair without synchronising. What the caller's stream held before comes before all phases, and what it gets
+/// afterwards comes after them. May be captured in a graph. Streams and events belong to the device that was current at
+/// construction, which must be current in `run`. Used by one thread at a time.
+class device_lanes {
+ public:
+  using space = tessera::space::device;     ///< Where the work is.
+  static constexpr bool concurrent = true;  ///< Two phases at a time.
+
+  /// Makes the stream. @param options Budgets. @throws invalid_argument for a budget the device does not have,
+  /// cuda_error if the runtime fails.
+  explicit device_lanes(const device_lanes_options& options = {}) {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    int sms = 0;
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    TESSERA_EXPECTS(options.communication_sms >= 0 && options.communication_sms < sms,
+                    "device_lanes: communication_sms = " << options.communication_sms << ", device " << device
+                                                         << " has " << sms << " multiprocessors: give 0 (no limit) to "
+                                                         << sms - 1);
+    communication_sms_ = options.communication_sms;
+    compute_sms_ = options.communication_sms == 0 ? 0 : sms - options.communication_sms;
+    int lowest = 0;
+    int highest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+    // Communication first where both wait for room: its kernels are few blocks that others wait for.
+    check(cudaStreamCreateWithPriority(&communication_, cudaStreamNonBlocking, highest),
+          "cudaStreamCreateWithPriority");
+  }
+  device_lanes(const device_lanes&) = delete;
+  device_lanes& operator=(const device_lanes&) = delete;
+  /// Work that was enqueued goes on to its end.
+  ~device_lanes() {
+    for (const cudaEvent_t event : events_) cudaEventDestroy(event);
+    cudaStreamDestroy(communication_);
+  }
+
+  /// Enqueues an overlapped pair.
+  /// @param stream  The compute lane. @param order The phases.
+  /// @param execute `(const overlap_node&, const lane<space::device>&)`: enqueues a phase on the lane's stream.
+  /// @param fail    Not called: what `execute` throws goes to the caller, after the lanes have been joined.
+  /// @throws cuda_error if the runtime fails.
+  template <class Execute, class Fail>
+  void run(device_stream stream, const overlap_order& order, Execute&& execute, [[maybe_unused]] Fail&& fail) {
+    reserve(order.nodes.size() + 2);
+    const cudaEvent_t fork = events_[order.nodes.size()];
+    const cudaEvent_t join = events_[order.nodes.size() + 1];
+    check(cudaEventRecord(fork, stream.get()), "cudaEventRecord");
+    check(cudaStreamWaitEvent(communication_, fork, 0), "cudaStreamWaitEvent");
+    try {
+      for (std::size_t i = 0; i < order.nodes.size(); ++i) {  // what a phase waits for has been recorded before
+        const overlap_node& node = order.nodes[i];
+        const bool communicates = is_communication(node.what);
+        const cudaStream_t own = communicates ? communication_ : stream.get();
+        if (node.after >= 0) {
+          const auto after = static_cast<std::size_t>(node.after);
+          if (is_communication(order.nodes[after].what) != communicates)
+            check(cudaStreamWaitEvent(own, events_[after], 0), "cudaStreamWaitEvent");
+        }
+        execute(node, lane<tessera::space::device>{own, communicates ? communication_sms_ : compute_sms_});
+        check(cudaEventRecord(events_[i], own), "cudaEventRecord");
+      }
+    } catch (...) {
+      cudaEventRecord(join, communication_);
+      cudaStreamWaitEvent(stream.get(), join, 0);
+      throw;
+    }
+    check(cudaEventRecord(join, communication_), "cudaEventRecord");
+    check(cudaStreamWaitEvent(stream.get(), join, 0), "cudaStreamWaitEvent");
+  }
+
+  /// The stream of the communication lane.
+  device_stream communication_stream() const noexcept { return communication_; }
+  /// Multiprocessors of the communication lane, 0: no limit.
+  int communication_sms() const noexcept { return communication_sms_; }
+  /// Multiprocessors of the compute lane, 0: no limit.
+  int compute_sms() const noexcept { return compute_sms_; }
+
+ private:
+  static void check(cudaError_t status, const char* call) {
+    TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess,
+                       "device_lanes: " << call << " failed: " << cudaGetErrorString(status));
+  }
+
+  void reserve(std::size_t count) {
+    while (events_.size() < count) {
+      cudaEvent_t event = nullptr;
+      check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+      events_.push_back(event);
+    }
+  }
+
+  cudaStream_t communication_ = nullptr;
+  std::vector<cudaEvent_t> events_;  // one per phase, and two
+  int communication_sms_ = 0;
+  int compute_sms_ = 0;
+};
+
+static_assert(lane_policy<device_lanes>);
+
+}  // namespace pipeline
+
+TESSERA_NAMESPACE_END
