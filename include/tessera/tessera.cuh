@@ -8,9 +8,13 @@
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/experts/expert_mlp.cuh>
+#include <tessera/gemm/automatic.cuh>
 #include <tessera/gemm/hopper.cuh>
+#include <tessera/gemm/portable.cuh>
 #include <tessera/moe/moe_layer.cuh>
+#include <tessera/pipeline/overlap.cuh>
 #include <tessera/router/router.cuh>
+#include <tessera/shard/adamw.cuh>
 #include <tessera/tessera.hpp>
 
 #if !defined(__CUDACC__)
