@@ -12,7 +12,7 @@ if (($# > 0)); then shift; fi
 if (($# > 0)); then
   names=("$@")
 else
-  names=(gemm router dispatch experts layer)
+  names=(gemm router dispatch experts layer shard checkpoint pipeline)
 fi
 mkdir -p bench/results
 for name in "${names[@]}"; do
