@@ -40,8 +40,8 @@ TESSERA_NAMESPACE_BEGIN
 /// @tparam Activation Between the projections; models `activation_policy`.
 /// @tparam Precision Element types; models `precision_policy`.
 /// @tparam WeightLayout How weights lie; models `weight_layout_policy`.
-/// @tparam Gemm Backend of the grouped products: `gemm::automatic`; in host memory `gemm::reference` or `gemm::blas`, in
-/// device memory `gemm::hopper::backend` or `gemm::portable::backend`.
+/// @tparam Gemm Backend of the grouped products: `gemm::automatic`; in host memory `gemm::reference` or `gemm::blas`,
+/// in device memory `gemm::hopper::backend` or `gemm::portable::backend`.
 template <class Activation, class Precision, class WeightLayout = weight_layout::out_in_concatenated,
           class Gemm = gemm::automatic>
 class experts {

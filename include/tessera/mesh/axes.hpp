@@ -192,7 +192,8 @@ struct mesh {
   std::string text() const {
     std::string result;
     for (int i = 0; i < num_axes; ++i) {
-      result += (i == 0 ? "" : ",") + std::string(axes[i].label()) + "=" + std::to_string(axes[i].size);
+      if (i > 0) result += ',';
+      result.append(axes[i].label()).append("=").append(std::to_string(axes[i].size));
     }
     return result;
   }
