@@ -44,7 +44,7 @@ install_packages() {
 }
 
 if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
-  packages=(cmake make libcli11-dev gnuplot-nox xz-utils)
+  packages=(cmake make libcli11-dev nlohmann-json3-dev libxxhash-dev gnuplot-nox xz-utils)
   command -v c++ >/dev/null || packages+=(g++)
   install_packages "${packages[@]}"
 else
@@ -52,9 +52,10 @@ else
 fi
 
 say "Building train_lm"
-# The host half alone: neither nvcc nor the tests are needed. MPI is used where it is installed.
+# The host half alone: neither nvcc nor the tests are needed. MPI is used where it is installed; checkpoints need
+# nlohmann/json and xxHash.
 cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DTESSERA_BUILD_TESTS=OFF -DTESSERA_BUILD_BENCHMARKS=OFF \
-  -DTESSERA_BUILD_EXAMPLES=ON -DTESSERA_INSTALL=OFF -DTESSERA_CUDA=OFF -DTESSERA_COMPONENTS=mpi
+  -DTESSERA_BUILD_EXAMPLES=ON -DTESSERA_INSTALL=OFF -DTESSERA_CUDA=OFF "-DTESSERA_COMPONENTS=mpi;checkpoint"
 cmake --build "$build" --target train_lm --parallel "$(nproc)"
 program=$build/examples/train_lm/train_lm
 [[ -x $program ]] || die "train_lm was not built: CMake's output above says what is missing"

@@ -10,7 +10,20 @@
 
 #include <CLI/CLI.hpp>
 
+#include "pipeline_settings.hpp"
+
 namespace train_lm {
+namespace {
+
+/// Ranks that a mesh with a stated dp_shard has, 0 for others.
+int ranks_of(const std::string& text) {
+  const ts::mesh axes = ts::mesh::parse(text);
+  const int shard = axes.find("dp_shard"), replicate = axes.find("dp_replicate");
+  if (shard < 0) return 0;
+  return axes.size(shard) * (replicate < 0 ? 1 : axes.size(replicate));
+}
+
+}  // namespace
 
 std::optional<settings> read_command_line(int argc, char** argv, int processes, bool speaks, int& exit_code) {
   settings s;
@@ -22,7 +35,11 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
       "\nRanks are threads of this process, or the processes of mpirun:\n"
       "  train_lm --ranks 4 --balance none loss bias\n"
       "  mpirun -n 4 train_lm --data my/folder/of/text\n"
-      "With --combine ordered the same seed gives the same loss, bit for bit, for every number of ranks.\n"
+      "With --combine ordered the same seed gives the same loss, bit for bit, for every number of ranks and every "
+      "mesh.\n"
+      "\nA run that was killed goes on from its last checkpoint, on more or fewer ranks and with another mesh:\n"
+      "  train_lm --mesh dp_shard=4,ep=2 --checkpoint saved\n"
+      "  train_lm --mesh dp_replicate=2,dp_shard=1 --checkpoint saved --resume\n"
       "\nWritten to the output folder, per run: metrics.csv, load.csv, loss.svg, load.svg, sample.txt; with several\n"
       "--balance a folder for each, and comparison.svg.\n"
       "Ctrl-C finishes the step on all ranks, writes everything and exits with 130; a second one ends at once. mpirun\n"
@@ -69,6 +86,24 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   app.add_option("--bias-rate", s.bias_rate, "Step of the selection bias")->group(experts)->type_name("RATE");
   app.add_option("--loss-coefficient", s.loss_coefficient, "Of the auxiliary loss")->group(experts)->type_name("C");
 
+  app.add_option("--mesh", s.mesh,
+                 "dp_replicate=A,dp_shard=B,ep=C: copies, ranks that divide each, and how many of these divide the "
+                 "experts (default: dp_shard and ep are --ranks)")
+      ->group(experts)
+      ->type_name("AXES")
+      ->default_str("");
+
+  const char* kept = "Checkpoints";
+  app.add_option("--checkpoint", s.checkpoint, "Folder to save checkpoints in")
+      ->group(kept)
+      ->type_name("DIR")
+      ->default_str("");
+  app.add_option("--checkpoint-every", s.checkpoint_every, "Steps between checkpoints (0: one at the end)")
+      ->group(kept)
+      ->type_name("N");
+  app.add_option("--keep", s.keep, "Newest checkpoints that are kept (0: all)")->group(kept)->type_name("K");
+  app.add_flag("--resume", s.resume, "Go on from the newest checkpoint, with any --ranks and --mesh")->group(kept);
+
   const char* model = "Model and training";
   app.add_option("--hidden", s.hidden, "Width of a token")->group(model)->type_name("d");
   app.add_option("--layers", s.layers, "Blocks of mixer and experts")->group(model)->type_name("L");
@@ -83,6 +118,26 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
   app.add_option("--eval-every", s.eval_every, "Steps between validations (0: only at the end)")
       ->group(model)
       ->type_name("N");
+
+  const char* pipeline = "Pipeline and multi-token prediction";
+  app.add_option("--pipeline", s.pipeline, "Schedule over stages of layers: 1f1b, zb1p, dualpipe or dualpipev")
+      ->group(pipeline)
+      ->type_name("KIND")
+      ->default_str("");
+  app.add_option("--stages", s.stages, "Stages that the layers are spread over")->group(pipeline)->type_name("P");
+  app.add_option("--micro-batches", s.micro_batches,
+                 "Micro-batches of a step (0: 12, which gives the bits of a run without a pipeline)")
+      ->group(pipeline)
+      ->type_name("M");
+  app.add_option("--mtp", s.mtp, "Further bytes to predict, each by a small model of its own (0: none)")
+      ->group(pipeline)
+      ->type_name("D");
+  app.add_option("--mtp-weight", s.mtp_weights, "Of their loss, for two thirds of the run and for the rest")
+      ->group(pipeline)
+      ->type_name("W [W]")
+      ->expected(1, 2)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->default_str("0.3 0.1");
 
   bool no_plots = false, no_baselines = false;
   const char* other = "Other";
@@ -107,6 +162,8 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
                                                                      << processes << " processes: leave --ranks out");
     s.ranks = processes;
   }
+  prepare_pipeline(s);
+  if (s.ranks == 0) s.ranks = ranks_of(s.mesh);
   if (s.ranks == 0) s.ranks = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 4u));
   validate(s);
   return s;

@@ -8,5 +8,6 @@
 
 #include "layers.hpp"
 
-template std::unique_ptr<train_lm::moe_block<float>> train_lm::make_block(const settings&, balance_kind, std::int64_t,
-                                                                          std::int64_t, ts::comm::mpi&);
+template std::unique_ptr<train_lm::moe_block<float>> train_lm::make_block(const settings&, balance_kind,
+                                                                          const chunk_calls&, ts::comm::mpi&,
+                                                                          ts::comm::mpi&);

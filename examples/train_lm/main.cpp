@@ -24,6 +24,8 @@
 #include "command_line.hpp"
 #include "corpus.hpp"
 #include "metrics.hpp"
+#include "pipeline_run.hpp"
+#include "pipeline_settings.hpp"
 #include "plots.hpp"
 #include "progress.hpp"
 #include "stop.hpp"
@@ -31,12 +33,17 @@
 
 namespace train_lm {
 
-// The layers are compiled in layers_threads.cpp and layers_mpi.cpp, side by side with this file.
-extern template std::unique_ptr<moe_block<float>> make_block(const settings&, balance_kind, std::int64_t, std::int64_t,
-                                                             ts::comm::threads&);
+// The layers are compiled in layers_threads.cpp and layers_mpi.cpp, the pipelined trainers in pipeline_threads.cpp and
+// pipeline_mpi.cpp, side by side with this file.
+template <>
+std::unique_ptr<pipelined_run> make_pipelined_run(const settings&, balance_kind, const corpus&, ts::comm::threads&);
+extern template std::unique_ptr<moe_block<float>> make_block(const settings&, balance_kind, const chunk_calls&,
+                                                             ts::comm::threads&, ts::comm::threads&);
 #if defined(TRAIN_LM_HAS_MPI)
-extern template std::unique_ptr<moe_block<float>> make_block(const settings&, balance_kind, std::int64_t, std::int64_t,
-                                                             ts::comm::mpi&);
+template <>
+std::unique_ptr<pipelined_run> make_pipelined_run(const settings&, balance_kind, const corpus&, ts::comm::mpi&);
+extern template std::unique_ptr<moe_block<float>> make_block(const settings&, balance_kind, const chunk_calls&,
+                                                             ts::comm::mpi&, ts::comm::mpi&);
 #endif
 
 namespace {
@@ -121,15 +128,38 @@ class reporter {
   std::vector<run_result> runs_;
 };
 
+/// One pipelined training run on this rank. @param report Only rank 0 uses it.
+template <class Comm>
+run_result run_pipelined(const settings& s, balance_kind balance, const corpus& text, Comm& comm,
+                         const reporter* report) {
+  const std::unique_ptr<pipelined_run> training = make_pipelined_run(s, balance, text, comm);
+  if (comm.rank() != 0) return training->run(nullptr, {});
+  std::printf("\n%s", training->description().c_str());
+  std::fflush(stdout);
+  progress bar(std::string("balance ") + name_of(balance), s.steps, s.quiet);
+  return training->run(&bar, [&](const run_result& run) { report->write(run); });
+}
+
 /// One training run on this rank. @param report Only rank 0 uses it.
 template <class Comm>
 run_result run_on(const settings& s, balance_kind balance, const corpus& text, Comm& comm, const reporter* report) {
+  if (is_pipelined(s)) return run_pipelined(s, balance, text, comm, report);
   trainer<float, Comm> training(s, balance, text, comm);
+  const std::optional<resumed_run> resumed = training.start();
   if (comm.rank() != 0) return training.run(nullptr);
   const auto [all, active] = training.parameter_counts();
   std::printf("\nbalance %s: %lld parameters, %lld of them for one byte; %lld experts on %d ranks, %s combine\n",
               name_of(balance), static_cast<long long>(all), static_cast<long long>(active),
               static_cast<long long>(s.experts), comm.size(), name_of(s.combine));
+  std::printf("  mesh %s, %.1f MB of parameters and optimizer state on a rank\n", name_of(training.mesh()).c_str(),
+              static_cast<double>(training.state_bytes()) / 1e6);
+  if (resumed) {
+    std::printf("  resumed from %s: step %lld of %lld, saved by mesh %s, %.1f MB read\n", resumed->path.c_str(),
+                static_cast<long long>(resumed->step), static_cast<long long>(s.steps), resumed->mesh.c_str(),
+                static_cast<double>(resumed->bytes_read) / 1e6);
+  } else if (s.resume) {
+    std::printf("  no checkpoint in %s yet: starting anew\n", s.checkpoint.c_str());
+  }
   std::fflush(stdout);
   progress bar(std::string("balance ") + name_of(balance), s.steps, s.quiet);
   return training.run(&bar, [&](const run_result& run) { report->write(run); });

@@ -59,6 +59,9 @@ void write_run(const std::string& folder, const run_result& run) {
   std::string csv = "step,bytes,loss,bpb,aux_loss,grad_norm,lr,tokens_per_s,load_max_over_mean";
   const std::size_t layers = run.steps.empty() ? 0 : run.steps.front().imbalance.size();
   for (std::size_t l = 0; l < layers; ++l) csv += format(",load_max_over_mean_layer%zu", l);
+  const std::size_t depths = run.steps.empty() ? 0 : run.steps.front().mtp_losses.size();
+  for (std::size_t k = 1; k <= depths; ++k) csv += format(",mtp_loss_%zu", k);
+  for (std::size_t k = 1; k <= depths; ++k) csv += format(",draft_acceptance_%zu", k);
   csv += ",validation_bpb,loss_hex\n";
   const auto steps_seen = static_cast<std::int64_t>(run.steps.size());
   for (const step_metrics& s : run.steps) {
@@ -66,6 +69,9 @@ void write_run(const std::string& folder, const run_result& run) {
                   static_cast<long long>(run.bytes_seen / steps_seen * s.step), s.loss, s.loss * bits_per_nat,
                   s.auxiliary, s.gradient_norm, s.rate, s.tokens_per_second, s.worst_imbalance());
     for (const double value : s.imbalance) csv += format(",%.4f", value);
+    for (const double value : s.mtp_losses) csv += format(",%.6f", value);
+    for (std::size_t k = 0; k < depths; ++k)
+      csv += k < s.draft_acceptance.size() ? format(",%.4f", s.draft_acceptance[k]) : std::string(",");
     csv += s.validation ? format(",%.6f", *s.validation) : std::string(",");
     csv += format(",%a\n", s.loss);
   }
@@ -105,6 +111,15 @@ std::string summary(const std::vector<run_result>& runs, const corpus& text, con
                run.seconds, run.stopped ? "   (stopped early)" : "");
   }
   out += "  * worst layer's largest expert load over the mean; mean of the last tenth of the steps\n";
+  for (const run_result& run : runs) {
+    if (run.drafts.acceptance.empty()) continue;
+    out += format("\n  balance %s: drafts of multi-token prediction on validation text, accepted at depth",
+                  name_of(run.balance));
+    for (std::size_t k = 0; k < run.drafts.acceptance.size(); ++k)
+      out += format("%s %zu: %.3f", k == 0 ? "" : ",", k + 1, run.drafts.acceptance[k]);
+    out += format(";\n  %.2f bytes for each call of the main model, the same %lld bytes as without drafts\n",
+                  run.drafts.bytes_per_call, static_cast<long long>(run.drafts.bytes));
+  }
   return out;
 }
 

@@ -21,14 +21,16 @@ inline constexpr double bits_per_nat = 1.4426950408889634;
 
 /// One optimizer step.
 struct step_metrics {
-  std::int64_t step = 0;             ///< From 1.
-  double loss = 0;                   ///< Mean cross entropy of the step's bytes, nats.
-  double auxiliary = 0;              ///< Auxiliary losses of all layers, coefficients included.
-  double gradient_norm = 0;          ///< Before clipping.
-  double rate = 0;                   ///< Learning rate.
-  double tokens_per_second = 0;      ///< Over all ranks.
-  std::vector<double> imbalance;     ///< Per layer: largest expert load over the mean.
-  std::optional<double> validation;  ///< Bits per byte, where measured.
+  std::int64_t step = 0;                 ///< From 1.
+  double loss = 0;                       ///< Mean cross entropy of the step's bytes, nats.
+  double auxiliary = 0;                  ///< Auxiliary losses of all layers, coefficients included.
+  double gradient_norm = 0;              ///< Before clipping.
+  double rate = 0;                       ///< Learning rate.
+  double tokens_per_second = 0;          ///< Over all ranks.
+  std::vector<double> imbalance;         ///< Per layer: largest expert load over the mean.
+  std::optional<double> validation;      ///< Bits per byte, where measured.
+  std::vector<double> mtp_losses;        ///< Of each depth of multi-token prediction: mean of its bytes, nats.
+  std::vector<double> draft_acceptance;  ///< `draft_result::acceptance`, where measured.
 
   /// The worst layer's imbalance.
   double worst_imbalance() const;
@@ -38,6 +40,13 @@ struct step_metrics {
 struct load_interval {
   std::int64_t last_step = 0;                    ///< The interval ends with this step.
   std::vector<std::vector<std::int64_t>> loads;  ///< `[layers][E]` pairs.
+};
+
+/// What became of the drafts of multi-token prediction while the model continued stretches of the validation text.
+struct draft_result {
+  std::vector<double> acceptance;  ///< Of each depth: the share of its proposals that the model would have written.
+  double bytes_per_call = 0;       ///< Bytes written for each call of the main model; 1 without drafts.
+  std::int64_t bytes = 0;          ///< Bytes written, the same ones as without drafts.
 };
 
 /// Everything one training run leaves behind.
@@ -51,6 +60,7 @@ struct run_result {
   std::int64_t bytes_seen = 0;                ///< Training bytes.
   std::int64_t parameters = 0;                ///< All of them, and
   std::int64_t active_parameters = 0;         ///< those that one token uses.
+  draft_result drafts;                        ///< With --mtp, at the end.
   std::string sample;                         ///< Prompt and generated text.
   bool stopped = false;                       ///< Ended by Ctrl-C.
 

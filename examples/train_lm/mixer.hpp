@@ -34,9 +34,9 @@ class token_mixer {
   token_mixer(parameter_table& table, const std::string& name, std::int64_t hidden, std::int64_t width,
               std::int64_t max_rows)
       : d_(hidden), width_(width) {
-    in_ = table.add(name + ".in", 3 * d_ * d_, true);
-    out_ = table.add(name + ".out", d_ * d_, true);
-    taps_ = table.add(name + ".taps", width_ * d_, false);
+    in_ = table.add(name + ".in", ts::box::whole({3 * d_, d_}), true);
+    out_ = table.add(name + ".out", ts::box::whole({d_, d_}), true);
+    taps_ = table.add(name + ".taps", ts::box::whole({width_, d_}), false);
     shift_ = table.add(name + ".shift", d_, false);
     keep_ = table.add(name + ".keep", d_, false);
     const auto n = static_cast<std::size_t>(max_rows * d_);
@@ -103,9 +103,16 @@ class token_mixer {
   /// @param gradients Contributions, `stride` elements a chunk; a chunk is a whole number of sequences.
   void backward(const A* parameters, chunk_offsets chunks, std::int64_t length, const A* x, const A* dy, A* dx,
                 A* gradients, std::int64_t stride) {
+    backward_input(parameters, chunks, length, dy, dx, gradients, stride);
+    backward_weights(chunks, x, dy, gradients, stride);
+  }
+
+  /// The part of `backward` that the layer before waits for: `dx`, and the gradients of taps, shift and keep, which
+  /// fall out of the recurrence.
+  void backward_input(const A* parameters, chunk_offsets chunks, std::int64_t length, const A* dy, A* dx, A* gradients,
+                      std::int64_t stride) {
     const std::int64_t rows = chunks.back();
     linear_backward_input(rows, d_, d_, dy, parameters + out_, dgated_.data());
-    linear_backward_weights(chunks, d_, d_, gated_.data(), dy, gradients + out_, stride);
     dprojected_.resize(static_cast<std::size_t>(rows * 3 * d_));
     dcarry_.resize(static_cast<std::size_t>(d_));
     for (std::size_t c = 0; c + 1 < chunks.size(); ++c) {
@@ -116,6 +123,11 @@ class token_mixer {
         backward_sequence(parameters, first, length, own);
     }
     linear_backward_input(rows, d_, 3 * d_, dprojected_.data(), parameters + in_, dx);
+  }
+
+  /// The part of `backward` that may come later, with the same `x` and `dy`: the gradients of the two matrices.
+  void backward_weights(chunk_offsets chunks, const A* x, const A* dy, A* gradients, std::int64_t stride) const {
+    linear_backward_weights(chunks, d_, d_, gated_.data(), dy, gradients + out_, stride);
     linear_backward_weights(chunks, d_, 3 * d_, x, dprojected_.data(), gradients + in_, stride);
   }
 

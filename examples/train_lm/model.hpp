@@ -16,10 +16,12 @@
 #include <vector>
 
 #include <tessera/core/error.hpp>
+#include <tessera/core/memory.hpp>
 
 #include "dense.hpp"
 #include "mixer.hpp"
 #include "moe_block.hpp"
+#include "parameter_store.hpp"
 #include "parameters.hpp"
 
 namespace train_lm {
@@ -41,7 +43,8 @@ struct batch {
   std::span<const std::int16_t> targets;  ///< The next byte of each token, or `no_target`.
 };
 
-/// The model on one rank: replicated parameters in one flat array, and this rank's experts in its blocks.
+/// The model on one rank: its layers and their activations. Parameters come from a `parameter_store`, group by group:
+/// the embedding, then of each block its dense tensors and its experts, then the last norm and the head.
 template <class A>
 class language_model {
  public:
@@ -54,65 +57,89 @@ class language_model {
                     blocks_.size() << " mixture-of-experts blocks were given for " << shape.layers << " layers");
     const std::int64_t d = shape.hidden;
     const auto elements = static_cast<std::size_t>(shape.max_rows * d);
-    embedding_ = table_.add("embedding", vocabulary * d, true);
+    embedding_ = open_group("embedding", false).add("embedding", ts::box::whole({vocabulary, d}), true);
     for (std::int64_t l = 0; l < shape.layers; ++l) {
       const std::string name = "block" + std::to_string(l);
-      layer own{.norm_mixer = table_.add(name + ".norm_mixer", d, false),
-                .mixer = token_mixer<A>(table_, name + ".mixer", d, shape.conv_width, shape.max_rows),
-                .norm_moe = table_.add(name + ".norm_moe", d, false)};
-      own.gate_index = gates_.add(name + ".gate", shape.experts * d, true);
+      parameter_table& table = open_group(name, false);
+      const std::int64_t norm_mixer = table.add(name + ".norm_mixer", d, false);
+      layer own{.norm_mixer = norm_mixer,
+                .mixer = token_mixer<A>(table, name + ".mixer", d, shape.conv_width, shape.max_rows)};
+      own.norm_moe = table.add(name + ".norm_moe", d, false);
+      own.gate = table.add(name + ".gate", ts::box::whole({shape.experts, d}), true);
+      blocks_[static_cast<std::size_t>(l)]->add_parameters(open_group(name + ".experts", true), name);
       for (auto* buffer : {&own.x_mixer, &own.normed_mixer, &own.x_moe, &own.normed_moe}) buffer->resize(elements);
       for (auto* buffer : {&own.inverse_mixer, &own.inverse_moe})
         buffer->resize(static_cast<std::size_t>(shape.max_rows));
       layers_.push_back(std::move(own));
     }
-    norm_ = table_.add("norm", d, false);
-    head_ = table_.add("head", vocabulary * d, true);
+    parameter_table& tail = open_group("head", false);
+    norm_ = tail.add("norm", d, false);
+    head_ = tail.add("head", ts::box::whole({vocabulary, d}), true);
     for (auto* buffer : {&x_, &normed_, &delta_, &dx_}) buffer->resize(elements);
     inverse_.resize(static_cast<std::size_t>(shape.max_rows));
     logits_.resize(static_cast<std::size_t>(shape.max_rows * vocabulary));
-    parameters_.resize(static_cast<std::size_t>(table_.size()));
-    gate_parameters_.resize(static_cast<std::size_t>(gates_.size()));
   }
 
-  /// Initial values of everything, experts included; the same for every rank count.
-  void initialize(std::uint64_t seed) {
+  /// Initial values of everything, experts included; the same for every mesh. @param set `set(group, i, values)` gets
+  /// tensor `i` of a group; of experts, those of this rank.
+  template <class Set>
+  void initialize(std::uint64_t seed, Set&& set) const {
     const std::int64_t d = shape_.hidden;
     const double depth_scale = 1.0 / std::sqrt(2.0 * static_cast<double>(shape_.layers));
     const double deviation = 1.0 / std::sqrt(static_cast<double>(d));
-    const auto tensor = [&](std::int64_t offset, std::int64_t count) {
-      return std::span<A>(parameters_).subspan(static_cast<std::size_t>(offset), static_cast<std::size_t>(count));
+    const auto each = [&](int group, auto&& fill) {
+      const parameter_table& table = groups_[static_cast<std::size_t>(group)].table;
+      std::vector<A> values(static_cast<std::size_t>(table.size()));
+      fill(table, std::span<A>(values));
+      for (std::size_t i = 0; i < table.entries().size(); ++i) {
+        const parameter& p = table.entries()[i];
+        set(group, static_cast<int>(i),
+            std::span<const A>(values.data() + p.offset, static_cast<std::size_t>(p.count)));
+      }
     };
-    fill_normal(tensor(embedding_, vocabulary * d), seed, "embedding", 1.0);
-    fill_normal(tensor(head_, vocabulary * d), seed, "head", 0.5 * deviation);
-    for (A& gain : tensor(norm_, d)) gain = 1;
+    const auto tensor = [](const parameter_table& table, std::span<A> values, std::int64_t offset) {
+      return values.subspan(static_cast<std::size_t>(offset), static_cast<std::size_t>(table.at(offset).count));
+    };
+    each(0, [&](const parameter_table& table, std::span<A> values) {
+      fill_normal(tensor(table, values, embedding_), seed, "embedding", 1.0);
+    });
     for (std::size_t l = 0; l < layers_.size(); ++l) {
-      layer& own = layers_[l];
+      const layer& own = layers_[l];
       const std::string name = "block" + std::to_string(l);
-      for (A& gain : tensor(own.norm_mixer, d)) gain = 1;
-      for (A& gain : tensor(own.norm_moe, d)) gain = 1;
-      own.mixer.initialize(table_, parameters_, seed, depth_scale);
-      fill_normal(std::span<A>(gate(l), static_cast<std::size_t>(shape_.experts * d)), seed, name + ".gate", deviation);
-      blocks_[l]->initialize(seed, name, deviation, depth_scale);
+      each(dense_group(l), [&](const parameter_table& table, std::span<A> values) {
+        for (A& gain : tensor(table, values, own.norm_mixer)) gain = 1;
+        for (A& gain : tensor(table, values, own.norm_moe)) gain = 1;
+        own.mixer.initialize(table, values, seed, depth_scale);
+        fill_normal(tensor(table, values, own.gate), seed, name + ".gate", deviation);
+      });
+      each(expert_group(l), [&](const parameter_table& table, std::span<A> values) {
+        blocks_[l]->initialize(seed, name, deviation, depth_scale, values.data() + table.entries()[0].offset,
+                               values.data() + table.entries()[1].offset);
+      });
     }
+    each(tail_group(), [&](const parameter_table& table, std::span<A> values) {
+      for (A& gain : tensor(table, values, norm_)) gain = 1;
+      fill_normal(tensor(table, values, head_), seed, "head", 0.5 * deviation);
+    });
   }
 
+  /// Elements of the recurrent state of a sequence in one layer.
+  std::int64_t layer_state_size() const { return layers_.front().mixer.state_size(); }
   /// Elements of the recurrent states of `sequences` sequences, over all layers.
-  std::int64_t state_size(std::int64_t sequences) const {
-    return sequences * shape_.layers * layers_.front().mixer.state_size();
-  }
+  std::int64_t state_size(std::int64_t sequences) const { return sequences * shape_.layers * layer_state_size(); }
 
   /// Logits of the next byte, `[rows, 256]`, valid until the next call. @param state `[layers, sequences, …]` of
   /// `state_size(sequences)` elements: what came before, replaced by what comes next.
-  std::span<A> forward(ts::pass pass, const batch& input, std::span<A> state) {
+  std::span<A> forward(parameter_store<A>& store, ts::pass pass, const batch& input, std::span<A> state) {
     const std::int64_t rows = input.sequences * input.length, d = shape_.hidden;
     TESSERA_EXPECTS(rows <= shape_.max_rows,
                     "a batch has " << rows << " tokens on one rank, the model has room for " << shape_.max_rows);
-    const A* p = parameters_.data();
-    embedding_forward(input.tokens, d, p + embedding_, x_.data());
-    const std::int64_t layer_state = input.sequences * layers_.front().mixer.state_size();
+    embedding_forward(input.tokens, d, store.use(0) + embedding_, x_.data());
+    store.release(0);
+    const std::int64_t layer_state = input.sequences * layer_state_size();
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       layer& own = layers_[l];
+      const A* p = store.use(dense_group(l));
       std::copy_n(x_.data(), rows * d, own.x_mixer.data());
       norm_forward(rows, d, x_.data(), p + own.norm_mixer, own.normed_mixer.data(), own.inverse_mixer.data());
       own.mixer.forward(p, input.sequences, input.length, own.normed_mixer.data(), delta_.data(),
@@ -120,11 +147,16 @@ class language_model {
       add(rows * d, delta_.data(), x_.data());
       std::copy_n(x_.data(), rows * d, own.x_moe.data());
       norm_forward(rows, d, x_.data(), p + own.norm_moe, own.normed_moe.data(), own.inverse_moe.data());
-      blocks_[l]->forward(pass, rows, own.normed_moe.data(), gate(l), delta_.data());
+      blocks_[l]->forward(pass, rows, own.normed_moe.data(), p + own.gate, experts(l, store.use(expert_group(l))),
+                          delta_.data());
+      store.release(expert_group(l));
+      store.release(dense_group(l));
       add(rows * d, delta_.data(), x_.data());
     }
+    const A* p = store.use(tail_group());
     norm_forward(rows, d, x_.data(), p + norm_, normed_.data(), inverse_.data());
     linear_forward(rows, d, vocabulary, normed_.data(), p + head_, logits_.data());
+    store.release(tail_group());
     return {logits_.data(), static_cast<std::size_t>(rows * vocabulary)};
   }
 
@@ -133,43 +165,54 @@ class language_model {
     cross_entropy(chunks, vocabulary, logits_.data(), input.targets, gradient_scale, losses);
   }
 
-  /// Gradients of the last `forward(pass::train)` and `loss`.
-  /// @param contributions `[chunks, table().size()]`: of the replicated parameters, per chunk.
-  /// @param gate_contributions `[layers, chunks, E, d]`: of the gates, per chunk. The experts' are in their blocks.
-  void backward(const batch& input, chunk_offsets chunks, A* contributions, A* gate_contributions) {
+  /// Gradients of the last `forward(pass::train)` and `loss`, as one contribution per chunk, reduced group by group.
+  void backward(parameter_store<A>& store, const batch& input, chunk_offsets chunks) {
     const std::int64_t rows = input.sequences * input.length, d = shape_.hidden;
     const auto count = static_cast<std::int64_t>(chunks.size()) - 1;
-    const std::int64_t stride = table_.size();
-    const A* p = parameters_.data();
-    for (std::int64_t c = 0; c < count; ++c) std::fill_n(contributions + c * stride + embedding_, vocabulary * d, A(0));
+    const std::int64_t gate_size = shape_.experts * d;
+    gate_contributions_.resize(static_cast<std::size_t>(count * gate_size));
 
-    linear_backward_weights(chunks, d, vocabulary, normed_.data(), logits_.data(), contributions + head_, stride);
+    const A* p = store.use(tail_group());
+    contributions_of<A> to = store.gradients(tail_group());
+    linear_backward_weights(chunks, d, vocabulary, normed_.data(), logits_.data(), to.data + head_, to.stride);
     linear_backward_input(rows, d, vocabulary, logits_.data(), p + head_, delta_.data());
     std::fill_n(dx_.data(), rows * d, A(0));
-    norm_backward(chunks, d, x_.data(), p + norm_, inverse_.data(), delta_.data(), dx_.data(), contributions + norm_,
-                  stride);
+    norm_backward(chunks, d, x_.data(), p + norm_, inverse_.data(), delta_.data(), dx_.data(), to.data + norm_,
+                  to.stride);
+    store.release(tail_group());
+    store.reduce(tail_group());
     for (std::size_t l = layers_.size(); l-- > 0;) {
       layer& own = layers_[l];
-      blocks_[l]->backward(rows, own.normed_moe.data(), dx_.data(), gate(l), delta_.data(),
-                           gate_contributions + static_cast<std::int64_t>(l) * count * shape_.experts * d);
+      p = store.use(dense_group(l));
+      const expert_tensors<A> weights = experts(l, store.use(expert_group(l)));
+      to = store.gradients(expert_group(l));
+      const parameter_table& table = groups_[static_cast<std::size_t>(expert_group(l))].table;
+      blocks_[l]->backward(
+          rows, own.normed_moe.data(), dx_.data(), p + own.gate, weights, delta_.data(), gate_contributions_.data(),
+          {to.data + table.entries()[0].offset, to.data + table.entries()[1].offset, to.stride, to.count});
+      store.release(expert_group(l));
+      store.reduce(expert_group(l));
+
+      to = store.gradients(dense_group(l));
+      for (std::int64_t c = 0; c < count; ++c)
+        std::copy_n(gate_contributions_.data() + c * gate_size, gate_size, to.data + c * to.stride + own.gate);
       norm_backward(chunks, d, own.x_moe.data(), p + own.norm_moe, own.inverse_moe.data(), delta_.data(), dx_.data(),
-                    contributions + own.norm_moe, stride);
-      own.mixer.backward(p, chunks, input.length, own.normed_mixer.data(), dx_.data(), delta_.data(), contributions,
-                         stride);
+                    to.data + own.norm_moe, to.stride);
+      own.mixer.backward(p, chunks, input.length, own.normed_mixer.data(), dx_.data(), delta_.data(), to.data,
+                         to.stride);
       norm_backward(chunks, d, own.x_mixer.data(), p + own.norm_mixer, own.inverse_mixer.data(), delta_.data(),
-                    dx_.data(), contributions + own.norm_mixer, stride);
+                    dx_.data(), to.data + own.norm_mixer, to.stride);
+      store.release(dense_group(l));
+      store.reduce(dense_group(l));
     }
-    embedding_backward(chunks, input.tokens, d, dx_.data(), contributions + embedding_, stride);
+    to = store.gradients(0);
+    for (std::int64_t c = 0; c < count; ++c) std::fill_n(to.data + c * to.stride + embedding_, vocabulary * d, A(0));
+    embedding_backward(chunks, input.tokens, d, dx_.data(), to.data + embedding_, to.stride);
+    store.reduce(0);
   }
 
-  /// Replicated parameters without the gates.
-  const parameter_table& table() const { return table_; }
-  /// Values of `table()`.
-  std::span<A> parameters() { return parameters_; }
-  /// The gates: layer by layer `[E, d]`.
-  const parameter_table& gate_table() const { return gates_; }
-  /// Values of `gate_table()`.
-  std::span<A> gate_parameters() { return gate_parameters_; }
+  /// The parameters, in the order of forward.
+  const std::vector<parameter_group>& groups() const { return groups_; }
   /// The blocks.
   std::span<const std::unique_ptr<moe_block<A>>> blocks() const { return blocks_; }
 
@@ -178,23 +221,35 @@ class language_model {
     std::int64_t norm_mixer = 0;
     token_mixer<A> mixer;
     std::int64_t norm_moe = 0;
-    std::int64_t gate_index = 0;
+    std::int64_t gate = 0;
     std::vector<A> x_mixer{}, normed_mixer{}, inverse_mixer{}, x_moe{}, normed_moe{}, inverse_moe{};
   };
 
-  A* gate(std::size_t l) { return gate_parameters_.data() + layers_[l].gate_index; }
+  parameter_table& open_group(std::string name, bool of_experts) {
+    constexpr auto alignment = static_cast<std::int64_t>(ts::memory_alignment / sizeof(A));
+    groups_.push_back({std::move(name), parameter_table(alignment), of_experts});
+    return groups_.back().table;
+  }
+
+  static int dense_group(std::size_t l) { return static_cast<int>(1 + 2 * l); }
+  static int expert_group(std::size_t l) { return static_cast<int>(2 + 2 * l); }
+  int tail_group() const { return static_cast<int>(1 + 2 * layers_.size()); }
+
+  expert_tensors<A> experts(std::size_t l, const A* values) const {
+    const auto& entries = groups_[static_cast<std::size_t>(expert_group(l))].table.entries();
+    return {values + entries[0].offset, values + entries[1].offset};
+  }
 
   static void add(std::int64_t n, const A* from, A* to) {
     for (std::int64_t i = 0; i < n; ++i) to[i] += from[i];
   }
 
   model_shape shape_;
-  parameter_table table_, gates_;
+  std::vector<parameter_group> groups_;
   std::int64_t embedding_ = 0, norm_ = 0, head_ = 0;
   std::vector<layer> layers_;
   std::vector<std::unique_ptr<moe_block<A>>> blocks_;
-  std::vector<A> parameters_, gate_parameters_;
-  std::vector<A> x_, normed_, inverse_, logits_, delta_, dx_;
+  std::vector<A> x_, normed_, inverse_, logits_, delta_, dx_, gate_contributions_;
 };
 
 }  // namespace train_lm

@@ -21,7 +21,8 @@ progress::progress(std::string label, std::int64_t steps, bool quiet)
 void progress::show(const step_metrics& step) {
   if (quiet_) return;
   // Smoothed, because one step's numbers jump.
-  const double weight = step.step == 1 ? 1.0 : 0.1;
+  if (first_ == 0) first_ = step.step;  // a resumed run begins where the other has ended
+  const double weight = step.step == first_ ? 1.0 : 0.1;
   loss_ += weight * (step.loss * bits_per_nat - loss_);
   speed_ += weight * (step.tokens_per_second - speed_);
   const auto now = std::chrono::steady_clock::now();
@@ -38,7 +39,8 @@ void progress::show(const step_metrics& step) {
   std::fprintf(stderr,
                "%s%s [%s] %3.0f%%  step %lld/%lld  %.3f bits/byte  %.1fk tokens/s  max/mean load %.2f  %.0f s left%s",
                terminal_ ? "\r\033[K" : "", label_.c_str(), bar.c_str(), 100 * done, static_cast<long long>(step.step),
-               static_cast<long long>(steps_), loss_, speed_ / 1000, step.worst_imbalance(), elapsed * (1 / done - 1),
+               static_cast<long long>(steps_), loss_, speed_ / 1000, step.worst_imbalance(),
+               elapsed * static_cast<double>(steps_ - step.step) / static_cast<double>(step.step - first_ + 1),
                terminal_ ? "" : "\n");
   std::fflush(stderr);
   open_ = terminal_;

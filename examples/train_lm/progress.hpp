@@ -28,7 +28,7 @@ class progress {
   std::int64_t steps_;
   bool quiet_, terminal_;
   bool open_ = false;
-  std::int64_t last_tick_ = -1;
+  std::int64_t last_tick_ = -1, first_ = 0;
   double loss_ = 0, speed_ = 0;
   std::chrono::steady_clock::time_point start_, shown_;
 };

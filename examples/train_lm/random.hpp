@@ -6,10 +6,13 @@
 /// Random numbers as a pure function of (seed, name, index). A parameter's initial value then depends on what it is,
 /// never on which rank holds it or on what was drawn before.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
+#include <span>
 #include <string_view>
+#include <vector>
 
 namespace train_lm {
 
@@ -47,5 +50,23 @@ class random_stream {
  private:
   std::uint64_t key_;
 };
+
+/// A byte drawn from the softmax of `logits / temperature`. @param uniform In [0, 1).
+template <class A>
+int draw_byte(std::span<const A> logits, double temperature, double uniform) {
+  const A largest = *std::max_element(logits.begin(), logits.end());
+  std::vector<double> weights;
+  double total = 0;
+  for (const A logit : logits) {
+    weights.push_back(std::exp(static_cast<double>(logit - largest) / temperature));
+    total += weights.back();
+  }
+  double rest = uniform * total;
+  for (std::size_t v = 0; v < weights.size(); ++v) {
+    rest -= weights[v];
+    if (rest < 0) return static_cast<int>(v);
+  }
+  return static_cast<int>(std::max_element(weights.begin(), weights.end()) - weights.begin());
+}
 
 }  // namespace train_lm

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <tessera/core/error.hpp>
+#include <tessera/mesh/training_mesh.hpp>
 
 #include "optimizer.hpp"
 
@@ -68,8 +69,34 @@ struct settings {
   bool quiet = false;                                   ///< No progress, only results.
   bool plots = true;                                    ///< Draw with gnuplot.
   bool baselines = true;                                ///< Fit the order-2 model and run the compressor.
+  std::string mesh;                                     ///< See `mesh_of`; empty: all ranks divide the experts.
+  std::string checkpoint;                               ///< Folder of checkpoints; empty: none are saved.
+  std::int64_t checkpoint_every = 50;                   ///< Steps between them; 0: one at the end.
+  int keep = 3;                                         ///< Newest ones that are kept; 0: all.
+  bool resume = false;                                  ///< Go on from the newest one, if there is one.
+  std::string pipeline;                                 ///< Schedule of the pipeline; empty: none.
+  int stages = 1;                                       ///< Stages that the layers are spread over.
+  int micro_batches = 0;                                ///< Of a step; 0: as many as chunks.
+  int mtp = 0;                                          ///< D, depths of multi-token prediction; 0: none.
+  std::vector<double> mtp_weights{0.3, 0.1};            ///< See `lambda_of`.
   adamw_options adam;                                   ///< Coefficients of AdamW.
 };
+
+/// The mesh of a run. @throws tessera::error if it does not fit the ranks, or has an axis that this program lacks.
+inline ts::training_mesh mesh_of(const settings& s) {
+  const std::string ranks = std::to_string(s.ranks);
+  const ts::training_mesh mesh =
+      ts::training_mesh::parse(s.mesh.empty() ? "dp_shard=" + ranks + ",ep=" + ranks : s.mesh, s.ranks);
+  TESSERA_EXPECTS(mesh.sizes.pp == 1 && mesh.sizes.cp == 1 && mesh.sizes.tp == 1,
+                  "--mesh " << s.mesh << ": the axes are dp_replicate, dp_shard and ep");
+  return mesh;
+}
+
+/// The axes that a run has, as --mesh reads them.
+inline std::string name_of(const ts::training_mesh& mesh) {
+  return "dp_replicate=" + std::to_string(mesh.sizes.dp_replicate) +
+         ",dp_shard=" + std::to_string(mesh.sizes.dp_shard) + ",ep=" + std::to_string(mesh.sizes.ep);
+}
 
 /// Checks what the library cannot: the sizes of the example itself.
 /// @throws tessera::error with the values and what would be right.
@@ -90,8 +117,13 @@ inline void validate(const settings& s) {
                                                            << " chunks of whole sequences");
   TESSERA_EXPECTS(s.top_k <= s.experts, "--top-k " << s.top_k << " exceeds --experts " << s.experts
                                                    << ": a token cannot choose more experts than there are");
-  TESSERA_EXPECTS(s.ranks >= 1 && s.ranks <= s.experts,
+  TESSERA_EXPECTS(s.ranks >= 1 && (!s.mesh.empty() || !s.pipeline.empty() || s.ranks <= s.experts),
                   "--ranks is " << s.ranks << ", it must be between 1 and --experts " << s.experts);
+  const int ep = s.pipeline.empty() ? mesh_of(s).sizes.ep : 1;  // a pipeline's ranks have rules of their own
+  TESSERA_EXPECTS(ep <= s.experts, "--mesh: ep = " << ep << " exceeds --experts " << s.experts);
+  TESSERA_EXPECTS(s.checkpoint_every >= 0 && s.keep >= 0,
+                  "--checkpoint-every " << s.checkpoint_every << " and --keep " << s.keep << " must not be negative");
+  TESSERA_EXPECTS(!s.resume || !s.checkpoint.empty(), "--resume needs --checkpoint DIR: where to go on from");
   TESSERA_EXPECTS(s.rate > 0 && s.bias_rate >= 0 && s.loss_coefficient >= 0 && s.temperature > 0,
                   "--lr " << s.rate << " and --temperature " << s.temperature << " must be positive, --bias-rate "
                           << s.bias_rate << " and --loss-coefficient " << s.loss_coefficient << " not negative");
