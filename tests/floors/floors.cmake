@@ -17,6 +17,7 @@ endforeach()
 
 # Third-party headers, each allowed in one header and its detail/ alone.
 set(home_of_mpi.h "comm/(detail/)?mpi[a-z_]*[.]hpp")
+set(home_of_nccl.h "comm/(nccl|detail/nccl/[a-z_]+)[.]cuh")
 set(home_of_cblas.h "gemm/(detail/)?blas[a-z_]*[.]hpp")
 set(home_of_nvtx3/nvtx3.hpp "core/nvtx[.]hpp")
 set(home_of_nlohmann/json.hpp "checkpoint/detail/json[.]hpp")
@@ -26,7 +27,7 @@ foreach(posix IN ITEMS fcntl.h unistd.h sys/stat.h)
 endforeach()
 
 # Headers of optional dependencies: users include them by name, other headers do not. A whole room may stand aside.
-set(aside "${home_of_mpi.h}|${home_of_cblas.h}|checkpoint/.*")
+set(aside "${home_of_mpi.h}|${home_of_nccl.h}|${home_of_cblas.h}|checkpoint/.*")
 set(rooms_aside checkpoint)
 
 set(broken 0)

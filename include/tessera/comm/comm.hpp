@@ -3,10 +3,12 @@
 #pragma once
 
 /// @file
-/// The comm room without `comm/mpi.hpp`, which needs an MPI installation and is included by its users.
+/// The comm room without `comm/mpi.hpp` and `comm/nccl.cuh`, which need an installation of MPI and of NCCL and are
+/// included by their users.
 
 #include <tessera/comm/collectives.hpp>
 #include <tessera/comm/communicator.hpp>
+#include <tessera/comm/nccl.hpp>
 #include <tessera/comm/ordered_reduce.hpp>
 #include <tessera/comm/self.hpp>
 #include <tessera/comm/threads.hpp>
