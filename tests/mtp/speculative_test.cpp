@@ -112,7 +112,7 @@ TEST_CASE("acceptance is reported by depth, counting a draft only with all befor
     std::vector<std::int32_t> prefix(known.begin(), known.end());
     for (std::size_t k = 0; k < drafts.size(); ++k) {
       drafts[k] = hashed_model::choice(prefix);
-      if (k == 1) drafts[k] = (drafts[k] + 1) % vocabulary;
+      if (k == 1) drafts[k] = static_cast<std::int32_t>((drafts[k] + 1) % vocabulary);
       prefix.push_back(drafts[k]);
     }
   };
