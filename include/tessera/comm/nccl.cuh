@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -67,6 +68,10 @@ inline void nccl::wait(device_stream stream, std::chrono::milliseconds timeout) 
 
 inline void nccl::fail(const std::string& reason) {
   state_->fail("rank " + std::to_string(world_rank_) + " failed: " + reason);
+}
+
+inline void nccl::call(const char* phase, const char* function, const std::function<int(ncclComm*)>& f) {
+  state_->call(phase, function, f);
 }
 
 inline nccl nccl::split(int color, int key) {

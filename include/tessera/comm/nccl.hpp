@@ -170,6 +170,11 @@ class nccl {
   /// The same with a timeout of its own. @param stream Not being captured. @param timeout At least 1 ms.
   void wait(device_stream stream, std::chrono::milliseconds timeout);
 
+  /// Calls a function of NCCL that this class does not have, and waits on the host until NCCL is done with it, at most
+  /// for the creation timeout. @param phase How errors call the operation, a literal. @param function Its name, for
+  /// errors. @param f Calls it with the `ncclComm_t` and returns its `ncclResult_t`. @throws as other calls.
+  void call(const char* phase, const char* function, const std::function<int(ncclComm*)>& f);
+
   /// Throws if the communicator has failed or NCCL has found an error in the background; does not wait.
   /// @throws comm_error, nccl_error.
   void check();

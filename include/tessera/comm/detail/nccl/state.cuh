@@ -241,6 +241,13 @@ class rank_state {
     enqueue_within(options_.timeout, phase, call, f);
   }
 
+  /// The same for a call that may take as long as creation. @param f The call; its result is an ncclResult_t.
+  template <class F>
+  void call(const char* phase, const char* function, F&& f) {
+    enqueue_within(options_.creation_timeout, phase, function,
+                   [&](ncclComm_t communicator) { return static_cast<ncclResult_t>(f(communicator)); });
+  }
+
   /// After a call that belongs to creation: waits until it is no longer in progress, and throws what it says.
   /// @param result Of the call. @param call Its name. @param phase How errors call the operation, a literal.
   void complete(ncclResult_t result, const char* call, const char* phase) {
@@ -277,6 +284,19 @@ class rank_state {
       ncclConfig_t config = configuration();
       return ncclCommSplit(parent, color, key, child.get(), &config);
     });
+    // The parent may be in order again before NCCL's thread has written the child's address.
+    const auto written = [&] { return std::atomic_ref<ncclComm_t>(*child).load(std::memory_order_acquire) != nullptr; };
+    const auto deadline = after(options_.creation_timeout);
+    poll_pause pause;
+    for (bool last = false; !written(); last = clock::now() >= deadline) {
+      begin("split");
+      if (last) {
+        fail_with<comm_error>("split", "ncclCommSplit was not done after " +
+                                           std::to_string(options_.creation_timeout.count()) +
+                                           " ms: another rank has not done its part, or cannot be reached");
+      }
+      pause();
+    }
     child_.reset();
     return *child;
   }
