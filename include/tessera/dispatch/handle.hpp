@@ -17,8 +17,12 @@ TESSERA_NAMESPACE_BEGIN
 /// The routing as one rank sees it, as a sender and as an owner of experts. A view of caller-owned memory: trivially
 /// copyable, without state of its own, so that it may be carved again from the same memory in backward.
 ///
-/// Orders: a *sent row* is one (token, rank) with at least one pair there, in the order (rank, token). An *arriving
-/// pair* is in the order (source, token, k); an *expert row* in the order (local expert, source, token, k).
+/// In device memory tokens keep their places: token t of rank s is row `v = s * max_tokens + t` of what arrives,
+/// `gather` holds such rows, and `expert_row_of [R * max_tokens, K]` has -1 where a pair is not this rank's and -2
+/// where it was dropped by the bound. The arrays about sent and received rows are host memory's alone.
+///
+/// In host memory a *sent row* is one (token, rank) with at least one pair there, in the order (rank, token). An
+/// *arriving pair* is in the order (source, token, k); an *expert row* in the order (local expert, source, token, k).
 /// @tparam A Type of routing weights.
 template <class A>
 struct dispatch_handle {
@@ -48,6 +52,8 @@ struct dispatch_handle {
   std::int32_t* gather = nullptr;          ///< `[received pairs]`: received row that each expert row reads.
   A* pair_weights = nullptr;               ///< `[received pairs]`: routing weight of each expert row.
 
+  std::uint32_t* destinations = nullptr;  ///< Device memory, several ranks: `[T]`, bit r: rank r owns an expert of t.
+
   int num_local_experts = 0;  ///< Slots of this rank.
 
   /// Takes the arrays from `builder`, sized by `bounds`.
@@ -64,6 +70,20 @@ struct dispatch_handle {
     handle.row_pair_offsets = builder.take<std::int32_t>("row pair offsets", bounds.max_received_rows() + 1);
     handle.expert_row_of = builder.take<std::int32_t>("expert row of pairs", bounds.max_pairs);
     handle.expert_offsets = builder.take<std::int32_t>("expert offsets", bounds.num_local_experts + 1);
+    handle.gather = builder.take<std::int32_t>("gather list", bounds.max_pairs);
+    handle.pair_weights = builder.take<A>("pair weights", bounds.max_pairs);
+    handle.num_local_experts = bounds.num_local_experts;
+    return handle;
+  }
+
+  /// Takes the arrays that device memory needs: as many bytes on every rank.
+  /// @param builder Counting or carving. @param bounds Of the dispatch. @param travels Whether rows go to other ranks.
+  static dispatch_handle layout_device(memory_builder& builder, const dispatch_bounds& bounds, bool travels) {
+    dispatch_handle handle;
+    handle.total = builder.take<totals>("dispatch totals", 1);
+    handle.destinations = builder.take<std::uint32_t>("destinations", travels ? bounds.max_tokens : 0);
+    handle.expert_row_of = builder.take<std::int32_t>("expert row of pairs", bounds.addressed_rows() * bounds.top_k);
+    handle.expert_offsets = builder.take<std::int32_t>("expert offsets", bounds.num_experts + 1);
     handle.gather = builder.take<std::int32_t>("gather list", bounds.max_pairs);
     handle.pair_weights = builder.take<A>("pair weights", bounds.max_pairs);
     handle.num_local_experts = bounds.num_local_experts;

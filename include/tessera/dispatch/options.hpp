@@ -93,6 +93,9 @@ struct dispatch_bounds {
   std::int64_t max_received_rows() const {
     return num_ranks == 1 ? max_tokens : std::min(max_tokens * num_ranks, max_pairs);
   }
+  /// Rows of an array in device memory that rows of all ranks arrive in: token t of rank s has row
+  /// `s * max_tokens + t`.
+  std::int64_t addressed_rows() const { return max_tokens * num_ranks; }
 };
 
 TESSERA_NAMESPACE_END

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include <tessera/gemm/automatic.hpp>
+#include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -41,33 +42,6 @@ void compute_logits(const Layer& layer, const typename Layer::inputs& in, const 
                            matrix_view<A>{logits, in.x.rows, s.num_experts}, write::overwrite);
 }
 
-template <class Layer>
-void check_tokens(const Layer& layer, const typename Layer::inputs& in) {
-  const shape& s = layer.dims();
-  TESSERA_EXPECTS(in.x.rows <= s.max_tokens, "x has " << in.x.rows << " tokens, the layer was made for max_tokens = "
-                                                      << s.max_tokens << " at most");
-  expect_matrix(in.x, -1, s.hidden, "x");
-}
-
-template <class Layer>
-void check_weights(const Layer& layer, const typename Layer::weights& params) {
-  const shape& s = layer.dims();
-  expect_matrix(params.gate, s.num_experts, s.hidden, "the gate's weight");
-  TESSERA_EXPECTS((params.gate_bias != nullptr) == s.gate_bias,
-                  "gate_bias is " << (params.gate_bias == nullptr ? "null" : "given")
-                                  << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
-}
-
-// A rank without a chunk contributes nothing to replicated parameters, so it needs no room for them.
-template <class Gradients>
-void check_gate_gradients(const shape& s, const Gradients& grads, std::int64_t chunks) {
-  TESSERA_EXPECTS(grads.gate != nullptr || chunks == 0, "the gradient of the gate has no data");
-  TESSERA_EXPECTS((grads.gate_bias != nullptr) == s.gate_bias || chunks == 0,
-                  "the gradient of gate_bias is "
-                      << (grads.gate_bias == nullptr ? "null" : "given")
-                      << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
-}
-
 // Step of the bias as the router's options have it; 0 without a bias.
 template <class Layer>
 float default_bias_rate(const Layer& layer) {
@@ -90,10 +64,7 @@ void layer_forward(host_stream stream, const Layer& layer, pass mode, const type
   const auto& state = layer.state();
   auto& comm = layer.comm();
   const std::int64_t num_tokens = in.x.rows;
-  check_tokens(layer, in);
-  check_weights(layer, params);
-  expect_matrix(y, num_tokens, s.hidden, "y");
-  expect_disjoint(in.x, "x", y, "y");
+  check_forward(layer, in, params, y);
 
   const layer_plan<Layer> plan(s, layer.placement(), comm.rank(), layer.get_options());
   memory_builder scratch_builder(workspace, "workspace");
@@ -163,12 +134,7 @@ void layer_backward_input(host_stream stream, const Layer& layer, const typename
   const shape& s = layer.dims();
   auto& comm = layer.comm();
   const std::int64_t num_tokens = in.x.rows;
-  check_tokens(layer, in);
-  check_weights(layer, params);
-  expect_matrix(dy, num_tokens, s.hidden, "dy");
-  expect_matrix(dx, num_tokens, s.hidden, "dx");
-  expect_disjoint(in.x, "x", dx, "dx");
-  expect_disjoint(dy, "dy", dx, "dx");
+  check_backward_input(layer, in, dy, params, dx);
 
   const layer_plan<Layer> plan(s, layer.placement(), comm.rank(), layer.get_options());
   memory_builder saved_builder(saved_bytes, "saved memory");
@@ -233,8 +199,7 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
   using S = typename Layer::storage;
   const shape& s = layer.dims();
   const std::int64_t num_tokens = in.x.rows;
-  check_tokens(layer, in);
-  expect_matrix(dy, num_tokens, s.hidden, "dy");
+  check_backward_weights(layer, in, dy, grads);
   const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   memory_builder saved_builder(saved_bytes, "saved memory");
   memory_builder deferred_builder(deferred_bytes, "deferred memory");
@@ -246,7 +211,6 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
       plan.alone() ? dy : matrix_view<const S>{deferred.dy_received, saved.handle.total->received_rows, s.hidden};
 
   const expert_rows chunks = chunked_rows(deferred.chunk_offsets, num_tokens, plan.chunk_tokens);
-  check_gate_gradients(s, grads, chunks.num_local_experts);
   plan.experts.backward_weights(stream, saved.handle.rows(), x_rows, dy_rows,
                                 {saved.handle.pair_weights, plan.weights_on}, saved.experts, deferred.experts,
                                 grads.experts, mode, deferred.experts_scratch);

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 
+#include <tessera/comm/self.hpp>
 #include <tessera/core/chunks.hpp>
 #include <tessera/core/memory.hpp>
 #include <tessera/dispatch/dispatch.hpp>
+#include <tessera/dispatch/symmetric.hpp>
 #include <tessera/experts/experts.hpp>
 #include <tessera/moe/detail/gate_splits.hpp>
 #include <tessera/moe/shape.hpp>
@@ -38,6 +40,11 @@ struct layer_plan {
 
   bool has_shared() const { return sizes.num_shared_experts > 0; }
   bool alone() const { return bounds.num_ranks == 1; }
+  // Rows that have room for what arrives from all ranks: packed in host memory, by token in device memory.
+  std::int64_t received_rows() const {
+    if (on_device) return travels ? bounds.addressed_rows() : 0;
+    return alone() ? 0 : bounds.max_received_rows();
+  }
   gate_splits gate_gradient_splits() const {
     return gate_splits::make(sizes.max_tokens, chunk_tokens, sizes.num_experts, sizes.hidden);
   }
@@ -51,6 +58,10 @@ struct layer_plan {
   std::int64_t max_chunks;
 
   static constexpr bool on_device = std::is_same_v<typename Layer::space, space::device>;
+  static constexpr bool on_host = !on_device;
+  // Whether rows leave the device's memory; a communicator of GPUs sends them even if it has one.
+  static constexpr bool travels =
+      on_device && !std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>;
   static constexpr weight_on weights_on = Layer::router_type::weights_on_input ? weight_on::input : weight_on::output;
 };
 
@@ -68,14 +79,16 @@ struct layer_saved {
   typename Layer::experts_type::saved_view experts;
   typename Layer::shared_type::saved_view shared;
 
+  // What other ranks write comes first, here and below: its place may not depend on what differs between ranks.
   layer_saved(memory_builder& b, const layer_plan<Layer>& plan) {
     const shape& s = plan.sizes;
+    received = b.take<S>("received rows", plan.received_rows() * s.hidden);
     logits = b.take<A>("logits", s.max_tokens * s.num_experts);
     expert_ids = b.take<std::int32_t>("expert ids", s.max_tokens * s.top_k);
     weights = b.take<A>("routing weights", s.max_tokens * s.top_k);
     counts = b.take<std::int64_t>("global counts", balance_counts::size(s.num_experts));
-    handle = dispatch_handle<A>::layout(b, plan.bounds);
-    received = b.take<S>("received rows", plan.alone() ? 0 : plan.bounds.max_received_rows() * s.hidden);
+    handle = plan.on_device ? dispatch_handle<A>::layout_device(b, plan.bounds, plan.travels)
+                            : dispatch_handle<A>::layout(b, plan.bounds);
     experts = plan.experts.carve_saved(b, plan.bounds.max_pairs);
     if (plan.has_shared()) shared = plan.shared.carve_saved(b, s.max_tokens);
   }
@@ -90,31 +103,37 @@ struct layer_forward_scratch {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  std::int64_t* counts;  // [E + 2] of this rank
-  routing_exchange_workspace<A> plan;
-  std::uint8_t* block_counts;  // of the router's kernels; null on the host
-  S* gate_parts;               // [3, E, d]; null on the host
+  routing_tables<A> tables;            // on a device; null at one rank, as is the next
+  S* returned = nullptr;               // [received rows, d] on a device
+  std::int64_t* counts;                // [E + 2] of this rank
+  routing_exchange_workspace<A> plan;  // on the host, as are the next packed rows and sums
+  std::uint8_t* block_counts;          // of the router's kernels; null on the host
+  S* gate_parts;                       // [3, E, d]; null on the host
   dispatch_workspace<S> rows;
   S* pairs;  // [max pairs, d] outputs of experts
   typename Layer::experts_type::forward_scratch experts;
   combine_workspace<S, A> sums;
-  A* routed;                    // [T, d]; null without shared experts
+  A* routed;                    // [T, d]; null without shared experts and on a device
   S* shared_out;                // [T, d]; null without shared experts
   std::int32_t* token_offsets;  // [2]
   typename Layer::shared_type::forward_scratch shared;
 
   layer_forward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
+    if (p.travels) {
+      tables = routing_tables<A>::layout(b, p.bounds);
+      returned = b.take<S>("returned rows", p.received_rows() * s.hidden);
+    }
     counts = b.take<std::int64_t>("local counts", balance_counts::size(s.num_experts));
-    plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
+    if (p.on_host) plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
     block_counts =
         b.take<std::uint8_t>("counts of blocks", p.on_device ? router_workspace::block_count_bytes(s.num_experts) : 0);
     gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
-    rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
+    if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     pairs = b.take<S>("expert outputs", p.bounds.max_pairs * s.hidden);
     experts = p.experts.carve_forward(b, p.bounds.max_pairs, p.weights_on);
-    sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
-    routed = b.take<A>("routed sums", p.has_shared() ? s.max_tokens * s.hidden : 0);
+    if (p.on_host) sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
+    routed = b.take<A>("routed sums", p.on_host && p.has_shared() ? s.max_tokens * s.hidden : 0);
     shared_out = b.take<S>("shared outputs", p.has_shared() ? s.max_tokens * s.hidden : 0);
     token_offsets = b.take<std::int32_t>("token offsets", 2);
     if (p.has_shared()) shared = p.shared.carve_forward(b, s.max_tokens, weight_on::output);
@@ -139,12 +158,12 @@ struct layer_deferred {
 
   layer_deferred(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
+    dy_received = b.take<S>("received gradients", p.received_rows() * s.hidden);
     dlogits = b.take<A>("logit gradients", s.max_tokens * s.num_experts);
     const std::int64_t splits = p.on_device ? p.max_chunks * p.gate_gradient_splits().per_chunk : 0;
     dlogit_parts = b.take<S>("parts of logit gradients", p.on_device ? s.max_tokens * 3 * s.num_experts : 0);
     gate_split_offsets = b.take<std::int32_t>("gate split offsets", splits == 0 ? 0 : splits + 1);
     gate_partial = b.take<A>("gate gradients of splits", splits * 2 * s.num_experts * s.hidden);
-    dy_received = b.take<S>("received gradients", p.alone() ? 0 : p.bounds.max_received_rows() * s.hidden);
     chunk_offsets = b.take<std::int32_t>("chunk offsets", p.max_chunks + 1);
     experts = p.experts.carve_deferred(b, p.bounds.max_pairs);
     experts_scratch = p.experts.carve_backward_weights(b, p.bounds.max_pairs, p.weights_on);
@@ -169,11 +188,12 @@ struct layer_backward_scratch {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  dispatch_workspace<S> rows;
-  S* dpairs;         // [max pairs, d]
-  A* dpair_weights;  // [max pairs]
+  S* returned;                 // [received rows, d] on a device; null at one rank
+  A* dweights;                 // [T, K]
+  dispatch_workspace<S> rows;  // on the host, as are the next packed values and sums
+  S* dpairs;                   // [max pairs, d]
+  A* dpair_weights;            // [max pairs]
   pair_values_workspace<A> values;
-  A* dweights;  // [T, K]
   typename Layer::experts_type::backward_input_scratch experts;
   combine_workspace<S, A> sums;
   A* routed;                    // [T, d]; null on a device, as is the next
@@ -185,13 +205,14 @@ struct layer_backward_scratch {
 
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
+    returned = b.take<S>("returned rows", p.travels ? p.received_rows() * s.hidden : 0);
+    dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
+    if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);
     dpair_weights = b.take<A>("weight gradients of expert rows", p.bounds.max_pairs);
-    values = pair_values_workspace<A>::layout(b, p.bounds);
-    dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
+    if (p.on_host) values = pair_values_workspace<A>::layout(b, p.bounds);
     experts = carve_backward_input<typename Layer::space>(p.experts, b, p.bounds.max_pairs, p.weights_on);
-    sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
+    if (p.on_host) sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
     routed = b.take<A>("routed gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate = b.take<A>("gate's input gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);

@@ -25,7 +25,7 @@ template <class Layout>
 struct layout_slot {
   Layout layout;
   __device__ int operator()(int expert) const {
-    return expert < layout.num_experts() ? static_cast<int>(layout.owner(expert, 0).slot) : -1;
+    return expert >= 0 && expert < layout.num_experts() ? static_cast<int>(layout.owner(expert, 0).slot) : -1;
   }
 };
 
@@ -38,23 +38,29 @@ struct sort_task {
 
 inline constexpr std::size_t sort_scratch_bytes = 16 * list_threads;
 
+// Notes the pairs of this block's tokens. All threads call, after `shared` has been cleared.
+template <class A, class SlotOf>
+__device__ __forceinline__ void mark_pairs(const list_plan& plan, const list_task<A, SlotOf>& lists,
+                                           const list_shared& shared) {
+  const int top_k = static_cast<int>(lists.ids.cols);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * plan.tokens_per_block;
+  __syncthreads();
+  for (int pair = static_cast<int>(threadIdx.x); pair < plan.tokens_per_block * top_k; pair += list_threads) {
+    const int t = pair / top_k;
+    if (first + t >= lists.ids.rows) break;
+    const int slot = lists.slot_of(lists.ids.row(first + t)[pair - t * top_k]);
+    if (slot >= 0) shared.mark(plan, t, slot);
+  }
+}
+
 template <class A, class Layout>
 __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid_constant__ sort_task<A, Layout> task) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const list_shared shared(shared_bytes, sort_scratch_bytes, task.plan);
   const auto& lists = task.lists;
-  const int top_k = static_cast<int>(lists.ids.cols);
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * task.plan.tokens_per_block;
   const std::uint32_t phase = gridDim.x > 1 && threadIdx.x == 0 ? barrier_phase(lists.workspace.barrier) : 0u;
   shared.clear<list_threads>(task.plan);
-  __syncthreads();
-  for (int pair = static_cast<int>(threadIdx.x); pair < task.plan.tokens_per_block * top_k; pair += list_threads) {
-    const int t = pair / top_k;
-    if (first + t >= lists.ids.rows) break;
-    const int id = lists.ids.row(first + t)[pair - t * top_k];
-    const int slot = id < 0 ? -1 : lists.slot_of(id);
-    if (slot >= 0) shared.mark(task.plan, t, slot);
-  }
+  mark_pairs(task.plan, lists, shared);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     task.total->num_tokens = lists.ids.rows;
     task.total->received_rows = lists.ids.rows;

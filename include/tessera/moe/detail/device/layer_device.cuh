@@ -12,7 +12,9 @@
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/experts/expert_mlp.cuh>
 #include <tessera/moe/detail/device/gate_product.cuh>
+#include <tessera/moe/detail/device/layer_exchange.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
+#include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/moe/detail/layer_host.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/router/router.cuh>
@@ -20,15 +22,6 @@
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
-
-template <class Layer>
-constexpr bool layer_is_alone = std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>;
-
-// What the kernels of a device call need beside the host half's layout of memory.
-template <class Layer>
-router_lists<typename Layer::accumulate> lists_of(const layer_saved<Layer>& saved) {
-  return {saved.handle.expert_offsets, saved.handle.gather, saved.handle.expert_row_of, saved.handle.pair_weights};
-}
 
 // Kernels want an address even for no rows, which an empty batch need not have.
 template <class S>
@@ -54,18 +47,14 @@ template <class Layer>
 void layer_forward(device_stream stream, const Layer& layer, pass mode, const typename Layer::inputs& in,
                    const typename Layer::weights& params, matrix_view<typename Layer::storage> y,
                    saved_memory saved_bytes, workspace_memory workspace) {
-  static_assert(layer_is_alone<Layer>, "moe_layer: the device half works on one GPU: use comm::self<space::device>");
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
   const shape& s = layer.dims();
   const auto& state = layer.state();
   const std::int64_t num_tokens = in.x.rows;
-  check_tokens(layer, in);
-  check_weights(layer, params);
-  expect_matrix(y, num_tokens, s.hidden, "y");
-  expect_disjoint(in.x, "x", y, "y");
+  check_forward(layer, in, params, y);
 
-  const layer_plan<Layer> plan(s, layer.placement(), 0, layer.get_options());
+  const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   memory_builder scratch_builder(workspace, "workspace");
   memory_builder saved_builder(saved_bytes, "saved memory");
   const layer_saved<Layer> saved(mode == pass::eval ? scratch_builder : saved_builder, plan);
@@ -79,37 +68,32 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
   const auto routing_inputs = router_view(saved, layer, in);
   const routing<A> chosen = saved.chosen(num_tokens, s);
   const bool counting = mode != pass::eval;
-  const balance_counts counts = counting ? balance_counts(saved.counts, s.num_experts) : balance_counts{};
-  const router_workspace sort_scratch{state.barrier, scratch.block_counts};
-  set_totals(stream, saved.handle.total, num_tokens);
-  if (plan.dispatch.capacity_factor > 0) {
-    layer.get_router().route(stream, routing_inputs, chosen, counts);
-    exchange_routing(stream, layer.comm(), layer.placement(), plan.bounds, plan.dispatch, chosen, saved.handle,
-                     sort_scratch);
-  } else {
-    route_sorted(stream, layer.get_router(), routing_inputs, chosen, counts, lists_of(saved), sort_scratch,
-                 state.status);
-  }
+  const layer_exchange<Layer> exchange(stream, layer, plan);
+  const std::int64_t* own_counts = exchange.route(routing_inputs, chosen, counting, saved, scratch);
+  exchange.send_rows(saved, x, saved.received);
 
   if (plan.has_shared())
     plan.shared.forward(stream, one_group<Layer>(stream, scratch.token_offsets, num_tokens), x, {}, params.shared,
                         saved.shared, {scratch.shared_out, s.max_tokens, s.hidden}, scratch.shared);
+  await_lists(stream, layer);
+  const matrix_view<const S> rows = exchange.await_rows(x, saved.received);
   const matrix_view<S> pairs{scratch.pairs, plan.bounds.max_pairs, s.hidden};
-  plan.experts.forward(stream, saved.handle.rows(), x, {saved.handle.pair_weights, plan.weights_on}, params.experts,
+  plan.experts.forward(stream, saved.handle.rows(), rows, {saved.handle.pair_weights, plan.weights_on}, params.experts,
                        saved.experts, pairs, scratch.experts);
 
-  matrix_view<const A> weights = chosen.weights;
-  if (plan.weights_on == weight_on::input) weights.data = nullptr;
-  combine_addends<S, A> addends{};
-  if (plan.has_shared()) addends.rows = {scratch.shared_out, num_tokens, s.hidden};
-  combine_rows(stream, matrix_view<const S>(pairs), saved.handle.expert_row_of, weights, addends, y);
+  matrix_view<const S> plus{};
+  if (plan.has_shared()) plus = {scratch.shared_out, num_tokens, s.hidden};
+  exchange.combine(saved, matrix_view<const A>(chosen.weights), plan.weights_on == weight_on::output,
+                   matrix_view<const S>(pairs), scratch.returned, plus, y);
 
   if (!counting) return;
-  if constexpr (Layer::num_losses > 0)
+  if constexpr (Layer::num_losses > 0) {
+    exchange.sum_counts(saved, scratch);
     layer.get_router().losses(
         stream, routing_inputs, const_balance_counts(saved.counts, s.num_experts), state.coefficients,
         plan.chunk_tokens, matrix_view<A>{state.losses, num_chunks(num_tokens, plan.chunk_tokens), Layer::num_losses});
-  if (mode == pass::train) count_step(stream, state, saved.counts, saved.handle.total, saved.handle.expert_offsets);
+  }
+  if (mode == pass::train) count_step(stream, state, own_counts, saved.handle);
 }
 
 template <class Layer>
@@ -121,14 +105,9 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   using S = typename Layer::storage;
   const shape& s = layer.dims();
   const std::int64_t num_tokens = in.x.rows;
-  check_tokens(layer, in);
-  check_weights(layer, params);
-  expect_matrix(dy, num_tokens, s.hidden, "dy");
-  expect_matrix(dx, num_tokens, s.hidden, "dx");
-  expect_disjoint(in.x, "x", dx, "dx");
-  expect_disjoint(dy, "dy", dx, "dx");
+  check_backward_input(layer, in, dy, params, dx);
 
-  const layer_plan<Layer> plan(s, layer.placement(), 0, layer.get_options());
+  const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   memory_builder saved_builder(saved_bytes, "saved memory");
   memory_builder deferred_builder(deferred_bytes, "deferred memory");
   memory_builder scratch_builder(workspace, "workspace");
@@ -139,17 +118,20 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   const matrix_view<const S> x = with_address(in.x, saved.logits);
   const matrix_view<const S> dy_rows = with_address(dy, saved.logits);
 
+  const layer_exchange<Layer> exchange(stream, layer, plan);
+  exchange.send_rows(saved, dy_rows, deferred.dy_received);
   if (plan.has_shared())
     plan.shared.backward_input(stream, one_group<Layer>(stream, scratch.token_offsets, num_tokens), x, dy_rows, {},
                                params.shared, saved.shared, deferred.shared,
                                {scratch.shared_dx, s.max_tokens, s.hidden}, nullptr, scratch.shared);
   const matrix_view<S> dpairs{scratch.dpairs, plan.bounds.max_pairs, s.hidden};
-  plan.experts.backward_input(stream, saved.handle.rows(), x, dy_rows, {saved.handle.pair_weights, plan.weights_on},
-                              params.experts, saved.experts, deferred.experts, dpairs, scratch.dpair_weights,
-                              scratch.experts);
+  const matrix_view<const S> arrived_dy = exchange.await_rows(dy_rows, deferred.dy_received);
+  plan.experts.backward_input(stream, saved.handle.rows(), exchange.arrived(x, saved.received), arrived_dy,
+                              {saved.handle.pair_weights, plan.weights_on}, params.experts, saved.experts,
+                              deferred.experts, dpairs, scratch.dpair_weights, scratch.experts);
 
   const matrix_view<A> dweights{scratch.dweights, num_tokens, s.top_k};
-  return_pair_values(stream, layer.comm(), saved.handle, scratch.dpair_weights, dweights, scratch.values);
+  exchange.values_home(saved, scratch.dpair_weights, dweights);
   const matrix_view<A> dlogits{deferred.dlogits, num_tokens, s.num_experts};
   route_backward(stream, layer.get_router(), router_view(saved, layer, in), saved.chosen(num_tokens, s),
                  matrix_view<const A>(dweights), const_balance_counts(saved.counts, s.num_experts),
@@ -160,10 +142,8 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   gate_backward_input(stream, x, matrix_view<const A>(dlogits), matrix_view<const A>(params.gate), replicated,
                       plan.has_shared() ? write::accumulate : write::overwrite, scratch.gate_parts,
                       deferred.dlogit_parts, scratch.token_offsets);
-  combine_addends<S, A> addends{};
-  addends.rows = replicated;
-  const matrix_view<const A> unweighted{nullptr, num_tokens, s.top_k};
-  combine_rows(stream, matrix_view<const S>(dpairs), saved.handle.expert_row_of, unweighted, addends, dx);
+  exchange.combine(saved, matrix_view<const A>{nullptr, num_tokens, s.top_k}, false, matrix_view<const S>(dpairs),
+                   scratch.returned, matrix_view<const S>(replicated), dx);
 }
 
 template <class Layer>
@@ -174,12 +154,10 @@ void layer_backward_weights(device_stream stream, const Layer& layer, const type
   using S = typename Layer::storage;
   const shape& s = layer.dims();
   const std::int64_t num_tokens = in.x.rows;
-  check_tokens(layer, in);
-  expect_matrix(dy, num_tokens, s.hidden, "dy");
+  check_backward_weights(layer, in, dy, grads);
 
-  const layer_plan<Layer> plan(s, layer.placement(), 0, layer.get_options());
+  const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   const std::int64_t chunks = num_chunks(num_tokens, plan.chunk_tokens);
-  check_gate_gradients(s, grads, chunks);
   memory_builder saved_builder(saved_bytes, "saved memory");
   memory_builder deferred_builder(deferred_bytes, "deferred memory");
   const layer_saved<Layer> saved(saved_builder, plan);
@@ -188,8 +166,11 @@ void layer_backward_weights(device_stream stream, const Layer& layer, const type
   const matrix_view<const S> x = with_address(in.x, saved.logits);
   const matrix_view<const S> dy_rows = with_address(dy, saved.logits);
 
-  plan.experts.backward_weights(stream, saved.handle.rows(), x, dy_rows, {saved.handle.pair_weights, plan.weights_on},
-                                saved.experts, deferred.experts, grads.experts, mode, deferred.experts_scratch);
+  const layer_exchange<Layer> exchange(stream, layer, plan);
+  plan.experts.backward_weights(stream, saved.handle.rows(), exchange.arrived(x, saved.received),
+                                exchange.arrived(dy_rows, deferred.dy_received),
+                                {saved.handle.pair_weights, plan.weights_on}, saved.experts, deferred.experts,
+                                grads.experts, mode, deferred.experts_scratch);
   fill_chunk_offsets(stream, deferred.chunk_offsets, num_tokens, plan.chunk_tokens);
   const expert_rows groups{static_cast<std::int32_t>(chunks), deferred.chunk_offsets, nullptr};
   if (plan.has_shared())

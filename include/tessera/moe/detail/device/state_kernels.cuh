@@ -51,21 +51,21 @@ void set_totals(device_stream stream, Totals* total, std::int64_t num_tokens) {
 }
 
 // One training pass: the load of its tokens, its drops and its size.
-template <class A, class Totals>
-__global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, const Totals* total,
-                                  const std::int32_t* expert_offsets) {
+template <class A>
+__global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, dispatch_handle<A> handle) {
   for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x))
     state.load[e] += counts[e];
   if (threadIdx.x != 0) return;
-  *state.dropped_by_capacity += total->capacity_drops;
-  const std::int64_t pairs = expert_offsets[state.num_experts];
+  *state.dropped_by_capacity += handle.total->capacity_drops;
+  *state.dropped_by_bound += handle.total->overflow_drops;
+  const std::int64_t pairs = handle.expert_offsets[handle.num_local_experts];
   if (pairs > *state.most_received_pairs) *state.most_received_pairs = pairs;
 }
 
-template <class A, class Totals>
-void count_step(device_stream stream, const layer_state<A>& state, const std::int64_t* counts, const Totals* total,
-                const std::int32_t* expert_offsets) {
-  count_step_kernel<<<1, state_threads, 0, stream.get()>>>(state, counts, total, expert_offsets);
+template <class A>
+void count_step(device_stream stream, const layer_state<A>& state, const std::int64_t* counts,
+                const dispatch_handle<A>& handle) {
+  count_step_kernel<<<1, state_threads, 0, stream.get()>>>(state, counts, handle);
   expect_state_launch("count_step_kernel");
 }
 

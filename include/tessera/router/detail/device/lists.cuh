@@ -116,6 +116,8 @@ struct list_task {
   SlotOf slot_of;
 };
 
+// Ids that are negative are no pairs. Lists have -1 in their place, and -2 for ids below -1, which say more to those
+// who wrote them.
 struct same_slot {
   __device__ int operator()(int expert) const { return expert; }
 };
@@ -217,12 +219,12 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
     const int t = pair / top_k;
     const int k = pair - t * top_k;
     const int id = task.ids.row(first + t)[k];
-    slot = id < 0 ? -1 : task.slot_of(id);
+    slot = task.slot_of(id);
     weight = task.weights.row(first + t)[k];
     return t;
   };
   const auto write_pair = [&](int pair, int t, int slot, A weight, int place) {
-    int row = -1;
+    int row = slot < -1 ? -2 : -1;
     if (slot >= 0) {
       row = shared.base[slot] + place;
       if (row < shared.end[slot]) {

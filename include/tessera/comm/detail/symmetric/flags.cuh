@@ -1,0 +1,149 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <tessera/comm/symmetric_view.hpp>
+
+// Flags between GPUs. An operation of a channel has a number, its generation; numbers only grow, so a flag is never
+// cleared and a late one of an earlier operation does no harm. An operation goes so:
+//
+//   announce    every rank tells every rank that its stream has come here: what peers write from now on may be
+//               overwritten, because everything that read it was enqueued before
+//   await       a sender waits for the announcement of a peer before it writes there
+//   leave       when all of its writes are there, a rank says so to each peer
+//   await       a reader waits for that
+//
+// Waits end after the timeout; the first failure is written down and turns what follows on this rank into no-ops.
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+using comm::symmetric_step;
+using comm::symmetric_view;
+
+/// Where a peer has what stands at `own` here.
+template <class T>
+__device__ __forceinline__ T* at_peer(const symmetric_view& view, T* own, int peer) {
+  const std::ptrdiff_t offset = reinterpret_cast<const std::byte*>(own) - view.peer[view.rank];
+  return reinterpret_cast<T*>(view.peer[peer] + offset);
+}
+
+/// Everything that this thread wrote, or knows to have been written, is seen by who sees the flag.
+__device__ __forceinline__ void post(std::uint32_t* flag, std::uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ std::uint32_t peek(const std::uint32_t* flag) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+/// Whether a flag stands at `generation` or later. Numbers wrap around.
+__device__ __forceinline__ bool reached(std::uint32_t value, std::uint32_t generation) {
+  return static_cast<std::int32_t>(value - generation) >= 0;
+}
+
+__device__ __forceinline__ std::uint64_t nanoseconds() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+/// Whether a kernel of this rank has seen a failure.
+__device__ __forceinline__ bool failed(const symmetric_view& view) {
+  return *static_cast<volatile std::uint32_t*>(&view.failure->state) != 0;
+}
+
+/// Writes the first failure down, here and where the host sees it.
+__device__ __forceinline__ void record(const symmetric_view& view, int peer, symmetric_step step,
+                                       std::uint32_t generation) {
+  if (atomicCAS(&view.failure->state, 0u, 1u) != 0u) return;
+  for (comm::symmetric_failure* copy : {view.failure, view.host_failure}) {
+    if (copy == nullptr) continue;
+    copy->rank = view.rank;
+    copy->peer = peer;
+    copy->channel = view.channel;
+    copy->step = step;
+    copy->generation = generation;
+    post(&copy->state, 2);
+  }
+}
+
+/// Waits until a flag of this rank's has come to `generation`. @param peer Who posts it. @return false after the
+/// timeout, which is a failure, or when another thread has seen one.
+__device__ __forceinline__ bool await(const symmetric_view& view, const std::uint32_t* flag, std::uint32_t generation,
+                                      int peer, symmetric_step step) {
+  constexpr int polls_between_looks = 64;
+  std::uint64_t deadline = 0;
+  for (int poll = 1;; ++poll) {
+    if (reached(peek(flag), generation)) return true;
+    if (poll % polls_between_looks != 0) continue;
+    if (failed(view)) return false;
+    const std::uint64_t now = nanoseconds();
+    if (deadline == 0) deadline = now + view.timeout_ns;
+    if (now < deadline) continue;
+    record(view, peer, step, generation);
+    return false;
+  }
+}
+
+/// The last operation of this channel that has finished here, for kernels that follow it; and the one that a kernel is
+/// about to do, the same for all of its blocks, because only the last of them ends it.
+__device__ __forceinline__ std::uint32_t current_generation(const symmetric_view& view) {
+  return *static_cast<volatile std::uint32_t*>(view.generation);
+}
+__device__ __forceinline__ std::uint32_t next_generation(const symmetric_view& view) {
+  return current_generation(view) + 1;
+}
+
+/// Tells every rank, itself too, that this rank's stream has come here. One warp of the grid calls.
+__device__ __forceinline__ void announce(const symmetric_view& view, std::uint32_t generation) {
+  const int r = static_cast<int>(threadIdx.x) % 32;
+  if (r < view.size) post(at_peer(view, view.entered + view.rank, r), generation);
+}
+
+/// True in all threads of the block when every peer has come to this operation. At least `size` threads.
+__device__ __forceinline__ bool all_entered(const symmetric_view& view, std::uint32_t generation) {
+  bool come = true;
+  const int r = static_cast<int>(threadIdx.x);
+  if (r < view.size && r != view.rank) come = await(view, view.entered + r, generation, r, symmetric_step::entry);
+  return __syncthreads_and(come) != 0;
+}
+
+/// Counts the blocks that are done; one thread of each calls, behind a barrier of its block. What all blocks wrote is
+/// known to the last. @return true in the last one, where the count is 0 again.
+__device__ __forceinline__ bool last_block(const symmetric_view& view) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(view.tickets) : "memory");
+  if (before + 1 != gridDim.x) return false;
+  *view.tickets = 0;
+  return true;
+}
+
+/// Ends the operation on this rank. One thread of the last block calls.
+__device__ __forceinline__ void finish(const symmetric_view& view, std::uint32_t generation) {
+  *view.generation = generation;
+}
+
+/// Tells every rank, from the last block, that what all blocks wrote is there, and ends the operation. All threads call
+/// when their writes are complete.
+__device__ __forceinline__ void leave(const symmetric_view& view, std::uint32_t generation) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) last = last_block(view);
+  __syncthreads();
+  if (!last) return;
+  const int r = static_cast<int>(threadIdx.x);
+  if (r < view.size) post(at_peer(view, view.arrived + view.rank, r), generation);
+  if (r == 0) finish(view, generation);
+}
+
+}  // namespace detail::symmetric
+
+TESSERA_NAMESPACE_END

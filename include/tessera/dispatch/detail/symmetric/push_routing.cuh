@@ -1,0 +1,221 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/dispatch/detail/device/sort.cuh>
+#include <tessera/dispatch/detail/symmetric/send_rows.cuh>
+#include <tessera/dispatch/symmetric.hpp>
+#include <tessera/layout/expert_layout.hpp>
+#include <tessera/router/detail/device/lists.cuh>
+
+// The routing of every rank, pushed to every rank before the rows, and sorted there while rows travel. The source looks
+// the owner up: a destination sees the slots of its own experts, and no_slot where a pair is another's.
+
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+inline constexpr int no_slot = -1;  // in tables and lists: another rank's pair, or none
+inline constexpr int dropped_row =
+    -2;  // in lists: a pair of this rank's beyond its bound; tables: ~slot - 1, which is less
+inline constexpr int push_threads = 512;
+
+template <class A, class Layout>
+struct push_task {
+  comm::symmetric_view view;
+  Layout layout;
+  matrix_view<const std::int32_t> ids;  // [T, K]
+  matrix_view<const A> weights;         // [T, K]
+  const std::int32_t* kept;             // [T, K] negative: dropped by the capacity; null: nothing is
+  std::int64_t max_tokens;
+  routing_tables<A> tables;
+  std::uint32_t* destinations;  // [T] bit r: rank r owns an expert of the token
+};
+
+template <class A, class Layout>
+__device__ __forceinline__ slot_ref owner_of(const push_task<A, Layout>& task, std::int64_t token, int k) {
+  const std::int32_t id = task.ids.row(token)[k];
+  const bool none =
+      id < 0 || id >= task.layout.num_experts() || (task.kept != nullptr && task.kept[token * task.ids.cols + k] < 0);
+  if (none) return {-1, no_slot};
+  return task.layout.owner(id, choose_replica(task.layout, id, token));
+}
+
+template <class A, class Layout>
+__launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_constant__ push_task<A, Layout> task) {
+  const comm::symmetric_view& view = task.view;
+  if (failed(view)) return;
+  __shared__ int counts[comm::max_symmetric_ranks];
+  const int tid = static_cast<int>(threadIdx.x);
+  const std::uint32_t generation = next_generation(view);
+  if (blockIdx.x == 0 && tid < warp_size) announce(view, generation);
+  if (tid < comm::max_symmetric_ranks) counts[tid] = 0;
+  __syncthreads();
+
+  const int top_k = static_cast<int>(task.ids.cols);
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * push_threads + tid;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * push_threads;
+  for (std::int64_t token = index; token < task.ids.rows; token += threads) {
+    std::uint32_t mask = 0;
+    for (int k = 0; k < top_k; ++k) {
+      const auto owner = owner_of(task, token, k);
+      if (owner.rank < 0) continue;
+      mask |= 1u << owner.rank;
+      atomicAdd(counts + owner.rank, 1);
+    }
+    task.destinations[token] = mask;
+  }
+  __syncthreads();
+  if (tid < view.size) task.tables.block_counts[blockIdx.x * comm::max_symmetric_ranks + tid] = counts[tid];
+  if (!all_entered(view, generation)) return;
+
+  // Tokens that this rank does not have are written too: the destination need not know how many there are.
+  const std::int64_t pairs = task.max_tokens * top_k;
+  std::int32_t* const own_slots = task.tables.slots + view.rank * pairs;
+  A* const own_weights = task.tables.weights + view.rank * pairs;
+  for (std::int64_t pair = index; pair < pairs; pair += threads) {
+    const std::int64_t token = pair / top_k;
+    const int k = static_cast<int>(pair - token * top_k);
+    slot_ref owner{-1, no_slot};
+    A weight = A(0);
+    if (token < task.ids.rows) {
+      owner = owner_of(task, token, k);
+      weight = task.weights.row(token)[k];
+    }
+    for (int r = 0; r < view.size; ++r) {
+      *at_peer(view, own_slots + pair, r) = owner.rank == r ? static_cast<std::int32_t>(owner.slot) : no_slot;
+      *at_peer(view, own_weights + pair, r) = weight;
+    }
+  }
+
+  __shared__ bool last;
+  __syncthreads();
+  if (tid == 0) last = last_block(view);
+  __syncthreads();
+  if (!last) return;
+  if (tid < view.size) {
+    std::int32_t sum = 0;
+    for (unsigned b = 0; b < gridDim.x; ++b)
+      sum += __ldcg(task.tables.block_counts + b * comm::max_symmetric_ranks + tid);
+    for (int r = 0; r < view.size; ++r) *at_peer(view, task.tables.counts + view.rank * view.size + tid, r) = sum;
+  }
+  __syncthreads();
+  if (tid < view.size) post(at_peer(view, view.arrived + view.rank, tid), generation);
+  if (tid == 0) finish(view, generation);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// At the destination
+
+template <class A>
+struct arrival_task {
+  comm::symmetric_view view;
+  list_plan plan;
+  list_task<A, same_slot> lists;  // over [R * max_tokens, K]
+  std::int32_t* slots;            // the tables' again, written where pairs are dropped
+  const std::int32_t* counts;     // [R, R] pairs from each rank to each
+  std::int64_t max_tokens;
+  std::int64_t max_pairs;  // of every rank
+  bool drops;              // beyond max_pairs; otherwise that is a failure
+  typename dispatch_handle<A>::totals* total;
+};
+
+// Pairs that rank `to` would receive.
+__device__ __forceinline__ std::int64_t pairs_to(const comm::symmetric_view& view, const std::int32_t* counts, int to) {
+  std::int64_t sum = 0;
+  for (int from = 0; from < view.size; ++from) sum += __ldcg(counts + from * view.size + to);
+  return sum;
+}
+
+// Marks the pairs of this block's tokens that are beyond the bound in the order (source, token, k). Dropped pairs stay
+// countable, because other blocks count the same tables. Rare and slow.
+template <class A>
+__device__ void drop_over_bound(const arrival_task<A>& task) {
+  __shared__ std::int64_t before;  // pairs of earlier tokens
+  const auto& view = task.view;
+  const int top_k = static_cast<int>(task.lists.ids.cols);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * task.plan.tokens_per_block * top_k;
+  const std::int64_t all = task.lists.ids.rows * top_k;
+  const std::int64_t end = first + static_cast<std::int64_t>(task.plan.tokens_per_block) * top_k;
+  const auto mine = [&](std::int64_t pair) {
+    return *static_cast<volatile const std::int32_t*>(task.slots + pair) != no_slot;
+  };
+  if (threadIdx.x == 0) before = 0;
+  __syncthreads();
+  std::int64_t count = 0;
+  for (std::int64_t pair = threadIdx.x; pair < (first < all ? first : all); pair += list_threads) count += mine(pair);
+  count = warp_sum(count);
+  if (threadIdx.x % warp_size == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&before), static_cast<unsigned long long>(count));
+  }
+  __syncthreads();
+  if (threadIdx.x < warp_size) {
+    std::int64_t admitted = before;
+    for (std::int64_t base = first; base < end && base < all; base += warp_size) {
+      const std::int64_t pair = base + threadIdx.x;
+      const bool is_mine = pair < end && pair < all && mine(pair);
+      const unsigned ballot = __ballot_sync(full_warp, is_mine);
+      const std::int64_t place = admitted + __popc(ballot & ((1u << threadIdx.x) - 1u));
+      if (is_mine && place >= task.max_pairs) task.slots[pair] = -2 - task.slots[pair];
+      admitted += __popc(ballot);
+    }
+  }
+  static_cast<void>(view);
+  __syncthreads();
+}
+
+template <class A>
+__launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __grid_constant__ arrival_task<A> task) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const comm::symmetric_view& view = task.view;
+  const int tid = static_cast<int>(threadIdx.x);
+  const list_shared shared(shared_bytes, sort_scratch_bytes, task.plan);
+  const std::uint32_t phase = gridDim.x > 1 && tid == 0 ? barrier_phase(task.lists.workspace.barrier) : 0u;
+  shared.clear<list_threads>(task.plan);
+
+  // After a failure lists are empty, and valid: what reads them does nothing.
+  bool usable = !failed(view);
+  if (tid < view.size)
+    usable = usable && await(view, view.arrived + tid, current_generation(view), tid, symmetric_step::arrival);
+  usable = __syncthreads_and(usable) != 0;
+  std::int64_t needed = 0;
+  if (usable) {
+    int over = -1;
+    for (int r = 0; r < view.size; ++r) {
+      const std::int64_t pairs = pairs_to(view, task.counts, r);
+      if (r == view.rank) needed = pairs;
+      if (over < 0 && pairs > task.max_pairs) over = r;
+    }
+    if (over >= 0 && !task.drops) {
+      if (tid == 0) {
+        record(view, over, symmetric_step::overflow, static_cast<std::uint32_t>(pairs_to(view, task.counts, over)));
+      }
+      usable = false;
+    } else if (needed > task.max_pairs) {
+      drop_over_bound(task);
+    }
+  }
+  auto lists = task.lists;
+  if (!usable) lists.ids.rows = 0;
+  mark_pairs(task.plan, lists, shared);
+  if (blockIdx.x == 0 && tid == 0) {
+    task.total->num_tokens = task.max_tokens;
+    task.total->received_rows = lists.ids.rows;
+    task.total->overflow_drops = usable && needed > task.max_pairs ? needed - task.max_pairs : 0;
+  }
+  write_lists<list_threads>(task.plan, lists, shared, phase);
+}
+
+}  // namespace detail::symmetric
+
+TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

@@ -1,0 +1,169 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/core/stream.hpp>
+#include <tessera/dispatch/detail/symmetric/bulk.cuh>
+#include <tessera/gemm/detail/hopper/ptx.cuh>
+#include <tessera/router/detail/device/warp.cuh>
+
+// Rows from home to the owners of their experts: a token's row is read once and stored to every rank that owns one of
+// its experts. Each warp has a ring of pieces in shared memory; one lane loads a piece and stores it to all of its
+// destinations, so that a few SMs fill the links. A rank says that everything has been written with one flag.
+
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+struct send_task {
+  comm::symmetric_view view;
+  const std::byte* rows;  // [num_rows] of row_bytes
+  std::int64_t row_stride;
+  std::int64_t num_rows;
+  const std::uint32_t* destinations;  // [num_rows] bit r: goes to rank r; null: goes to all
+  std::byte* received;                // [R * max_tokens] rows in the window, as this rank addresses its own
+  std::int64_t received_stride;
+  std::int64_t max_tokens;
+  int row_bytes;
+  int piece_bytes;
+  int pieces;       // of a row
+  int stage_bytes;  // room of a piece in shared memory
+};
+
+inline constexpr int send_stages = 4;  // pieces of a warp: one is being stored, the next one too, two are being read
+inline constexpr int max_send_warps = 16;
+inline constexpr int max_piece_bytes = 16 * 1024;
+inline constexpr int send_shared_bytes = 224 * 1024;
+
+// Pieces of a row, and warps of a block that have rings of them.
+struct send_plan {
+  int piece_bytes;
+  int pieces;
+  int warps;
+
+  static send_plan make(int row_bytes) {
+    send_plan plan;
+    plan.pieces = (row_bytes + max_piece_bytes - 1) / max_piece_bytes;
+    const int units = (row_bytes + bulk::alignment - 1) / bulk::alignment;
+    plan.piece_bytes = (units + plan.pieces - 1) / plan.pieces * bulk::alignment;
+    plan.warps = std::clamp(send_shared_bytes / (send_stages * plan.stage_bytes()), 1, max_send_warps);
+    return plan;
+  }
+  int stage_bytes() const { return static_cast<int>(bulk::next_line(static_cast<std::uint32_t>(piece_bytes))); }
+  int shared_bytes() const { return warps * send_stages * (stage_bytes() + 8) + bulk::line; }
+};
+
+static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
+    send_rows_kernel(const __grid_constant__ send_task task) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const comm::symmetric_view& view = task.view;
+  if (failed(view)) return;
+  const int warps = static_cast<int>(blockDim.x) / warp_size;
+  const int warp = static_cast<int>(threadIdx.x) / warp_size;
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  const std::uint32_t generation = next_generation(view);
+  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
+
+  // Rings start at lines of 128 bytes: from other addresses stores take twice the time.
+  const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
+  const std::uint32_t ring = start + static_cast<std::uint32_t>(warp * send_stages * task.stage_bytes);
+  const std::uint32_t barriers =
+      start + static_cast<std::uint32_t>(warps * send_stages * task.stage_bytes + warp * send_stages * 8);
+  if (lane == 0) {
+    for (int i = 0; i < send_stages; ++i) hopper::barrier_init(barriers + static_cast<std::uint32_t>(8 * i), 1);
+    hopper::barrier_init_fence();
+  }
+  __syncwarp();
+
+  // Items are pieces of rows; neighbouring warps of all blocks take neighbouring items.
+  const std::int64_t items = task.num_rows * task.pieces;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * warps;
+  const std::int64_t first = static_cast<std::int64_t>(warp) * gridDim.x + blockIdx.x;
+  const auto bytes_of = [&](int piece) {
+    const int left = task.row_bytes - piece * task.piece_bytes;
+    return left < task.piece_bytes ? left : task.piece_bytes;
+  };
+  const auto load = [&](std::int64_t item, int stage) {
+    const std::int64_t token = item / task.pieces;
+    const int piece = static_cast<int>(item - token * task.pieces);
+    const std::uint32_t barrier = barriers + static_cast<std::uint32_t>(8 * stage);
+    const int bytes = bytes_of(piece);
+    hopper::barrier_arrive_expect(barrier, static_cast<std::uint32_t>(bytes));
+    bulk::load(ring + static_cast<std::uint32_t>(stage * task.stage_bytes),
+               task.rows + token * task.row_stride + piece * task.piece_bytes, bytes, barrier);
+  };
+
+  constexpr int ahead = send_stages - 2;
+  if (lane == 0) {
+    for (int i = 0; i < ahead; ++i) {
+      if (first + i * step < items) load(first + i * step, i);
+    }
+  }
+  if (!all_entered(view, generation)) {
+    // what was loaded must have landed before the block's shared memory is given away
+    if (lane == 0) {
+      for (int i = 0; i < ahead; ++i) {
+        if (first + i * step < items) hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * i), 0);
+      }
+    }
+    return;
+  }
+
+  std::uint32_t masks = 0;  // of the next 32 items, one in each lane
+  int round = 0;
+  for (std::int64_t item = first; item < items; item += step, ++round) {
+    if (round % warp_size == 0) {
+      const std::int64_t mine = item + lane * step;
+      masks = 0;
+      if (mine < items) {
+        masks = task.destinations == nullptr ? (1u << view.size) - 1u : __ldg(task.destinations + mine / task.pieces);
+      }
+    }
+    const std::uint32_t mask = __shfl_sync(full_warp, masks, round % warp_size);
+    if (lane == 0) {
+      const int stage = round % send_stages;
+      const std::int64_t next = item + ahead * step;
+      if (next < items) {
+        bulk::wait_read<1>();  // the piece before last has left its place
+        load(next, (round + ahead) % send_stages);
+      }
+      hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * stage),
+                           static_cast<std::uint32_t>(round / send_stages) & 1u);
+      const std::int64_t token = item / task.pieces;
+      const int piece = static_cast<int>(item - token * task.pieces);
+      std::byte* const own = task.received + (view.rank * task.max_tokens + token) * task.received_stride +
+                             static_cast<std::int64_t>(piece) * task.piece_bytes;
+      // every rank and token starts with another destination, so that no link is asked by all at once
+      int r = static_cast<int>((token + view.rank) % view.size);
+      for (int i = 0; i < view.size; ++i) {
+        if (((mask >> r) & 1u) != 0) {
+          bulk::store(at_peer(view, own, r), ring + static_cast<std::uint32_t>(stage * task.stage_bytes),
+                      bytes_of(piece));
+        }
+        r = r + 1 == view.size ? 0 : r + 1;
+      }
+      bulk::commit();
+    }
+  }
+  if (lane == 0) bulk::wait_written<0>();
+  leave(view, generation);
+#else
+  static_cast<void>(task);
+#endif
+}
+
+}  // namespace detail::symmetric
+
+TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

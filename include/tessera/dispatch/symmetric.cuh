@@ -1,0 +1,310 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Dispatch and combine between GPUs that reach each other's memory (`comm::symmetric`), started by kernels, without
+/// counts on the host. Needs sm_90.
+///
+/// Token t of rank s stands in row `s * max_tokens + t` of what arrives, whatever the routing, so that a row needs no
+/// slot and a rank at most `R * max_tokens` rows. A row travels once to each rank that owns one of its experts; the
+/// owner's gather list finds it there. On the way home an owner adds up its rows of a token in fp32 in the order of k,
+/// rounds the sum once and stores it at home, where it is added to home's own rows in the order of ranks.
+///
+/// Every operation is a collective of the communicator: all ranks enqueue the same operations of a slot in the same
+/// order, on one stream. They do not synchronise, do not allocate, and can be captured in a CUDA graph; a replay sees
+/// new routings. Waits for other ranks happen in kernels and are bounded by the communicator's timeout: see
+/// `comm::symmetric::check`. After a failure, and until the communicator is reset, operations do nothing; lists are
+/// empty then, so that products on them do nothing either. Arrays that peers write are memory of
+/// `comm::symmetric::allocate`, at the same offset on all ranks; they may be reused as soon as the stream has passed
+/// what reads them, because every rank announces that before others write.
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/comm/symmetric_view.hpp>
+#include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/symmetric/push_routing.cuh>
+#include <tessera/dispatch/detail/symmetric/return_values.cuh>
+#include <tessera/dispatch/detail/symmetric/send_rows.cuh>
+#include <tessera/dispatch/detail/symmetric/send_sums.cuh>
+#include <tessera/dispatch/dispatch.cuh>
+#include <tessera/dispatch/symmetric.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+// Arrays that peers write: in the window, and in lines of 16 bytes.
+template <class Comm, class T>
+void expect_window(const Comm& comm, const T* data, const char* what) {
+  TESSERA_EXPECTS(data != nullptr && comm.contains(data),
+                  what << " is not memory of this communicator: take it from comm::symmetric::allocate");
+}
+
+template <class S>
+void expect_bulk_rows(const matrix_view<S>& rows, const char* what) {
+  const auto bytes = static_cast<std::int64_t>(sizeof(S));
+  TESSERA_EXPECTS(rows.cols * bytes % bulk::alignment == 0 && rows_are_aligned(rows, bulk::alignment),
+                  what << ": rows of " << rows.cols << " elements, " << rows.stride << " apart, at "
+                       << static_cast<const void*>(rows.data)
+                       << ": size, distance and address must be multiples of 16 bytes");
+}
+
+inline int expect_sm90(const char* operation) {
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  TESSERA_EXPECTS(major >= 9,
+                  operation << " over comm::symmetric needs compute capability 9.0, this device has major " << major);
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Tokens per rank that an array of all ranks' rows has room for.
+inline std::int64_t tokens_of(std::int64_t rows, int ranks, const char* what) {
+  TESSERA_EXPECTS(rows % ranks == 0,
+                  what << " has " << rows << " rows, it needs max_tokens for each of " << ranks << " ranks");
+  return rows / ranks;
+}
+
+template <class Kernel>
+void allow_shared_memory(Kernel kernel, int bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+}
+
+inline void launch_await(device_stream stream, const comm::symmetric_view& view) {
+  await_kernel<<<1, warp_size, 0, stream.get()>>>(view);
+  check_cuda(cudaGetLastError(), "await_kernel");
+}
+
+}  // namespace detail::symmetric
+
+/// Pushes this rank's routing to all ranks and starts sorting what arrives from them, on the communicator's side stream
+/// where it runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after
+/// `exchange_routing_end`.
+/// @param stream    Where the work is enqueued.
+/// @param comm      R ranks.
+/// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
+/// @param bounds    Sizes, the same on all ranks but for `num_local_experts`.
+/// @param options   Capacity is not supported here: `capacity_factor` is 0. `overflow_policy::drop` admits pairs in the
+/// order (source, token, k) and counts on the receiver what it drops; `error` is a failure of the communicator that
+/// names the rank and its need.
+/// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert.
+/// @param handle    From `dispatch_handle::layout_device`, written.
+/// @param workspace Scratch, kept until `exchange_routing_end`; its sort's barrier was 0 before its first use.
+/// @throws invalid_argument if shapes, bounds, options or memory do not fit.
+template <peer_communicator Comm, class Layout, class A>
+void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layout, const dispatch_bounds& bounds,
+                            const dispatch_options& options, const routing<A>& chosen, const dispatch_handle<A>& handle,
+                            const symmetric_routing_workspace<A>& workspace) {
+  using namespace detail::symmetric;
+  const std::int64_t num_tokens = chosen.expert_ids.rows;
+  TESSERA_EXPECTS(bounds.num_ranks == comm.size(),
+                  "bounds of " << bounds.num_ranks << " ranks, the communicator has " << comm.size());
+  TESSERA_EXPECTS(num_tokens <= bounds.max_tokens,
+                  num_tokens << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  TESSERA_EXPECTS(options.capacity_factor == 0,
+                  "capacity_factor = " << options.capacity_factor << ": comm::symmetric has no capacity, use 0");
+  TESSERA_EXPECTS(bounds.num_local_experts <= max_experts,
+                  bounds.num_local_experts << " local experts, expected at most " << max_experts);
+  expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
+  expect_matrix(chosen.weights, num_tokens, bounds.top_k, "weights");
+  expect_window(comm, workspace.tables.slots, "routing_tables::slots");
+  expect_window(comm, workspace.tables.weights, "routing_tables::weights");
+  expect_window(comm, workspace.tables.counts, "routing_tables::counts");
+  const int num_sms = expect_sm90("exchange_routing");
+  const auto view = comm.view(comm::symmetric_channel::tables);
+
+  push_task<A, Layout> push{view,
+                            layout,
+                            chosen.expert_ids,
+                            chosen.weights,
+                            nullptr,
+                            bounds.max_tokens,
+                            workspace.tables,
+                            handle.destinations};
+  const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
+  const auto blocks = static_cast<unsigned>(
+      std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
+  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, stream.get()>>>(push);
+  detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
+
+  const device_stream side = comm.side_stream();
+  detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
+  detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+  const std::int64_t rows = bounds.addressed_rows();
+  // Half of the SMs, so that all blocks of the sort and the senders of rows find room at once.
+  const int slots = std::max(bounds.num_local_experts, 1);
+  arrival_task<A> sort{view,
+                       detail::make_list_plan(rows, slots, num_sms / 2, detail::sort_scratch_bytes),
+                       {{workspace.tables.slots, rows, bounds.top_k},
+                        {workspace.tables.weights, rows, bounds.top_k},
+                        {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
+                        workspace.sort,
+                        nullptr,
+                        &handle.total->capacity_drops,
+                        &handle.total->received_pairs,
+                        slots,
+                        INT32_MAX,
+                        {}},
+                       workspace.tables.slots,
+                       workspace.tables.counts,
+                       bounds.max_tokens,
+                       bounds.max_pairs,
+                       options.overflow == overflow_policy::drop,
+                       handle.total};
+  detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
+                             "sort_arrivals_kernel");
+  detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");
+}
+
+/// Lets the stream wait for the lists that `exchange_routing_begin` started. @param stream Of the begin, or one that
+/// comes after it. @param comm As there.
+template <peer_communicator Comm>
+void exchange_routing_end(device_stream stream, Comm& comm) {
+  detail::check_cuda(cudaStreamWaitEvent(stream.get(), comm.join_event(), 0), "cudaStreamWaitEvent");
+}
+
+/// Begin and end in one. Parameters as there.
+template <peer_communicator Comm, class Layout, class A>
+void exchange_routing(device_stream stream, Comm& comm, const Layout& layout, const dispatch_bounds& bounds,
+                      const dispatch_options& options, const routing<A>& chosen, const dispatch_handle<A>& handle,
+                      const symmetric_routing_workspace<A>& workspace) {
+  exchange_routing_begin(stream, comm, layout, bounds, options, chosen, handle, workspace);
+  exchange_routing_end(stream, comm);
+}
+
+/// Sends each token once to every rank that owns one of its experts. Its adjoint is `combine` without weights.
+/// @param stream   Where the work is enqueued.
+/// @param comm     R ranks; its budget of SMs, or 64, are used.
+/// @param handle   With `destinations`; forward and backward use the same.
+/// @param x        `[T, d]`; d, the rows' distance and the address are multiples of 16 bytes.
+/// @param received `[R * max_tokens, d]` in the window, packed; rows that nobody sends stay as they are.
+template <peer_communicator Comm, class A, class S>
+void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
+                    matrix_view<S> received) {
+  using namespace detail::symmetric;
+  const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
+  expect_matrix(x, -1, received.cols, "rows to dispatch");
+  TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  expect_bulk_rows(x, "rows to dispatch");
+  expect_bulk_rows(received, "received");
+  expect_window(comm, received.data, "received");
+  const int num_sms = expect_sm90("dispatch");
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
+  const auto row_bytes = static_cast<int>(bytes(x.cols));
+  const auto plan = send_plan::make(row_bytes);
+  const send_task task{comm.view(comm::symmetric_channel::rows),
+                       reinterpret_cast<const std::byte*>(x.data),
+                       bytes(x.stride),
+                       x.rows,
+                       handle.destinations,
+                       reinterpret_cast<std::byte*>(received.data),
+                       bytes(received.stride),
+                       max_tokens,
+                       row_bytes,
+                       plan.piece_bytes,
+                       plan.pieces,
+                       plan.stage_bytes()};
+  allow_shared_memory(send_rows_kernel, plan.shared_bytes());
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms).rows;
+  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
+                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
+  detail::check_cuda(cudaGetLastError(), "send_rows_kernel");
+}
+
+/// Lets the stream wait until the rows of all ranks are there. @param stream,comm,received As in `dispatch_begin`.
+/// @return `received`.
+template <peer_communicator Comm, class S>
+matrix_view<const S> dispatch_end(device_stream stream, Comm& comm, matrix_view<S> received) {
+  detail::symmetric::launch_await(stream, comm.view(comm::symmetric_channel::rows));
+  return received;
+}
+
+/// What `combine` reads.
+enum class combine_source {
+  expert_rows,  ///< `[received_pairs, d]` outputs of experts in the order of the handle's rows.
+  summed_rows,  ///< `[R * max_tokens, d]`: for each arrived row the sum that its owner has made already.
+};
+
+/// Brings the outputs of experts home and adds them up: `combine::reduced`. A token without pairs becomes what is added
+/// to it, or zeros.
+/// @param stream   Where the work is enqueued.
+/// @param comm     R ranks; its budget of SMs, or all, are used.
+/// @param handle   From `exchange_routing`.
+/// @param weights  Whether expert rows are multiplied by their routing weights; not used for summed rows.
+/// @param source   What `rows` are.
+/// @param rows     See `combine_source`; d, the rows' distance and the address are multiples of 16 bytes.
+/// @param returned `[R * max_tokens, d]` in the window, packed: scratch that peers write.
+/// @param top_k    K, at most 32.
+/// @param plus     `[T, d]` added in the end, such as outputs of shared experts; without data nothing is added.
+/// @param y        `[T, d]`, overwritten.
+template <peer_communicator Comm, class A, class S, class Out>
+void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, combine_weights weights,
+                  combine_source source, matrix_view<const S> rows, matrix_view<S> returned, int top_k,
+                  matrix_view<const S> plus, matrix_view<Out> y) {
+  using namespace detail::symmetric;
+  const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
+  expect_matrix(rows, -1, y.cols, "rows to combine");
+  expect_matrix(returned, -1, y.cols, "returned");
+  TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  TESSERA_EXPECTS(source == combine_source::expert_rows || rows.rows == returned.rows,
+                  "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
+  TESSERA_EXPECTS(top_k >= 1 && top_k <= detail::warp_size, "top_k = " << top_k << ", expected 1 to 32");
+  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
+  expect_bulk_rows(rows, "rows to combine");
+  expect_bulk_rows(returned, "returned");
+  expect_bulk_rows(plus, "rows to add");
+  expect_bulk_rows(y, "combined rows");
+  TESSERA_EXPECTS(returned.stride == returned.cols,
+                  "returned rows are " << returned.stride << " elements apart, they must be packed");
+  expect_window(comm, returned.data, "returned");
+  const int num_sms = expect_sm90("combine");
+  TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
+  const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
+                                  rows,
+                                  handle.expert_row_of,
+                                  weights == combine_weights::routing ? handle.pair_weights : nullptr,
+                                  returned.data,
+                                  handle.destinations,
+                                  static_cast<int>(y.rows),
+                                  static_cast<int>(max_tokens),
+                                  top_k,
+                                  sums_plan::make(max_tokens, y.cols * static_cast<std::int64_t>(sizeof(S))),
+                                  source == combine_source::summed_rows,
+                                  plus,
+                                  y};
+  allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms).sums;
+  send_sums_kernel<S, A, Out><<<static_cast<unsigned>(blocks), sums_threads, sums_shared_bytes, stream.get()>>>(task);
+  detail::check_cuda(cudaGetLastError(), "send_sums_kernel");
+}
+
+/// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were
+/// dropped, become 0.
+/// @param stream Where the work is enqueued.
+/// @param comm   R ranks.
+/// @param handle From `exchange_routing`.
+/// @param values `[received_pairs]`.
+/// @param home   `[max_tokens, K]` in the window, packed, overwritten; rows from T on are 0.
+template <peer_communicator Comm, class A>
+void return_pair_values(device_stream stream, Comm& comm, const dispatch_handle<A>& handle,
+                        const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home) {
+  using namespace detail::symmetric;
+  expect_window(comm, home.data, "home");
+  TESSERA_EXPECTS(home.stride == home.cols,
+                  "pair values are " << home.stride << " elements apart, they must be packed");
+  const std::int64_t pairs = home.rows * home.cols;
+  if (pairs == 0) return;
+  const auto view = comm.view(comm::symmetric_channel::values);
+  detail::check_cuda(cudaMemsetAsync(home.data, 0, static_cast<std::size_t>(pairs) * sizeof(A), stream.get()),
+                     "cudaMemsetAsync");
+  const values_task<A> task{view, values, handle.expert_row_of, home.data, pairs};
+  const auto blocks =
+      static_cast<unsigned>(std::clamp<std::int64_t>((pairs + values_threads - 1) / values_threads, 1, 32));
+  return_values_kernel<A><<<blocks, values_threads, 0, stream.get()>>>(task);
+  detail::check_cuda(cudaGetLastError(), "return_values_kernel");
+  launch_await(stream, view);
+}
+
+TESSERA_NAMESPACE_END

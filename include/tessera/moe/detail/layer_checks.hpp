@@ -1,0 +1,78 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <tessera/core/chunks.hpp>
+#include <tessera/core/error.hpp>
+#include <tessera/core/views.hpp>
+#include <tessera/moe/shape.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// What both halves of moe_layer refuse, before anything is enqueued or changed. Only extents, strides and addresses are
+// looked at: the data may be on a device.
+
+template <class Layer>
+void check_tokens(const Layer& layer, const typename Layer::inputs& in) {
+  const shape& s = layer.dims();
+  TESSERA_EXPECTS(in.x.rows <= s.max_tokens, "x has " << in.x.rows << " tokens, the layer was made for max_tokens = "
+                                                      << s.max_tokens << " at most");
+  expect_matrix(in.x, -1, s.hidden, "x");
+}
+
+template <class Layer>
+void check_weights(const Layer& layer, const typename Layer::weights& params) {
+  const shape& s = layer.dims();
+  expect_matrix(params.gate, s.num_experts, s.hidden, "the gate's weight");
+  TESSERA_EXPECTS((params.gate_bias != nullptr) == s.gate_bias,
+                  "gate_bias is " << (params.gate_bias == nullptr ? "null" : "given")
+                                  << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
+}
+
+// A rank without a chunk contributes nothing to replicated parameters, so it needs no room for them.
+template <class Gradients>
+void check_gate_gradients(const shape& s, const Gradients& grads, std::int64_t chunks) {
+  TESSERA_EXPECTS(grads.gate != nullptr || chunks == 0, "the gradient of the gate has no data");
+  TESSERA_EXPECTS((grads.gate_bias != nullptr) == s.gate_bias || chunks == 0,
+                  "the gradient of gate_bias is "
+                      << (grads.gate_bias == nullptr ? "null" : "given")
+                      << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
+}
+
+template <class Layer>
+void check_forward(const Layer& layer, const typename Layer::inputs& in, const typename Layer::weights& params,
+                   const matrix_view<typename Layer::storage>& y) {
+  check_tokens(layer, in);
+  check_weights(layer, params);
+  expect_matrix(y, in.x.rows, layer.dims().hidden, "y");
+  expect_disjoint(in.x, "x", y, "y");
+}
+
+template <class Layer>
+void check_backward_input(const Layer& layer, const typename Layer::inputs& in,
+                          const matrix_view<const typename Layer::storage>& dy, const typename Layer::weights& params,
+                          const matrix_view<typename Layer::storage>& dx) {
+  check_tokens(layer, in);
+  check_weights(layer, params);
+  expect_matrix(dy, in.x.rows, layer.dims().hidden, "dy");
+  expect_matrix(dx, in.x.rows, layer.dims().hidden, "dx");
+  expect_disjoint(in.x, "x", dx, "dx");
+  expect_disjoint(dy, "dy", dx, "dx");
+}
+
+template <class Layer>
+void check_backward_weights(const Layer& layer, const typename Layer::inputs& in,
+                            const matrix_view<const typename Layer::storage>& dy,
+                            const typename Layer::gradients& grads) {
+  check_tokens(layer, in);
+  expect_matrix(dy, in.x.rows, layer.dims().hidden, "dy");
+  check_gate_gradients(layer.dims(), grads, num_chunks(in.x.rows, layer.get_options().chunk_tokens));
+}
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END

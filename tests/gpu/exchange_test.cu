@@ -1,0 +1,542 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Dispatch and combine between GPUs, against lists and sums made on the host: every layout and number of ranks, with
+// uniform, skewed and lopsided routings; pairs beyond the bound; a rank that does not come. Ranks share a GPU where
+// there are fewer GPUs than ranks.
+
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <tessera/core/dtype.hpp>
+#include <tessera/dispatch/symmetric.cuh>
+#include <tessera/layout/block.hpp>
+#include <tessera/layout/round_robin.hpp>
+#include <tessera/layout/table.hpp>
+
+#include "peer_ranks.cuh"
+
+namespace {
+
+namespace ts = tessera;
+using bf16 = ts::bfloat16;
+using device_test::peer_rank;
+using device_test::peer_ranks;
+using device_test::require;
+
+// Streams of ranks that share a GPU must not wait for each other by chance.
+const int connections = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+// Loading a kernel when it is first launched may wait for kernels that wait for other ranks of the same GPU.
+const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+
+enum class routing_kind { uniform, skewed, one_expert, gaps };
+
+struct routing_case {
+  std::vector<int> tokens;  // of each rank
+  int max_tokens;
+  int hidden;
+  int num_experts;
+  int top_k;
+  routing_kind kind;
+  std::int64_t row_bound = ts::dispatch_options::full_row_bound;
+  ts::overflow_policy overflow = ts::overflow_policy::error;
+};
+
+// The routing and the tokens of all ranks.
+struct world_data {
+  std::vector<std::vector<std::int32_t>> ids;
+  std::vector<std::vector<float>> weights;
+  std::vector<std::vector<bf16>> x;
+  std::vector<std::vector<bf16>> plus;
+
+  world_data(const routing_case& c, unsigned seed) {
+    std::mt19937 generator(seed);
+    for (const int tokens : c.tokens) {
+      auto& own_ids = ids.emplace_back();
+      auto& own_weights = weights.emplace_back();
+      for (int t = 0; t < tokens; ++t) {
+        std::vector<std::int32_t> chosen;
+        while (static_cast<int>(chosen.size()) < c.top_k) {
+          auto id = static_cast<std::int32_t>(generator() % static_cast<unsigned>(c.num_experts));
+          if (c.kind == routing_kind::skewed && generator() % 4 != 0) id = static_cast<std::int32_t>(id % 3);
+          if (c.kind == routing_kind::one_expert && chosen.empty()) id = c.num_experts - 1;
+          if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) {
+            id = static_cast<std::int32_t>(generator() % static_cast<unsigned>(c.num_experts));
+            if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
+          }
+          chosen.push_back(id);
+        }
+        for (std::int32_t id : chosen) {
+          const bool gap = c.kind == routing_kind::gaps && generator() % 3 == 0;
+          own_ids.push_back(gap ? -1 : id);
+          own_weights.push_back(static_cast<float>(generator() % 1000) / 1000.0f);
+        }
+      }
+      const auto elements = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(c.hidden);
+      for (auto* rows : {&x.emplace_back(), &plus.emplace_back()}) {
+        for (std::size_t i = 0; i < elements; ++i) {
+          rows->push_back(bf16(static_cast<float>(static_cast<int>(generator() % 2001) - 1000) / 256.0f));
+        }
+      }
+    }
+  }
+};
+
+// What one rank must find.
+struct expected_lists {
+  std::vector<std::int32_t> offsets, gather, expert_row_of;
+  std::vector<float> pair_weights;
+  std::vector<int> expert_of_row;
+  std::vector<bool> arrives;  // [R * max_tokens]
+  std::int64_t dropped = 0;
+
+  template <class Layout>
+  expected_lists(const routing_case& c, const world_data& data, const Layout& layout, int me, std::int64_t max_pairs) {
+    const int ranks = static_cast<int>(c.tokens.size());
+    const auto K = static_cast<std::size_t>(c.top_k);
+    expert_row_of.assign(static_cast<std::size_t>(ranks * c.max_tokens) * K, -1);
+    arrives.assign(static_cast<std::size_t>(ranks * c.max_tokens), false);
+    struct pair {
+      int row, slot, expert;
+      std::size_t place;
+      float weight;
+    };
+    std::vector<pair> pairs;
+    for (int s = 0; s < ranks; ++s) {
+      for (int t = 0; t < c.tokens[static_cast<std::size_t>(s)]; ++t) {
+        for (std::size_t k = 0; k < K; ++k) {
+          const auto from = static_cast<std::size_t>(t) * K + k;
+          const int id = data.ids[static_cast<std::size_t>(s)][from];
+          if (id < 0) continue;
+          const auto owner = layout.owner(id, ts::choose_replica(layout, id, t));
+          if (owner.rank != me) continue;
+          const int row = s * c.max_tokens + t;
+          arrives[static_cast<std::size_t>(row)] = true;
+          const auto place = static_cast<std::size_t>(row) * K + k;
+          if (static_cast<std::int64_t>(pairs.size()) >= max_pairs) {
+            expert_row_of[place] = -2;
+            ++dropped;
+            continue;
+          }
+          pairs.push_back({row, owner.slot, id, place, data.weights[static_cast<std::size_t>(s)][from]});
+        }
+      }
+    }
+    offsets.push_back(0);
+    for (int slot = 0; slot < std::max(layout.num_slots(me), 1); ++slot) {
+      for (const pair& p : pairs) {
+        if (p.slot != slot) continue;
+        expert_row_of[p.place] = static_cast<std::int32_t>(gather.size());
+        gather.push_back(p.row);
+        pair_weights.push_back(p.weight);
+        expert_of_row.push_back(p.expert);
+      }
+      offsets.push_back(static_cast<std::int32_t>(gather.size()));
+    }
+  }
+};
+
+float as_float(bf16 x) { return static_cast<float>(x); }
+
+template <class T>
+std::vector<T> get(const peer_rank& rank, const T* from, std::size_t count) {
+  std::vector<T> values(count);
+  // A copy to pageable memory that waits for kernels may keep other ranks of the same GPU from launching theirs.
+  require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+  if (count > 0) {
+    require(cudaMemcpyAsync(values.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost, rank.stream().get()),
+            "copy");
+  }
+  require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+  return values;
+}
+template <class T>
+void put(const peer_rank& rank, T* to, const std::vector<T>& values) {
+  if (values.empty()) return;
+  require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+  require(cudaMemcpyAsync(to, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice, rank.stream().get()),
+          "copy");
+  require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+}
+
+bool same_bits(bf16 a, bf16 b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
+
+// Memory of one rank.
+struct rank_memory {
+  ts::dispatch_bounds bounds;
+  ts::symmetric_routing_workspace<float> workspace;
+  bf16* received;
+  bf16* returned;
+  float* home_values;
+  ts::dispatch_handle<float> handle;
+  std::int32_t* ids;
+  float* weights;
+  bf16* x;
+  bf16* plus;
+  bf16* pairs;
+  bf16* summed;
+  bf16* y;
+  float* values;
+  std::uint32_t* barrier;
+  std::int32_t* table = nullptr;
+
+  rank_memory(peer_rank& rank, const routing_case& c, const ts::dispatch_options& options, int slots)
+      : bounds(ts::dispatch_bounds::make(rank.size(), c.num_experts, slots, c.top_k, c.max_tokens, options)) {
+    rank.release_all();
+    const std::int64_t rows = bounds.addressed_rows();
+    const std::int64_t tokens = c.max_tokens;
+    workspace.tables.slots = rank.take<std::int32_t>(rows * c.top_k);
+    workspace.tables.weights = rank.take<float>(rows * c.top_k);
+    workspace.tables.counts = rank.take<std::int32_t>(rank.size() * rank.size());
+    received = rank.take<bf16>(rows * c.hidden);
+    returned = rank.take<bf16>(rows * c.hidden);
+    home_values = rank.take<float>(tokens * c.top_k);
+    // from here on sizes differ by rank
+    workspace.tables.block_counts = rank.take<std::int32_t>(32 * 8);
+    workspace.sort.block_counts = rank.take<std::uint8_t>(ts::router_workspace::block_count_bytes(std::max(slots, 1)));
+    barrier = rank.take<std::uint32_t>(1);
+    workspace.sort.barrier = barrier;
+    handle.total = rank.take<ts::dispatch_handle<float>::totals>(1);
+    handle.destinations = rank.take<std::uint32_t>(tokens);
+    handle.expert_row_of = rank.take<std::int32_t>(rows * c.top_k);
+    handle.expert_offsets = rank.take<std::int32_t>(std::max(slots, 1) + 1);
+    handle.gather = rank.take<std::int32_t>(bounds.max_pairs);
+    handle.pair_weights = rank.take<float>(bounds.max_pairs);
+    handle.num_local_experts = slots;
+    ids = rank.take<std::int32_t>(tokens * c.top_k);
+    weights = rank.take<float>(tokens * c.top_k);
+    x = rank.take<bf16>(tokens * c.hidden);
+    plus = rank.take<bf16>(tokens * c.hidden);
+    pairs = rank.take<bf16>(bounds.max_pairs * c.hidden);
+    summed = rank.take<bf16>(rows * c.hidden);
+    y = rank.take<bf16>(tokens * c.hidden);
+    values = rank.take<float>(bounds.max_pairs);
+    require(cudaMemsetAsync(barrier, 0, sizeof(*barrier), rank.stream().get()), "cudaMemsetAsync");
+  }
+};
+
+struct findings {
+  std::mutex mutex;
+  std::vector<std::string> wrong;
+  void add(int rank, const std::string& what) {
+    const std::lock_guard lock(mutex);
+    if (wrong.size() < 20) wrong.push_back("rank " + std::to_string(rank) + ": " + what);
+  }
+};
+
+float expert_factor(int expert) { return 1.0f + 0.125f * static_cast<float>(expert % 7); }
+
+// The output of an expert for a token, as the test defines it.
+std::vector<bf16> expert_rows(const routing_case& c, const world_data& data, const expected_lists& lists) {
+  std::vector<bf16> rows;
+  for (std::size_t i = 0; i < lists.gather.size(); ++i) {
+    const int s = lists.gather[i] / c.max_tokens;
+    const int t = lists.gather[i] % c.max_tokens;
+    for (int j = 0; j < c.hidden; ++j) {
+      rows.push_back(bf16(as_float(data.x[static_cast<std::size_t>(s)][static_cast<std::size_t>(t * c.hidden + j)]) *
+                          expert_factor(lists.expert_of_row[i])));
+    }
+  }
+  return rows;
+}
+
+// The sum of a rank's rows of one token, in the order of k, as the kernel makes it.
+float owner_sum(const routing_case& c, const expected_lists& lists, const std::vector<bf16>& rows, int row, int column,
+                bool weighted) {
+  float sum = 0;
+  for (int k = 0; k < c.top_k; ++k) {
+    const std::int32_t place = lists.expert_row_of[static_cast<std::size_t>(row * c.top_k + k)];
+    if (place < 0) continue;
+    const float weight = weighted ? lists.pair_weights[static_cast<std::size_t>(place)] : 1.0f;
+    sum = std::fmaf(weight,
+                    as_float(rows[static_cast<std::size_t>(place) * static_cast<std::size_t>(c.hidden) +
+                                  static_cast<std::size_t>(column)]),
+                    sum);
+  }
+  return sum;
+}
+
+template <class Layout>
+void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const world_data& data,
+                 const std::vector<expected_lists>& lists, const std::vector<std::vector<bf16>>& outputs,
+                 const Layout& layout, const ts::dispatch_options& options, findings& found) {
+  const auto me = static_cast<std::size_t>(rank.rank());
+  const int tokens = c.tokens[me];
+  const auto stream = rank.stream();
+  const expected_lists& own = lists[me];
+  put(rank, m.ids, data.ids[me]);
+  put(rank, m.weights, data.weights[me]);
+  put(rank, m.x, data.x[me]);
+  put(rank, m.plus, data.plus[me]);
+  put(rank, m.pairs, outputs[me]);
+  const auto rows = m.bounds.addressed_rows();
+  const ts::routing<float> chosen{{m.ids, tokens, c.top_k}, {m.weights, tokens, c.top_k}};
+  const ts::matrix_view<bf16> received{m.received, rows, c.hidden};
+  const ts::matrix_view<bf16> returned{m.returned, rows, c.hidden};
+  const ts::matrix_view<bf16> y{m.y, tokens, c.hidden};
+  const ts::matrix_view<const bf16> plus{m.plus, tokens, c.hidden};
+  const ts::matrix_view<const bf16> pairs{m.pairs, m.bounds.max_pairs, c.hidden};
+
+  ts::exchange_routing_begin(stream, rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
+  ts::dispatch_begin(stream, rank, m.handle, ts::matrix_view<const bf16>{m.x, tokens, c.hidden}, received);
+  ts::exchange_routing_end(stream, rank);
+  ts::dispatch_end(stream, rank, received);
+
+  const std::size_t count = own.gather.size();
+  if (get(rank, m.handle.expert_offsets, own.offsets.size()) != own.offsets) found.add(rank.rank(), "row offsets");
+  if (get(rank, m.handle.gather, count) != own.gather) found.add(rank.rank(), "gather list");
+  if (get(rank, m.handle.pair_weights, count) != own.pair_weights) found.add(rank.rank(), "pair weights");
+  if (get(rank, m.handle.expert_row_of, own.expert_row_of.size()) != own.expert_row_of) {
+    found.add(rank.rank(), "expert rows of pairs");
+  }
+  const auto total = get(rank, m.handle.total, 1)[0];
+  if (total.overflow_drops != own.dropped) found.add(rank.rank(), "drops");
+  if (total.received_pairs != static_cast<std::int64_t>(count)) found.add(rank.rank(), "received pairs");
+
+  const auto arrived = get(rank, m.received, static_cast<std::size_t>(rows * c.hidden));
+  for (std::size_t row = 0; row < own.arrives.size(); ++row) {
+    if (!own.arrives[row]) continue;
+    const std::size_t s = row / static_cast<std::size_t>(c.max_tokens);
+    const std::size_t t = row % static_cast<std::size_t>(c.max_tokens);
+    const auto width = static_cast<std::size_t>(c.hidden);
+    if (std::memcmp(arrived.data() + row * width, data.x[s].data() + t * width, width * sizeof(bf16)) != 0) {
+      found.add(rank.rank(), "row of token " + std::to_string(t) + " of rank " + std::to_string(s));
+      break;
+    }
+  }
+
+  const auto check_sums = [&](const char* what, bool weighted, bool summed, bool with_plus) {
+    const auto sums = get(rank, m.y, static_cast<std::size_t>(tokens * c.hidden));
+    for (int t = 0; t < tokens; ++t) {
+      for (int j = 0; j < c.hidden; ++j) {
+        const int row = rank.rank() * c.max_tokens + t;
+        float sum = owner_sum(c, own, outputs[me], row, j, weighted);
+        if (summed) sum = as_float(bf16(sum));
+        for (int r = 0; r < rank.size(); ++r) {
+          const auto other = static_cast<std::size_t>(r);
+          if (r == rank.rank() || !lists[other].arrives[static_cast<std::size_t>(row)]) continue;
+          sum += as_float(bf16(owner_sum(c, lists[other], outputs[other], row, j, weighted)));
+        }
+        const auto at = static_cast<std::size_t>(t * c.hidden + j);
+        if (with_plus) sum += as_float(data.plus[me][at]);
+        if (!same_bits(sums[at], bf16(sum))) {
+          found.add(rank.rank(), std::string(what) + " of token " + std::to_string(t) + " column " + std::to_string(j) +
+                                     ": " + std::to_string(as_float(sums[at])) + " for " + std::to_string(sum));
+          return;
+        }
+      }
+    }
+  };
+  const ts::matrix_view<const bf16> nothing{};
+  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
+                   returned, c.top_k, plus, y);
+  check_sums("weighted sum", true, false, true);
+  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs, returned,
+                   c.top_k, nothing, y);
+  check_sums("plain sum", false, false, false);
+
+  // rows that an engine has summed
+  std::vector<bf16> sums(static_cast<std::size_t>(rows * c.hidden), bf16(99.0f));
+  for (std::size_t row = 0; row < own.arrives.size(); ++row) {
+    if (!own.arrives[row]) continue;
+    for (int j = 0; j < c.hidden; ++j) {
+      sums[row * static_cast<std::size_t>(c.hidden) + static_cast<std::size_t>(j)] =
+          bf16(owner_sum(c, own, outputs[me], static_cast<int>(row), j, true));
+    }
+  }
+  put(rank, m.summed, sums);
+  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::summed_rows,
+                   ts::matrix_view<const bf16>{m.summed, rows, c.hidden}, returned, c.top_k, plus, y);
+  check_sums("sum of sums", true, true, true);
+
+  std::vector<float> values;
+  for (std::size_t i = 0; i < count; ++i)
+    values.push_back(static_cast<float>(1000 * rank.rank()) + static_cast<float>(i));
+  put(rank, m.values, values);
+  ts::return_pair_values(stream, rank, m.handle, m.values,
+                         ts::matrix_view<float>{m.home_values, c.max_tokens, c.top_k});
+  const auto home = get(rank, m.home_values, static_cast<std::size_t>(c.max_tokens * c.top_k));
+  for (int t = 0; t < c.max_tokens; ++t) {
+    for (int k = 0; k < c.top_k; ++k) {
+      float expected = 0;
+      for (int r = 0; r < rank.size(); ++r) {
+        const std::int32_t place =
+            lists[static_cast<std::size_t>(r)]
+                .expert_row_of[static_cast<std::size_t>((rank.rank() * c.max_tokens + t) * c.top_k + k)];
+        if (place >= 0) expected = static_cast<float>(1000 * r) + static_cast<float>(place);
+      }
+      if (home[static_cast<std::size_t>(t * c.top_k + k)] != expected) {
+        found.add(rank.rank(), "value of pair " + std::to_string(t) + ", " + std::to_string(k));
+        return;
+      }
+    }
+  }
+}
+
+// `make_layout(rank)` on the device of a rank; `host_layout` reads host memory.
+template <class HostLayout, class MakeLayout>
+void check_case(peer_ranks& ranks, const routing_case& c, const HostLayout& host_layout, MakeLayout make_layout,
+                int rounds = 2) {
+  ts::dispatch_options options;
+  options.row_bound = c.row_bound;
+  options.overflow = c.overflow;
+  findings found;
+  std::vector<world_data> data;
+  std::vector<std::vector<expected_lists>> lists(static_cast<std::size_t>(rounds));
+  std::vector<std::vector<std::vector<bf16>>> outputs(static_cast<std::size_t>(rounds));
+  for (int round = 0; round < rounds; ++round) {
+    const auto& d = data.emplace_back(c, 17u + static_cast<unsigned>(round));
+    for (int r = 0; r < ranks.size(); ++r) {
+      const auto bounds = ts::dispatch_bounds::make(ranks.size(), c.num_experts, host_layout.num_slots(r), c.top_k,
+                                                    c.max_tokens, options);
+      auto& l = lists[static_cast<std::size_t>(round)].emplace_back(c, d, host_layout, r, bounds.max_pairs);
+      outputs[static_cast<std::size_t>(round)].push_back(expert_rows(c, d, l));
+    }
+  }
+  ranks.run([&](peer_rank& rank) {
+    const auto layout = make_layout(rank);
+    rank_memory memory(rank, c, options, host_layout.num_slots(rank.rank()));
+    for (std::size_t round = 0; round < static_cast<std::size_t>(rounds); ++round) {
+      check_round(rank, memory, c, data[round], lists[round], outputs[round], layout, options, found);
+    }
+    const auto failure = rank.failure();
+    if (failure.state != 0)
+      found.add(rank.rank(), "failure in channel " + std::to_string(static_cast<int>(failure.channel)) + " step " +
+                                 std::to_string(static_cast<int>(failure.step)) + " peer " +
+                                 std::to_string(failure.peer));
+  });
+  for (const std::string& what : found.wrong) FAIL_CHECK(what);
+}
+
+constexpr std::size_t window_bytes = std::size_t{96} << 20;
+
+template <class Layout>
+auto by_value(Layout layout) {
+  return [layout](peer_rank&) { return layout; };
+}
+
+}  // namespace
+
+TEST_CASE("rows and sums reach every rank of block layouts with every routing") {
+  for (const int size : {2, 3, 4}) {
+    CAPTURE(size);
+    peer_ranks ranks(size, window_bytes);
+    std::vector<int> tokens;
+    for (int r = 0; r < size; ++r) tokens.push_back(61 - 7 * r);
+    for (const auto kind :
+         {routing_kind::uniform, routing_kind::skewed, routing_kind::one_expert, routing_kind::gaps}) {
+      const ts::layout::block layout(18, size);
+      check_case(ranks, {tokens, 64, 192, 18, 4, kind}, layout, by_value(layout));
+    }
+  }
+}
+
+TEST_CASE("many tokens, wide rows, many experts for one token, and ranks without tokens or experts") {
+  peer_ranks ranks(3, window_bytes);
+  const ts::layout::block wide(64, 3);
+  check_case(ranks, {{1500, 1300, 1111}, 1500, 64, 64, 8, routing_kind::uniform}, wide, by_value(wide), 1);
+  check_case(ranks, {{20, 9, 13}, 20, 17 * 1024, 64, 2, routing_kind::uniform}, wide, by_value(wide), 1);
+  check_case(ranks, {{50, 0, 31}, 50, 8, 64, 32, routing_kind::uniform}, wide, by_value(wide));
+  const ts::layout::block few(2, 3);  // nothing on the last rank
+  check_case(ranks, {{50, 40, 31}, 50, 72, 2, 2, routing_kind::uniform}, few, by_value(few));
+  const ts::layout::round_robin turns(10, 3);
+  check_case(ranks, {{50, 40, 31}, 50, 72, 10, 3, routing_kind::uniform}, turns, by_value(turns));
+}
+
+TEST_CASE("an uneven table with replicas") {
+  peer_ranks ranks(4, window_bytes);
+  const ts::layout::table_storage storage(6, {{0, 1, 2, 3}, {3, 4}, {5, 0, 3}, {}});
+  check_case(ranks, {{40, 33, 64, 5}, 64, 136, 6, 3, routing_kind::uniform}, storage.view(), [&](peer_rank& rank) {
+    std::int32_t* copy = nullptr;
+    require(cudaMalloc(&copy, storage.packed().size_bytes()), "cudaMalloc");  // as long as the program
+    require(cudaMemcpy(copy, storage.packed().data(), storage.packed().size_bytes(), cudaMemcpyHostToDevice), "copy");
+    static_cast<void>(rank);
+    return storage.view_at(copy);
+  });
+}
+
+TEST_CASE("pairs beyond the bound are dropped in the order of source, token and slot") {
+  peer_ranks ranks(2, window_bytes);
+  const ts::layout::block layout(8, 2);
+  routing_case c{{300, 280}, 300, 64, 8, 4, routing_kind::skewed};
+  c.row_bound = 700;
+  c.overflow = ts::overflow_policy::drop;
+  check_case(ranks, c, layout, by_value(layout));
+}
+
+TEST_CASE("pairs beyond the bound are a failure of all ranks that names the one and its need") {
+  peer_ranks ranks(2, window_bytes);
+  const ts::layout::block layout(8, 2);
+  routing_case c{{300, 280}, 300, 64, 8, 4, routing_kind::skewed};
+  ts::dispatch_options options;
+  options.row_bound = 700;
+  const world_data data(c, 5);
+  const expected_lists all(c, data, layout, 0, 1 << 20);
+  ranks.run([&](peer_rank& rank) {
+    rank_memory m(rank, c, options, 4);
+    const auto me = static_cast<std::size_t>(rank.rank());
+    put(rank, m.ids, data.ids[me]);
+    put(rank, m.weights, data.weights[me]);
+    const ts::routing<float> chosen{{m.ids, c.tokens[me], c.top_k}, {m.weights, c.tokens[me], c.top_k}};
+    ts::exchange_routing(rank.stream(), rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
+    require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+  });
+  for (int r = 0; r < 2; ++r) {
+    const auto failure = ranks[r].failure();
+    CHECK(failure.state != 0);
+    CHECK(failure.rank == r);
+    CHECK(failure.peer == 0);
+    CHECK(failure.step == ts::comm::symmetric_step::overflow);
+    CHECK(failure.generation == static_cast<std::uint32_t>(all.gather.size()));
+  }
+}
+
+TEST_CASE("a rank that does not come is an error of the others within the timeout, and operations end") {
+  peer_ranks ranks(3, window_bytes);
+  const ts::layout::block layout(8, 3);
+  routing_case c{{30, 28, 20}, 30, 64, 8, 4, routing_kind::uniform};
+  const ts::dispatch_options options;
+  const world_data data(c, 5);
+  ranks.run([&](peer_rank& rank) {
+    rank.timeout_ns = 300'000'000;
+    rank_memory m(rank, c, options, layout.num_slots(rank.rank()));
+    const auto me = static_cast<std::size_t>(rank.rank());
+    put(rank, m.ids, data.ids[me]);
+    put(rank, m.weights, data.weights[me]);
+    put(rank, m.x, data.x[me]);
+    if (rank.rank() == 1) return;
+    const auto rows = m.bounds.addressed_rows();
+    const ts::routing<float> chosen{{m.ids, c.tokens[me], c.top_k}, {m.weights, c.tokens[me], c.top_k}};
+    const ts::matrix_view<bf16> received{m.received, rows, c.hidden};
+    ts::exchange_routing_begin(rank.stream(), rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
+    ts::dispatch_begin(rank.stream(), rank, m.handle, ts::matrix_view<const bf16>{m.x, c.tokens[me], c.hidden},
+                       received);
+    ts::exchange_routing_end(rank.stream(), rank);
+    ts::dispatch_end(rank.stream(), rank, received);
+    ts::combine_rows(rank.stream(), rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows,
+                     ts::matrix_view<const bf16>{m.pairs, m.bounds.max_pairs, c.hidden},
+                     ts::matrix_view<bf16>{m.returned, rows, c.hidden}, c.top_k, ts::matrix_view<const bf16>{},
+                     ts::matrix_view<bf16>{m.y, c.tokens[me], c.hidden});
+    require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+    const auto offsets =
+        get(rank, m.handle.expert_offsets, static_cast<std::size_t>(layout.num_slots(rank.rank())) + 1);
+    for (const std::int32_t offset : offsets) CHECK(offset == 0);
+  });
+  for (const int r : {0, 2}) {
+    const auto failure = ranks[r].failure();
+    CHECK(failure.state != 0);
+    CHECK(failure.rank == r);
+    CHECK(failure.peer == 1);
+    CHECK(failure.channel == ts::comm::symmetric_channel::tables);
+    CHECK(failure.step == ts::comm::symmetric_step::entry);
+  }
+  CHECK(ranks[1].failure().state == 0);
+}

@@ -1,0 +1,351 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The layer with its experts spread over GPUs, one thread a GPU, against the host half in double on the same bf16
+// numbers, and against the layer on one GPU. With one GPU the communicator has one rank. Without a GPU or without NCCL
+// it exits with 77, which CTest reports as skipped.
+
+#include <cstdio>
+
+#if !__has_include(<nccl.h>)
+int main() {
+  std::printf("skipped: NCCL's header was not found\n");
+  return 77;
+}
+#else
+
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <tessera/comm/symmetric.cuh>
+#include <tessera/comm/threads.hpp>
+#include <tessera/moe/moe_layer.cuh>
+
+#include "../support/layer_fixture.hpp"
+#include "device_fixture.cuh"
+
+namespace {
+
+using namespace tessera_test;
+using device_test::buffer;
+using device_test::require;
+using S = ts::bfloat16;
+
+// Kernels are loaded before GPUs wait for each other.
+const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+
+template <class Router, class WeightLayout, class Comm>
+using layer_over = ts::moe_layer<Router, ts::experts<ts::activation::swiglu, ts::precision::bf16, WeightLayout>,
+                                 ts::layout::block, Comm>;
+template <class Router, class WeightLayout>
+struct policies {
+  using router = Router;
+  using spread = layer_over<Router, WeightLayout, ts::comm::symmetric>;
+  using alone = layer_over<Router, WeightLayout, ts::comm::self<ts::space::device>>;
+  using host_layer = ts::moe_layer<Router, ts::experts<ts::activation::swiglu, ts::precision::fp64, WeightLayout>,
+                                   ts::layout::block, ts::comm::threads, ts::combine::ordered>;
+};
+using deepseek_like = policies<ts::router<ts::score::sigmoid, ts::select::group_limited<>, ts::weigh::normalized,
+                                          ts::balance::bias, ts::balance::sequence_loss, ts::balance::z_loss>,
+                               ts::weight_layout::out_in_interleaved>;
+
+std::vector<std::int64_t> split_of(std::int64_t tokens, int ranks) {
+  std::vector<std::int64_t> offsets{0};
+  for (int r = 0; r < ranks; ++r)
+    offsets.push_back(r + 1 == ranks ? tokens : offsets.back() + tokens / (ranks + 1 + r));
+  return offsets;
+}
+
+template <class T>
+std::vector<T> part(const std::vector<T>& values, std::int64_t first, std::int64_t last) {
+  return {values.begin() + first, values.begin() + last};
+}
+
+// What a run leaves behind, of all ranks together.
+struct outcome {
+  std::vector<S> y, dx;
+  std::vector<float> gate, up, down, shared_up, losses;
+  std::vector<std::int64_t> load;
+  std::vector<float> bias;
+};
+
+// One rank's layer and its memory.
+template <class Layer>
+class rank_layer {
+ public:
+  using comm_type = typename Layer::communicator_type;
+  rank_layer(comm_type& comm, const layer_problem& p, typename Layer::router_options routing, std::int64_t first,
+             std::int64_t last, std::int64_t max_tokens)
+      : comm_(comm), sizes_(p.sizes), tokens_(last - first) {
+    sizes_.max_tokens = max_tokens;
+    const ts::layout::block placement(sizes_.num_experts, comm.size());
+    typename Layer::options options;
+    options.dispatch.row_bound = ts::dispatch_options::full_row_bound;
+    const auto bytes = Layer::sizes(sizes_, placement, comm.rank(), options);
+    const auto take = [&](std::size_t n) -> std::byte* {
+      if constexpr (requires { comm.allocate(n); }) {
+        return comm.allocate(n);
+      } else {
+        std::byte* data = nullptr;
+        require(cudaMalloc(&data, n), "cudaMalloc");  // as long as the program
+        return data;
+      }
+    };
+    saved_ = {take(bytes.saved_bytes), bytes.saved_bytes};
+    deferred_ = {take(bytes.deferred_bytes), bytes.deferred_bytes};
+    const std::size_t scratch = std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes);
+    workspace_ = {take(scratch), scratch};
+    state_.emplace(bytes.state_bytes);
+    moe_.emplace(sizes_, routing, placement, comm, ts::state_memory(state_->data(), state_->size()), options);
+    stream_ = device_test::make_stream();
+    moe_->reset_state(stream_);
+    require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    const auto bias = cast<float>(p.bias);
+    require(cudaMemcpy(moe_->state().bias, bias.data(), bias.size() * sizeof(float), cudaMemcpyHostToDevice), "copy");
+
+    const std::int64_t d = sizes_.hidden;
+    const int slots = placement.num_slots(comm.rank());
+    const int before = placement.expert_at(comm.rank(), 0);
+    const auto of_experts = [&](const std::vector<double>& all) {
+      const auto each = static_cast<std::int64_t>(all.size()) / sizes_.num_experts;
+      return cast<S>(part(all, before * each, (before + slots) * each));
+    };
+    x_.emplace(cast<S>(part(p.x, first * d, last * d)));
+    dy_.emplace(cast<S>(part(p.dy, first * d, last * d)));
+    y_.emplace(x_->size());
+    dx_.emplace(x_->size());
+    gate_.emplace(cast<float>(p.gate));
+    up_.emplace(of_experts(p.up));
+    down_.emplace(of_experts(p.down));
+    shared_up_.emplace(cast<S>(p.shared_up));
+    shared_down_.emplace(cast<S>(p.shared_down));
+    gate_grad_.emplace(gate_->size());
+    up_grad_.emplace(up_->size());
+    down_grad_.emplace(down_->size());
+    shared_up_grad_.emplace(shared_up_->size());
+    shared_down_grad_.emplace(shared_down_->size());
+    for (const std::int32_t o : p.sequence_offsets) {
+      const auto at = std::clamp<std::int64_t>(o - first, 0, tokens_);
+      if (sequences_.empty() || at > sequences_.back()) sequences_.push_back(static_cast<std::int32_t>(at));
+    }
+    if (sequences_.front() != 0) sequences_.insert(sequences_.begin(), 0);
+    sequence_offsets_.emplace(sequences_);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  ~rank_layer() { cudaStreamDestroy(stream_); }
+
+  void step(ts::pass mode) {
+    const typename Layer::inputs in{.x = {x_->data(), tokens_, sizes_.hidden},
+                                    .sequence_offsets = {sequence_offsets_->data(), sequence_offsets_->size()}};
+    const typename Layer::weights weights{.gate = {gate_->data(), sizes_.num_experts, sizes_.hidden},
+                                          .experts = {up_->data(), down_->data()},
+                                          .shared = {shared_up_->data(), shared_down_->data()}};
+    const ts::matrix_view<const S> dy{dy_->data(), tokens_, sizes_.hidden};
+    moe_->forward(stream_, mode, in, weights, {y_->data(), tokens_, sizes_.hidden}, saved_, workspace_);
+    if (mode == ts::pass::eval) return;
+    moe_->backward_input(stream_, in, dy, weights, saved_, {dx_->data(), tokens_, sizes_.hidden}, deferred_,
+                         workspace_);
+    moe_->backward_weights(stream_, in, dy, saved_, deferred_,
+                           {.gate = gate_grad_->data(),
+                            .experts = {up_grad_->data(), down_grad_->data()},
+                            .shared = {shared_up_grad_->data(), shared_down_grad_->data()}},
+                           ts::write::overwrite);
+  }
+  void end_step() { moe_->end_step(stream_, comm_); }
+  void sync() {
+    if constexpr (requires { comm_.wait(stream_); }) {
+      comm_.wait(stream_);
+    } else {
+      require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    }
+    ts::device_status status;
+    require(cudaMemcpy(&status, moe_->state().status, sizeof(status), cudaMemcpyDeviceToHost), "copy");
+    ts::expect_ok(status);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+  outcome results() const {
+    outcome o{y_->get(), dx_->get(), gate_grad_->get(), up_grad_->get(), down_grad_->get(), shared_up_grad_->get(), {},
+              {},        {}};
+    o.load.resize(static_cast<std::size_t>(sizes_.num_experts));
+    o.bias.resize(o.load.size());
+    o.losses.resize(Layer::num_losses);
+    const auto& state = moe_->state();
+    const auto get = [](auto& to, const auto* from) {
+      require(cudaMemcpy(to.data(), from, to.size() * sizeof(to[0]), cudaMemcpyDeviceToHost), "copy");
+    };
+    get(o.load, state.global_load);
+    get(o.bias, state.bias);
+    get(o.losses, state.losses);
+    return o;
+  }
+
+ private:
+  comm_type& comm_;
+  ts::shape sizes_;
+  std::int64_t tokens_;
+  cudaStream_t stream_ = nullptr;
+  ts::saved_memory saved_;
+  ts::deferred_memory deferred_;
+  ts::workspace_memory workspace_;
+  std::optional<buffer<std::byte>> state_;
+  std::optional<Layer> moe_;
+  std::optional<buffer<S>> x_, dy_, y_, dx_, up_, down_, shared_up_, shared_down_;
+  std::optional<buffer<float>> gate_, gate_grad_, up_grad_, down_grad_, shared_up_grad_, shared_down_grad_;
+  std::vector<std::int32_t> sequences_;
+  std::optional<buffer<std::int32_t>> sequence_offsets_;
+};
+
+outcome join(const std::vector<outcome>& ranks) {
+  outcome all = ranks[0];
+  for (std::size_t r = 1; r < ranks.size(); ++r) {
+    const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+    const auto add = [](auto& to, const auto& from) {
+      for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+    };
+    append(all.y, ranks[r].y);
+    append(all.dx, ranks[r].dx);
+    append(all.up, ranks[r].up);
+    append(all.down, ranks[r].down);
+    add(all.gate, ranks[r].gate);
+    add(all.shared_up, ranks[r].shared_up);
+    add(all.losses, ranks[r].losses);
+    CHECK(all.load == ranks[r].load);
+    CHECK(all.bias == ranks[r].bias);
+  }
+  return all;
+}
+
+int num_gpus() {
+  int count = 0;
+  require(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  return std::min(count, 4);
+}
+
+ts::comm::symmetric_options window(std::size_t mib) {
+  ts::comm::symmetric_options options;
+  options.window_bytes = mib << 20;
+  options.timeout = std::chrono::milliseconds(20000);
+  return options;
+}
+
+template <class F>
+void on_ranks(int ranks, F f) {
+  ts::comm::threads::run(ranks,
+                         [&](ts::comm::threads& t) {
+                           require(cudaSetDevice(t.rank()), "cudaSetDevice");
+                           f(t);
+                         },
+                         {.timeout = std::chrono::milliseconds(120000)});
+}
+
+layer_problem make_ranks_problem() {
+  auto p = make_problem({.num_experts = 32, .top_k = 6, .hidden = 192, .intermediate = 64, .num_shared_experts = 1},
+                        500, true, 17, true);
+  const auto offsets = split_of(500, num_gpus());
+  p.sequence_offsets = {0};
+  for (std::size_t r = 1; r < offsets.size(); ++r) p.sequence_offsets.push_back(static_cast<std::int32_t>(offsets[r]));
+  return p;
+}
+
+deepseek_like::router::options router_options() {
+  deepseek_like::router::options routing;
+  routing.weigh.scale = 1.5f;
+  routing.select = {.groups = 4, .kept_groups = 2};
+  return routing;
+}
+
+template <class T>
+std::vector<double> widened(const std::vector<T>& values) {
+  std::vector<double> out;
+  for (const T& v : values) out.push_back(widen(v));
+  return out;
+}
+
+bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
+}
+
+}  // namespace
+
+TEST_CASE("the layer spread over GPUs follows the host in double, and has the weight gradients of one GPU bit by bit") {
+  const int ranks = num_gpus();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  std::vector<outcome> parts(static_cast<std::size_t>(ranks));
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto comm = ts::comm::symmetric::create(t, window(64));
+    const auto r = static_cast<std::size_t>(t.rank());
+    rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks);
+    layer.step(ts::pass::train);
+    layer.end_step();
+    layer.sync();
+    parts[r] = layer.results();
+    // again, and without saving
+    layer.step(ts::pass::recompute);
+    layer.sync();
+    const outcome again = layer.results();
+    CHECK(same_bits(again.y, parts[r].y));
+    CHECK(same_bits(again.dx, parts[r].dx));
+    CHECK(again.up == parts[r].up);
+    layer.step(ts::pass::eval);
+    layer.sync();
+    CHECK(same_bits(layer.results().y, parts[r].y));
+    t.barrier({});
+  }));
+  const outcome got = join(parts);
+  const auto expected = run_problem<deepseek_like::host_layer>(p, ts::layout::block(p.sizes.num_experts, 1),
+                                                               {0, p.num_tokens}, router_options(), {});
+  const auto compare = [](const char* name, const std::vector<double>& a, const std::vector<double>& b, double bound) {
+    const std::string which = name;
+    CAPTURE(which);
+    CHECK(device_test::relative_error(a, b) <= bound);
+  };
+  compare("y", widened(got.y), expected.y, 1e-2);
+  compare("dx", widened(got.dx), expected.dx, 1e-2);
+  compare("gate", widened(got.gate), expected.gate, 2e-2);
+  compare("up", widened(got.up), expected.up, 1e-2);
+  compare("down", widened(got.down), expected.down, 1e-2);
+  compare("shared_up", widened(got.shared_up), expected.shared_up, 1e-2);
+  compare("losses", widened(got.losses), expected.losses, 1e-4);
+  CHECK(got.load == expected.load);
+
+  require(cudaSetDevice(0), "cudaSetDevice");
+  ts::comm::self<ts::space::device> self;
+  rank_layer<deepseek_like::alone> one(self, p, router_options(), 0, p.num_tokens, p.num_tokens);
+  one.step(ts::pass::train);
+  one.sync();
+  const outcome alone = one.results();
+  CHECK(got.up == alone.up);
+  CHECK(got.down == alone.down);
+}
+
+TEST_CASE("a graph of a whole step is replayed") {
+  const int ranks = num_gpus();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto comm = ts::comm::symmetric::create(t, window(64));
+    const auto r = static_cast<std::size_t>(t.rank());
+    rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks);
+    layer.step(ts::pass::recompute);
+    layer.sync();
+    const outcome plain = layer.results();
+    cudaGraphExec_t graph = device_test::capture(layer.stream(), [&] { layer.step(ts::pass::recompute); });
+    for (int i = 0; i < 5; ++i) require(cudaGraphLaunch(graph, layer.stream()), "cudaGraphLaunch");
+    layer.sync();
+    const outcome replayed = layer.results();
+    CHECK(same_bits(replayed.y, plain.y));
+    CHECK(same_bits(replayed.dx, plain.dx));
+    CHECK(replayed.down == plain.down);
+    require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+    t.barrier({});
+  }));
+}
+
+#endif
