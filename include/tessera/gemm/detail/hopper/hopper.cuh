@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <tessera/gemm/detail/device/product_checks.cuh>
 #include <tessera/gemm/hopper.cuh>
 
 TESSERA_NAMESPACE_BEGIN
@@ -21,15 +22,11 @@ using gemm::hopper::device;
 using gemm::hopper::launch_options;
 using gemm::hopper::problem;
 using gemm::hopper::row_groups;
-
-/// Checks the rows. @param groups The rows.
-inline void expect_groups(const row_groups& groups) {
-  TESSERA_EXPECTS(groups.num_groups >= 0 && groups.num_groups < (1 << 20) && groups.max_rows >= 0 &&
-                      groups.max_rows < (std::int64_t{1} << 31) - 512,
-                  "the rows are of " << groups.num_groups << " groups, at most " << groups.max_rows
-                                     << "; at least 0 and at most 2^20 groups and 2^31 - 512 rows are possible");
-  TESSERA_EXPECTS(groups.num_groups == 0 || groups.row_offsets != nullptr, "the row groups have no row_offsets");
-}
+using product_checks::expect_activations;
+using product_checks::expect_operands;
+using product_checks::expect_result;
+using product_checks::expect_sums;
+using product_checks::expect_variable_k;
 
 /// The configuration of a launch. @param d The device. @param p The problem. @param options What the caller asks for.
 inline config configure(const device& d, problem p, const launch_options& options) {
@@ -37,15 +34,6 @@ inline config configure(const device& d, problem p, const launch_options& option
   p.num_multiprocessors = d.num_multiprocessors;
   if (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors) p.num_multiprocessors = options.sm_budget;
   return options.forced != nullptr ? *options.forced : gemm::hopper::choose(p);
-}
-
-/// Checks that the gather list is there exactly where it was said to be.
-template <gathered Which, gathered Expected>
-void expect_source(const row_operand<bfloat16>& operand, const char* name) {
-  TESSERA_EXPECTS((operand.gather != nullptr) == (Which == Expected),
-                  name << (Which == Expected ? " needs a gather list" : " has a gather list that would be ignored"));
-  TESSERA_EXPECTS(operand.stride < (std::int64_t{1} << 30),
-                  name << " has row stride " << operand.stride << ", at most 2^30 - 1 elements are possible");
 }
 
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
@@ -75,29 +63,19 @@ template <contiguous Order, gathered Rows, class Epilogue, int Parts = 1>
 void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
                         std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
                         const typename Epilogue::params& epilogue, const launch_options& options) {
-  static_assert(Rows != gathered::b, "rows of b are not gathered in variable_m");
   const std::int64_t K = shape.k;
-  expect_unit_extent(K, "the length of the sums");
-  expect_source<Rows, gathered::a>(a, "a");
+  expect_sums<Rows>(K, a);
   problem complete = shape;
   complete.b_along_k = Order == contiguous::k;
   const config c = configure(d, complete, options);
   if (c.grid == 0) return;
-  expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
-  const std::int64_t contiguous_stride = Order == contiguous::k ? b.col_stride : b.row_stride;
-  const std::int64_t row_stride = Order == contiguous::k ? b.row_stride : b.col_stride;
-  TESSERA_EXPECTS(contiguous_stride == 1, "b has strides [" << b.group_stride << ", " << b.row_stride << ", "
-                                                            << b.col_stride << "], but its "
-                                                            << (Order == contiguous::k ? "last" : "middle")
-                                                            << " one must be 1 for this kernel");
-  expect_vector_rows(b.data, row_stride, sizeof(bfloat16), "b");
-  expect_vector_rows(b.data, b.group_stride, sizeof(bfloat16), "b, from group to group,");
+  const std::int64_t line_stride = expect_operands<Order>(a, b);
 
   const bool shared = b.group_stride == 0;
   const std::int64_t matrices = Parts > 1 ? Parts : shared ? 1 : groups.num_groups, N = shape.n;
   const std::int64_t inner = Order == contiguous::k ? K : N, outer = Order == contiguous::k ? N : K;
   const CUtensorMap map_b = chunk_map(d.encode, b.data, 3, {inner, outer, matrices},
-                                      {row_stride, shared ? row_stride * outer : b.group_stride}, "b");
+                                      {line_stride, shared ? line_stride * outer : b.group_stride}, "b");
   const CUtensorMap map_a =
       Rows == gathered::a ? map_b : row_map(d, a, groups.max_rows, K, b.data, "a");  // the kernel wants two
 
@@ -152,12 +130,7 @@ void variable_m(device_stream stream, const device& d, const row_groups& groups,
                 write mode, const launch_options& options) {
   using namespace tessera::detail::hopper;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
-  expect_groups(groups);
-  expect_unit_extent(N, "the number of columns");
-  if (groups.num_groups == 0 || groups.max_rows == 0) return;
-  expect_matrix(c, -1, N, "c");
-  TESSERA_EXPECTS(c.rows >= groups.max_rows, "c has " << c.rows << " rows, max_rows = " << groups.max_rows);
-  expect_vector_rows(c.data, c.stride, sizeof(TC), "c");
+  if (!expect_result(groups, N, c)) return;
   problem shape;
   shape.max_rows = groups.max_rows;
   shape.num_groups = groups.num_groups;
@@ -175,13 +148,8 @@ void product_with_parts(device_stream stream, const device& d, const row_groups&
                         row_operand<bfloat16> a, const bfloat16* b, matrix_view<float> c,
                         const launch_options& options) {
   using namespace tessera::detail::hopper;
-  expect_groups(rows);
   TESSERA_EXPECTS(rows.num_groups == 1, "a product with parts has one group, these rows have " << rows.num_groups);
-  expect_unit_extent(N, "the number of columns");
-  if (rows.max_rows == 0) return;
-  expect_matrix(c, -1, N, "c");
-  TESSERA_EXPECTS(c.rows >= rows.max_rows, "c has " << c.rows << " rows, max_rows = " << rows.max_rows);
-  expect_vector_rows(c.data, c.stride, sizeof(float), "c");
+  if (!expect_result(rows, N, c)) return;
   problem shape;
   shape.max_rows = rows.max_rows;
   shape.num_groups = 1;
@@ -208,15 +176,7 @@ void variable_m_activation(device_stream stream, const device& d, const row_grou
   using namespace tessera::detail::hopper;
   using epilogue = activation_epilogue<Activation, Interleaved>;
   const std::int64_t U = Activation::gated ? 2 * n : n;
-  expect_groups(groups);
-  expect_unit_extent(n, "the number of columns of the activation");
-  if (groups.num_groups == 0 || groups.max_rows == 0) return;
-  expect_matrix(h, -1, U, "h");
-  expect_matrix(out, -1, n, "the activation");
-  TESSERA_EXPECTS(h.rows >= groups.max_rows && out.rows >= groups.max_rows,
-                  "h has " << h.rows << " rows and the activation " << out.rows << ", max_rows = " << groups.max_rows);
-  expect_vector_rows(h.data, h.stride, sizeof(bfloat16), "h");
-  expect_vector_rows(out.data, out.stride, sizeof(bfloat16), "the activation");
+  if (!expect_activations(groups, n, U, h, out)) return;
   problem shape;
   shape.max_rows = groups.max_rows;
   shape.num_groups = groups.num_groups;
@@ -239,16 +199,7 @@ void variable_m_activation_backward(device_stream stream, const device& d, const
                                     float* parts, const typename Activation::options& activation,
                                     const launch_options& options) {
   using namespace tessera::detail::hopper;
-  const std::int64_t U = Activation::gated ? 2 * n : n;
-  expect_groups(groups);
-  expect_unit_extent(n, "the number of columns of the activation");
-  if (groups.num_groups == 0 || groups.max_rows == 0) return;
-  expect_matrix(h, -1, U, "h");
-  expect_matrix(out, -1, n, "the activation");
-  TESSERA_EXPECTS(h.rows >= groups.max_rows && out.rows >= groups.max_rows,
-                  "h has " << h.rows << " rows and the activation " << out.rows << ", max_rows = " << groups.max_rows);
-  expect_vector_rows(h.data, h.stride, sizeof(bfloat16), "h");
-  expect_vector_rows(out.data, out.stride, sizeof(bfloat16), "the activation");
+  if (!expect_activations(groups, n, Activation::gated ? 2 * n : n, h, out)) return;
   problem shape;
   shape.max_rows = groups.max_rows;
   shape.num_groups = groups.num_groups;
@@ -282,19 +233,7 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
   using namespace tessera::detail::hopper;
   using epilogue = store_epilogue<TC>;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
-  expect_groups(groups);
-  expect_unit_extent(M, "the number of rows of a result");
-  expect_unit_extent(N, "the number of columns of a result");
-  if (groups.num_groups == 0) return;
-  expect_source<Rows, gathered::a>(a, "a");
-  expect_source<Rows, gathered::b>(b, "b");
-  TESSERA_EXPECTS(c.col_stride == 1, "c has column stride " << c.col_stride << ", it must be 1: exchange the operands");
-  expect_vector_rows(c.data, c.row_stride, sizeof(TC), "c");
-  expect_vector_rows(c.data, c.group_stride, sizeof(TC), "c, from group to group,");
-  if (groups.max_rows > 0) {
-    expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
-    expect_vector_rows(b.data, b.stride, sizeof(bfloat16), "b");
-  }
+  if (!expect_variable_k<Rows>(groups, M, N, a, b, c)) return;
   problem shape;
   shape.variable_k = true;
   shape.max_rows = groups.max_rows;

@@ -3,7 +3,7 @@
 #pragma once
 
 /// @file
-/// The host's side of a launch: tensor maps, checks of operands, the kernel's attributes.
+/// The host's side of a launch: tensor maps, the kernel's attributes.
 
 #include <cstdint>
 #include <type_traits>
@@ -74,21 +74,6 @@ output_matrix<T> make_output(tensor_map_encoder encode, T* data, std::int64_t co
       row_stride,
       static_cast<int>(columns),
       layer_per_group};
-}
-
-/// Checks what 16-byte accesses to rows need. @param data First row. @param stride Elements between rows.
-/// @param element_bytes Size of an element. @param name For messages.
-inline void expect_vector_rows(const void* data, std::int64_t stride, std::size_t element_bytes, const char* name) {
-  TESSERA_EXPECTS(reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && data != nullptr,
-                  name << " starts at " << data << ", an address aligned to 16 bytes is needed");
-  TESSERA_EXPECTS(stride >= 0 && static_cast<std::size_t>(stride) * element_bytes % 16 == 0,
-                  name << " has row stride " << stride << ", a multiple of " << 16 / element_bytes << " is needed");
-}
-
-/// Checks an extent that 16-byte units must divide. @param extent The extent. @param name For messages.
-inline void expect_unit_extent(std::int64_t extent, const char* name) {
-  TESSERA_EXPECTS(extent > 0 && extent % 8 == 0 && extent < (std::int64_t{1} << 30),
-                  name << " is " << extent << ", a positive multiple of 8 is needed");
 }
 
 /// Enqueues one kernel. @param stream Where. @param c Its grid and cluster. @param map_a,map_b Operands. @param p The

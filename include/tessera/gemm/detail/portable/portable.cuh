@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <tessera/gemm/detail/device/product_checks.cuh>
 #include <tessera/gemm/portable.cuh>
 
 TESSERA_NAMESPACE_BEGIN
@@ -21,12 +22,12 @@ using gemm::portable::device;
 using gemm::portable::gathered;
 using gemm::portable::launch_options;
 using gemm::portable::row_groups;
-// What both backends ask of their operands.
 using hopper::expect_cuda;
-using hopper::expect_groups;
-using hopper::expect_source;
-using hopper::expect_unit_extent;
-using hopper::expect_vector_rows;
+using product_checks::expect_activations;
+using product_checks::expect_operands;
+using product_checks::expect_result;
+using product_checks::expect_sums;
+using product_checks::expect_variable_k;
 
 /// Blocks for a problem; 0: there is nothing to do. @param d The device. @param p The problem. @param options What the
 /// caller asks for.
@@ -61,20 +62,10 @@ template <contiguous Order, gathered Rows, class Epilogue>
 void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
                         std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
                         const typename Epilogue::params& epilogue, const launch_options& options) {
-  static_assert(Rows != gathered::b, "rows of b are not gathered in variable_m");
-  expect_unit_extent(shape.k, "the length of the sums");
-  expect_source<Rows, gathered::a>(a, "a");
+  expect_sums<Rows>(shape.k, a);
   const int grid = grid_for(d, shape, options);
   if (grid == 0) return;
-  expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
-  const std::int64_t contiguous_stride = Order == contiguous::k ? b.col_stride : b.row_stride;
-  const std::int64_t line_stride = Order == contiguous::k ? b.row_stride : b.col_stride;
-  TESSERA_EXPECTS(contiguous_stride == 1, "b has strides [" << b.group_stride << ", " << b.row_stride << ", "
-                                                            << b.col_stride << "], but its "
-                                                            << (Order == contiguous::k ? "last" : "middle")
-                                                            << " one must be 1 for this kernel");
-  expect_vector_rows(b.data, line_stride, sizeof(bfloat16), "b");
-  expect_vector_rows(b.data, b.group_stride, sizeof(bfloat16), "b, from group to group,");
+  const std::int64_t line_stride = expect_operands<Order>(a, b);
   const std::int64_t columns = Epilogue::split ? shape.n / 2 : shape.n;
   multiply_params<typename Epilogue::params> p{};
   p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), 0, static_cast<int>(columns),
@@ -84,18 +75,6 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   p.split = static_cast<int>(split);
   p.epilogue = epilogue;
   launch<product::variable_m, Order, Epilogue>(stream, grid, p);
-}
-
-/// Checks H and the activation. @param groups The rows. @param n Columns of the activation. @param U Columns of H.
-/// @param h,out The matrices.
-inline void expect_activations(const row_groups& groups, std::int64_t n, std::int64_t U, const matrix_view<bfloat16>& h,
-                               const matrix_view<bfloat16>& out) {
-  expect_matrix(h, -1, U, "h");
-  expect_matrix(out, -1, n, "the activation");
-  TESSERA_EXPECTS(h.rows >= groups.max_rows && out.rows >= groups.max_rows,
-                  "h has " << h.rows << " rows and the activation " << out.rows << ", max_rows = " << groups.max_rows);
-  expect_vector_rows(h.data, h.stride, sizeof(bfloat16), "h");
-  expect_vector_rows(out.data, out.stride, sizeof(bfloat16), "the activation");
 }
 
 }  // namespace detail::portable
@@ -127,12 +106,7 @@ void variable_m(device_stream stream, const device& d, const row_groups& groups,
                 write mode, const launch_options& options) {
   using namespace tessera::detail::portable;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
-  expect_groups(groups);
-  expect_unit_extent(N, "the number of columns");
-  if (groups.num_groups == 0 || groups.max_rows == 0) return;
-  expect_matrix(c, -1, N, "c");
-  TESSERA_EXPECTS(c.rows >= groups.max_rows, "c has " << c.rows << " rows, max_rows = " << groups.max_rows);
-  expect_vector_rows(c.data, c.stride, sizeof(TC), "c");
+  if (!expect_result(groups, N, c)) return;
   problem shape;
   shape.max_rows = groups.max_rows;
   shape.num_groups = groups.num_groups;
@@ -151,10 +125,7 @@ void variable_m_activation(device_stream stream, const device& d, const row_grou
   using namespace tessera::detail::portable;
   using epilogue = activation_epilogue<Activation, Interleaved>;
   const std::int64_t U = Activation::gated ? 2 * n : n;
-  expect_groups(groups);
-  expect_unit_extent(n, "the number of columns of the activation");
-  if (groups.num_groups == 0 || groups.max_rows == 0) return;
-  expect_activations(groups, n, U, h, out);
+  if (!expect_activations(groups, n, U, h, out)) return;
   problem shape;
   shape.max_rows = groups.max_rows;
   shape.num_groups = groups.num_groups;
@@ -172,10 +143,7 @@ void variable_m_activation_backward(device_stream stream, const device& d, const
                                     float* parts, const typename Activation::options& activation,
                                     const launch_options& options) {
   using namespace tessera::detail::portable;
-  expect_groups(groups);
-  expect_unit_extent(n, "the number of columns of the activation");
-  if (groups.num_groups == 0 || groups.max_rows == 0) return;
-  expect_activations(groups, n, Activation::gated ? 2 * n : n, h, out);
+  if (!expect_activations(groups, n, Activation::gated ? 2 * n : n, h, out)) return;
   problem shape;
   shape.max_rows = groups.max_rows;
   shape.num_groups = groups.num_groups;
@@ -194,19 +162,7 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
   using namespace tessera::detail::portable;
   using epilogue = store_epilogue<TC>;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
-  expect_groups(groups);
-  expect_unit_extent(M, "the number of rows of a result");
-  expect_unit_extent(N, "the number of columns of a result");
-  if (groups.num_groups == 0) return;
-  expect_source<Rows, gathered::a>(a, "a");
-  expect_source<Rows, gathered::b>(b, "b");
-  TESSERA_EXPECTS(c.col_stride == 1, "c has column stride " << c.col_stride << ", it must be 1: exchange the operands");
-  expect_vector_rows(c.data, c.row_stride, sizeof(TC), "c");
-  expect_vector_rows(c.data, c.group_stride, sizeof(TC), "c, from group to group,");
-  if (groups.max_rows > 0) {
-    expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
-    expect_vector_rows(b.data, b.stride, sizeof(bfloat16), "b");
-  }
+  if (!expect_variable_k<Rows>(groups, M, N, a, b, c)) return;
   problem shape;
   shape.variable_k = true;
   shape.max_rows = groups.max_rows;
