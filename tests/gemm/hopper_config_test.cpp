@@ -23,6 +23,12 @@ hp::problem rows(std::int64_t max_rows, std::int64_t num_groups, std::int64_t n,
   return p;
 }
 
+hp::problem products(std::int64_t num_groups, std::int64_t m, std::int64_t n) {
+  hp::problem p;
+  p.variable_k = true, p.max_rows = 16384, p.num_groups = num_groups, p.m = m, p.n = n;
+  return p;
+}
+
 std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
 
 }  // namespace
@@ -40,6 +46,81 @@ TEST_CASE("clusters share columns where groups are long, except where H is read"
   CHECK(hp::choose(rows(65536, 16, 4096, 4096, hp::epilogue_kind::activation_backward)).cluster == 1);
 }
 
+TEST_CASE("a tile is narrow for half a tile's columns and no more, and never shared then") {
+  CHECK(hp::choose(rows(65536, 16, 128, 16384)) == hp::config{hp::schedule::ping_pong, 128, 128, 1, 132});
+  CHECK(hp::choose(rows(65536, 16, 136, 16384)) == hp::config{hp::schedule::cooperative, 128, 256, 2, 132});
+  CHECK(hp::choose(products(8, 65536, 128)) == hp::config{hp::schedule::ping_pong, 128, 128, 1, 132});
+}
+
+TEST_CASE("variable_m shares columns from 2048 rows of a group on average") {
+  hp::problem p = rows(16 * 2048, 16, 4096, 64);
+  CHECK(hp::choose(p).cluster == 2);
+  p.max_rows -= 1;
+  CHECK(hp::choose(p).cluster == 1);
+}
+
+TEST_CASE("variable_m with B's columns contiguous shares them only where sums are long") {
+  hp::problem p = rows(16 * 2048, 16, 4096, 8192);
+  p.b_along_k = false;
+  CHECK(hp::choose(p).cluster == 2);
+  p.k = 8184;
+  CHECK(hp::choose(p).cluster == 1);
+  p.b_along_k = true;
+  CHECK(hp::choose(p).cluster == 2);
+  p.b_along_k = false, p.k = 16384, p.max_rows -= 1;
+  CHECK(hp::choose(p).cluster == 1);
+}
+
+TEST_CASE("variable_k shares where results are tall and large, whatever the rows and the order of B") {
+  CHECK(hp::choose(products(16, 512, 2048)).cluster == 2);
+  CHECK(hp::choose(products(16, 504, 4096)).cluster == 1);  // not tall
+  CHECK(hp::choose(products(16, 512, 2040)).cluster == 1);  // not large
+  CHECK(hp::choose(products(16, 4096, 256)).cluster == 2);
+  CHECK(hp::choose(products(16, 4088, 256)).cluster == 1);
+  CHECK(hp::choose(products(16, 8192, 136)).cluster == 2);
+  hp::problem p = products(16, 512, 2048);
+  p.max_rows = 0, p.b_along_k = true;
+  CHECK(hp::choose(p).cluster == 2);
+  p = products(16, 256, 256);
+  p.max_rows = 1 << 20;
+  CHECK(hp::choose(p).cluster == 1);
+}
+
+TEST_CASE("gathering and the fused activation do not change the kernel") {
+  for (const std::int64_t max_rows : {16384, 65536}) {
+    for (const std::int64_t n : {128, 4096}) {
+      hp::problem p = rows(max_rows, 16, n, 4096);
+      const hp::config plain = hp::choose(p);
+      p.gathered = true;
+      CHECK(hp::choose(p) == plain);
+      p.epilogue = hp::epilogue_kind::activation;
+      CHECK(hp::choose(p) == plain);
+    }
+  }
+}
+
+TEST_CASE("the grid is what may run at once, or what there is to do") {
+  CHECK(hp::choose(rows(65536, 16, 4096, 4096)).grid == 132);
+  hp::problem p = rows(65536, 16, 4096, 4096);
+  p.num_multiprocessors = 131;  // clusters of two
+  CHECK(hp::choose(p).grid == 130);
+  p = rows(16384, 16, 4096, 4096);
+  p.num_multiprocessors = 131;
+  CHECK(hp::choose(p).grid == 131);
+  // 3 groups of 300 rows may end in a tile of one row each: (300 - 3) / 128 + 3 tiles of rows, 2 of columns.
+  CHECK(hp::choose(rows(300, 3, 512, 512)).grid == 10);
+  CHECK(hp::choose(products(3, 130, 600)).grid == 18);
+}
+
+TEST_CASE("one multiprocessor computes everything, by blocks that share nothing") {
+  hp::problem p = rows(65536, 16, 4096, 4096);
+  p.num_multiprocessors = 1;
+  CHECK(hp::choose(p) == hp::config{hp::schedule::cooperative, 128, 256, 1, 1});
+  p = products(16, 4096, 4096);
+  p.num_multiprocessors = 1;
+  CHECK(hp::choose(p) == hp::config{hp::schedule::cooperative, 128, 256, 1, 1});
+}
+
 TEST_CASE("the grid is a whole number of clusters within the budget, and no larger than the work") {
   std::mt19937 random(3);
   for (int repeat = 0; repeat < 2000; ++repeat) {
@@ -47,7 +128,7 @@ TEST_CASE("the grid is a whole number of clusters within the budget, and no larg
                          static_cast<hp::epilogue_kind>(random() % 3));
     p.variable_k = random() % 3 == 0 && p.epilogue == hp::epilogue_kind::store;
     p.m = 8 + random() % 4096 / 8 * 8;
-    p.num_multiprocessors = 2 + static_cast<int>(random() % 131);
+    p.num_multiprocessors = 1 + static_cast<int>(random() % 132);
     const hp::config c = hp::choose(p);
     INFO(hp::to_string(c));
     CHECK(c.grid % c.cluster == 0);

@@ -84,7 +84,10 @@ constexpr config choose(const problem& p) {
   // other. Reading H leaves no time for that. Measured: bench/README.md.
   const bool shares_rows = mean_rows >= 2048 && (p.b_along_k || p.k >= 8192);
   const bool shares = p.variable_k ? p.m >= 512 && p.m * p.n >= std::int64_t{1} << 20 : shares_rows;
-  if (c.order == schedule::cooperative && p.epilogue != epilogue_kind::activation_backward && shares) c.cluster = 2;
+  // A budget of one multiprocessor has no room for two blocks.
+  const bool may_share = c.order == schedule::cooperative && p.epilogue != epilogue_kind::activation_backward &&
+                         p.num_multiprocessors >= 2;
+  if (may_share && shares) c.cluster = 2;
   const std::int64_t blocks = max_tiles(p, c) * c.cluster;
   const std::int64_t most = p.num_multiprocessors / c.cluster * c.cluster;
   c.grid = static_cast<int>(blocks < most ? blocks : most);

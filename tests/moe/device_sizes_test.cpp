@@ -1,0 +1,82 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// What a layer on one GPU asks of its engine beside weights and gradients, at the shapes of the benchmark. Sizes are
+// pure functions of bounds: no GPU is needed to know them.
+
+#include <doctest/doctest.h>
+
+#include <cstdint>
+
+#include <tessera/comm/self.hpp>
+#include <tessera/layout/block.hpp>
+#include <tessera/moe/moe_layer.hpp>
+
+namespace {
+
+namespace ts = tessera;
+
+struct layer_shape {
+  const char* name;
+  std::int64_t T, d, n;
+  int E, K;
+};
+
+constexpr layer_shape shapes[] = {
+    {"7B, n 256", 24576, 1536, 256, 128, 8},
+    {"30B, n 256", 32768, 4096, 256, 256, 16},
+    {"30B, n 512", 32768, 4096, 512, 128, 8},
+    {"30B, n 1024", 32768, 4096, 1024, 64, 4},
+    {"120B, n 1024", 32768, 4096, 1024, 128, 8},
+    {"Qwen3 30B, 8192 tokens", 8192, 2048, 768, 128, 8},
+    {"Qwen3 30B, 32768 tokens", 32768, 2048, 768, 128, 8},
+    {"Mixtral", 8192, 4096, 14336, 8, 2},
+};
+
+using router = ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized>;
+template <class Precision>
+using layer_of = ts::moe_layer<router, ts::experts<ts::activation::swiglu, Precision>, ts::layout::block,
+                               ts::comm::self<ts::space::device>>;
+
+template <class Precision>
+ts::layer_sizes sizes_of(const layer_shape& s) {
+  return layer_of<Precision>::sizes({.num_experts = s.E,
+                                     .top_k = s.K,
+                                     .hidden = static_cast<int>(s.d),
+                                     .intermediate = static_cast<int>(s.n),
+                                     .max_tokens = s.T},
+                                    ts::layout::block(s.E, 1), 0);
+}
+
+}  // namespace
+
+TEST_CASE("between its passes a device layer keeps x, H and the routing") {
+  for (const layer_shape& s : shapes) {
+    CAPTURE(s.name);
+    const auto sizes = sizes_of<ts::precision::bf16>(s);
+    const auto saved = static_cast<std::int64_t>(sizes.saved_bytes);
+    // The 2Td of the contract are x, which stays where the engine has it.
+    const std::int64_t hidden_units = 4 * s.T * s.K * s.n;
+    // Logits; of each pair id, weight, expert row, token and weight again; of each expert its load and offset; and what
+    // alignment takes.
+    const std::int64_t routing = 4 * s.T * (s.E + 5 * s.K) + 16 * s.E + 8192;
+    CHECK(saved >= hidden_units + 4 * s.T * (s.E + 2 * s.K));
+    CHECK(saved <= hidden_units + routing);
+    CHECK(sizes_of<ts::precision::bf16_gradients>(s).saved_bytes == sizes.saved_bytes);
+  }
+}
+
+TEST_CASE("the workspace of a device layer holds one array of pairs for each of d and n") {
+  for (const layer_shape& s : shapes) {
+    CAPTURE(s.name);
+    // Forward: outputs of experts and activations. Backward: gradients of pairs and activations, dH stands over H. The
+    // bound of both is 2TK(d + n), and 5 % for what has no row for each pair: parts of the gate, gradients of tokens,
+    // the router's counts. One more array of [T, d] does not fit into that at any of the shapes.
+    const std::int64_t bound = 2 * s.T * s.K * (s.d + s.n);
+    const auto sizes = sizes_of<ts::precision::bf16>(s);
+    const auto workspace = static_cast<std::int64_t>(sizes.workspace_bytes);
+    CHECK(workspace >= 2 * s.T * s.K * s.d);
+    CHECK(workspace <= bound + bound / 20);
+    CHECK(sizes_of<ts::precision::bf16_gradients>(s).workspace_bytes == sizes.workspace_bytes);
+  }
+}
