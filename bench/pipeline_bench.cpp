@@ -13,7 +13,6 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -122,16 +121,21 @@ std::int64_t median_ns(F&& f) {
   return times[7];
 }
 
+// Stages of every rank, chunk by chunk.
+template <class Stage>
+using stages_of_ranks = std::vector<std::vector<std::unique_ptr<Stage>>>;
+
 // One step of every rank; the time from the first start to the last end.
 template <class Stage>
-std::int64_t step_ns(const pl::schedule& s, const std::function<std::vector<Stage*>(int)>& stages_of) {
+std::int64_t step_ns(const pl::schedule& s, const stages_of_ranks<Stage>& all_stages) {
   std::vector<std::int64_t> took(static_cast<std::size_t>(s.num_ranks));
   const std::vector<std::int64_t> all_rows(static_cast<std::size_t>(s.num_micro_batches), rows);
   threads::run(s.num_ranks, [&](threads& comm) {
     const pl::executor_options options{rows, width};
     ts::host_buffer memory(pl::executor<threads, float>::activation_bytes(pl::plan_execution(s, comm.rank()), options));
     pl::executor<threads, float> runner(s, comm, memory, options);
-    const std::vector<Stage*> stages = stages_of(comm.rank());
+    std::vector<Stage*> stages;
+    for (const auto& stage : all_stages[static_cast<std::size_t>(comm.rank())]) stages.push_back(stage.get());
     comm.barrier(ts::host_stream{});
     const auto begin = clock_type::now();
     runner.run({}, std::span<Stage* const>(stages), all_rows);
@@ -140,9 +144,21 @@ std::int64_t step_ns(const pl::schedule& s, const std::function<std::vector<Stag
   return *std::max_element(took.begin(), took.end());
 }
 
-void report(benchmark::State& state, std::int64_t measured, std::int64_t predicted) {
+// The measured loop of a case: steps over `stages`, and what they take against the prediction.
+template <class Stage>
+void measure_steps(benchmark::State& state, const pl::schedule& s, const stages_of_ranks<Stage>& stages,
+                   std::int64_t predicted) {
+  std::int64_t measured = 0;
+  std::int64_t steps = 0;
+  for (auto _ : state) {
+    const std::int64_t took = step_ns(s, stages);
+    state.SetIterationTime(static_cast<double>(took) * 1e-9);
+    measured += took;
+    ++steps;
+  }
+  const std::int64_t mean = measured / std::max<std::int64_t>(steps, 1);
   state.counters["predicted_ms"] = static_cast<double>(predicted) * 1e-6;
-  state.counters["measured/predicted"] = static_cast<double>(measured) / static_cast<double>(predicted);
+  state.counters["measured/predicted"] = static_cast<double>(mean) / static_cast<double>(predicted);
 }
 
 void waiting(benchmark::State& state, const char* name) {
@@ -159,25 +175,13 @@ void waiting(benchmark::State& state, const char* name) {
                    .overlapped = pl::estimate_overlap(pl::make_overlap_order(1, 1), times).time}};
   const std::int64_t predicted = pl::simulate(s, costs, pl::messages::rendezvous).makespan;
   std::vector<std::unique_ptr<pl::host_lanes>> lanes;
-  std::vector<std::vector<std::unique_ptr<waiting_stage>>> stages(static_cast<std::size_t>(s.num_ranks));
+  stages_of_ranks<waiting_stage> stages(static_cast<std::size_t>(s.num_ranks));
   waiting_chunk chunk;
   for (auto& rank : stages) {
     lanes.push_back(std::make_unique<pl::host_lanes>());
     for (int i = 0; i < s.num_chunks; ++i) rank.push_back(std::make_unique<waiting_stage>(chunk, *lanes.back()));
   }
-  std::int64_t measured = 0;
-  std::int64_t steps = 0;
-  for (auto _ : state) {
-    const std::int64_t took = step_ns<waiting_stage>(s, [&](int rank) {
-      std::vector<waiting_stage*> list;
-      for (auto& stage : stages[static_cast<std::size_t>(rank)]) list.push_back(stage.get());
-      return list;
-    });
-    state.SetIterationTime(static_cast<double>(took) * 1e-9);
-    measured += took;
-    ++steps;
-  }
-  report(state, measured / std::max<std::int64_t>(steps, 1), predicted);
+  measure_steps(state, s, stages, predicted);
 }
 
 void products(benchmark::State& state, const char* name) {
@@ -199,22 +203,10 @@ void products(benchmark::State& state, const char* name) {
   const auto processors = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
   const std::int64_t work = num_stages * num_micro_batches * (forward + input + weights);
   const std::int64_t predicted = std::max(simulated, work / processors);
-  std::vector<std::vector<std::unique_ptr<product_stage>>> stages(static_cast<std::size_t>(s.num_ranks));
+  stages_of_ranks<product_stage> stages(static_cast<std::size_t>(s.num_ranks));
   for (auto& rank : stages)
     for (int i = 0; i < s.num_chunks; ++i) rank.push_back(std::make_unique<product_stage>());
-  std::int64_t measured = 0;
-  std::int64_t steps = 0;
-  for (auto _ : state) {
-    const std::int64_t took = step_ns<product_stage>(s, [&](int rank) {
-      std::vector<product_stage*> list;
-      for (auto& stage : stages[static_cast<std::size_t>(rank)]) list.push_back(stage.get());
-      return list;
-    });
-    state.SetIterationTime(static_cast<double>(took) * 1e-9);
-    measured += took;
-    ++steps;
-  }
-  report(state, measured / std::max<std::int64_t>(steps, 1), predicted);
+  measure_steps(state, s, stages, predicted);
   state.counters["processors_bound"] = work / processors > simulated ? 1 : 0;
 }
 

@@ -16,33 +16,16 @@
 
 #include <tessera/mtp/mtp.hpp>
 
+#include "../support/cast.hpp"
+
 namespace mtp_test {
 
 namespace ts = tessera;
 namespace mtp = tessera::mtp;
 
-template <class S>
-S to_storage(double v) {
-  if constexpr (std::is_same_v<S, ts::bfloat16>)
-    return S(static_cast<float>(v));
-  else
-    return static_cast<S>(v);
-}
-
-template <class S>
-std::vector<S> cast(std::span<const double> values) {
-  std::vector<S> out;
-  for (const double v : values) out.push_back(to_storage<S>(v));
-  return out;
-}
-
-template <class S>
-double widen(S v) {
-  if constexpr (std::is_same_v<S, ts::bfloat16>)
-    return static_cast<double>(static_cast<float>(v));
-  else
-    return static_cast<double>(v);
-}
+using tessera_test::cast;
+using tessera_test::to_storage;
+using tessera_test::widen;
 
 inline std::vector<double> random_values(std::int64_t count, double scale, std::uint32_t seed) {
   std::mt19937 engine(seed);

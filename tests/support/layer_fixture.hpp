@@ -16,6 +16,8 @@
 #include <tessera/layout/layout.hpp>
 #include <tessera/moe/moe.hpp>
 
+#include "cast.hpp"
+
 namespace tessera_test {
 
 namespace ts = tessera;
@@ -46,30 +48,6 @@ struct layer_result {
   std::vector<std::int64_t> load;  // [E] of all ranks
   std::vector<double> bias;        // after end_step
 };
-
-template <class S>
-S to_storage(double v) {
-  if constexpr (std::is_same_v<S, ts::bfloat16>)
-    return S(static_cast<float>(v));
-  else
-    return static_cast<S>(v);
-}
-
-template <class S>
-std::vector<S> cast(std::span<const double> values) {
-  std::vector<S> out;
-  out.reserve(values.size());
-  for (const double v : values) out.push_back(to_storage<S>(v));
-  return out;
-}
-
-template <class S>
-double widen(S v) {
-  if constexpr (std::is_same_v<S, ts::bfloat16>)
-    return static_cast<double>(static_cast<float>(v));
-  else
-    return static_cast<double>(v);
-}
 
 // Random values that are exact in bf16 if `coarse`.
 inline std::vector<double> random_values(std::int64_t count, double scale, std::uint32_t seed, bool coarse = false) {
