@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What the GPU benchmarks share: device arrays of N(0, 1), medians of events, the dense product that figures are
-// compared with, and what the run says of the device.
+// What the GPU benchmarks share: device arrays of N(0, 1), medians of events, the dense product and the copy that
+// figures are compared with, and what the run says of the device.
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -62,9 +61,15 @@ class device_array {
   device_array(const device_array&) = delete;
   device_array& operator=(const device_array&) = delete;
 
-  void fill(std::uint32_t seed, float scale = 1) const {
-    fill_kernel<<<1024, 256>>>(data_, count_, seed, scale);
+  void fill(std::uint32_t seed, float scale = 1, cudaStream_t stream = cudaStreamLegacy) const {
+    fill_kernel<<<1024, 256, 0, stream>>>(data_, count_, seed, scale);
     require(cudaGetLastError(), "fill_kernel");
+  }
+  void set(const std::vector<T>& values) const {
+    require(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  void set_bytes(int byte) const {
+    require(cudaMemset(data_, byte, static_cast<std::size_t>(count_) * sizeof(T)), "cudaMemset");
   }
   T* data() const { return data_; }
   std::int64_t size() const { return count_; }
@@ -74,30 +79,22 @@ class device_array {
   std::int64_t count_;
 };
 
-// Median time of `call(stream)` in microseconds, from events around replays of its graph, after a warm-up: engines
-// replay graphs, and the time of launches from the host is not in the figure. `before` runs ahead of each, untimed.
-inline double median_us(const std::function<void(cudaStream_t)>& call, double guess_us,
-                        const std::function<void(cudaStream_t)>& before = {}) {
-  cudaStream_t stream;
-  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  require(cudaDeviceSynchronize(), "what ran before the measurement");
-  cudaGraph_t graph;
-  cudaGraphExec_t replay;
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  call(stream);
-  require(cudaStreamEndCapture(stream, &graph), "the end of the capture");
-  require(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+// Median time of `launch()` on the stream in microseconds, from events around it, after a warm-up. `before` runs ahead
+// of each, untimed.
+template <class F>
+double median_of_events(cudaStream_t stream, double guess_us, F&& launch,
+                        const std::function<void(cudaStream_t)>& before) {
   const int repeats = std::clamp(static_cast<int>(60e3 / std::max(guess_us, 20.0)), 9, 101);
   std::vector<cudaEvent_t> events(2 * static_cast<std::size_t>(repeats));
   for (cudaEvent_t& event : events) require(cudaEventCreate(&event), "cudaEventCreate");
   for (int i = 0; i < std::max(repeats / 3, 3); ++i) {
     if (before) before(stream);
-    require(cudaGraphLaunch(replay, stream), "cudaGraphLaunch");
+    launch();
   }
   for (std::size_t i = 0; i < events.size(); i += 2) {
     if (before) before(stream);
     require(cudaEventRecord(events[i], stream), "cudaEventRecord");
-    require(cudaGraphLaunch(replay, stream), "cudaGraphLaunch");
+    launch();
     require(cudaEventRecord(events[i + 1], stream), "cudaEventRecord");
   }
   require(cudaStreamSynchronize(stream), "the measured call");
@@ -108,40 +105,107 @@ inline double median_us(const std::function<void(cudaStream_t)>& call, double gu
     times.push_back(1e3 * static_cast<double>(ms));
   }
   for (cudaEvent_t event : events) cudaEventDestroy(event);
-  cudaGraphExecDestroy(replay);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
   std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
   return times[static_cast<std::size_t>(repeats) / 2];
 }
+
+inline cudaStream_t make_stream() {
+  cudaStream_t stream;
+  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  require(cudaDeviceSynchronize(), "what ran before the measurement");
+  return stream;
+}
+
+// Median time of `call(stream)` in microseconds, as replays of its graph: engines replay graphs, and the time of
+// launches from the host is not in the figure.
+inline double median_us(const std::function<void(cudaStream_t)>& call, double guess_us,
+                        const std::function<void(cudaStream_t)>& before = {}) {
+  const cudaStream_t stream = make_stream();
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  call(stream);
+  require(cudaStreamEndCapture(stream, &graph), "the end of the capture");
+  require(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+  const double us = median_of_events(
+      stream, guess_us, [&] { require(cudaGraphLaunch(replay, stream), "cudaGraphLaunch"); }, before);
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  return us;
+}
+
+// Median time of `call(stream)` in microseconds, enqueued by the host on an idle stream.
+inline double median_alone_us(const std::function<void(cudaStream_t)>& call, double guess_us) {
+  const cudaStream_t stream = make_stream();
+  const double us = median_of_events(
+      stream, guess_us, [&] { call(stream); },
+      [](cudaStream_t busy) { require(cudaStreamSynchronize(busy), "the measured call"); });
+  cudaStreamDestroy(stream);
+  return us;
+}
+
+#if defined(TESSERA_BENCH_CUBLAS)
+// `c [rows, columns] = a [rows, depth] b^T, b [columns, depth]`, all packed, by cuBLAS.
+class cublas_products {
+ public:
+  cublas_products() : workspace_(64 << 20) {
+    if (cublasCreate(&handle_) != CUBLAS_STATUS_SUCCESS) handle_ = nullptr;
+    if (handle_ != nullptr) cublasSetWorkspace(handle_, workspace_.data(), 64 << 20);
+  }
+  ~cublas_products() {
+    if (handle_ != nullptr) cublasDestroy(handle_);
+  }
+  cublas_products(const cublas_products&) = delete;
+  cublas_products& operator=(const cublas_products&) = delete;
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  void multiply(cudaStream_t stream, std::int64_t rows, std::int64_t columns, std::int64_t depth,
+                const tessera::bfloat16* a, const tessera::bfloat16* b, tessera::bfloat16* c) const {
+    const float one = 1, zero = 0;
+    const int m = static_cast<int>(columns), n = static_cast<int>(rows), k = static_cast<int>(depth);
+    cublasSetStream(handle_, stream);
+    cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, b, CUDA_R_16BF, k, a, CUDA_R_16BF, k, &zero, c,
+                 CUDA_R_16BF, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+  }
+
+ private:
+  device_array<char> workspace_;
+  cublasHandle_t handle_ = nullptr;
+};
+#endif
 
 // cuBLAS' dense bf16 product of 8192^3 in TFLOPS, measured once in a run; 0 without cuBLAS.
 inline double dense_tflops() {
 #if defined(TESSERA_BENCH_CUBLAS)
   static const double measured = [] {
-    constexpr int size = 8192;
+    constexpr std::int64_t size = 8192;
     constexpr double flops = 2.0 * size * size * size;
-    const device_array<tessera::bfloat16> a(std::int64_t{size} * size, 8, 1), b(std::int64_t{size} * size, 9, 1),
-        c(std::int64_t{size} * size);
-    const device_array<char> workspace(64 << 20);
-    cublasHandle_t handle;
-    if (cublasCreate(&handle) != CUBLAS_STATUS_SUCCESS) return 0.0;
-    cublasSetWorkspace(handle, workspace.data(), 64 << 20);
+    const device_array<tessera::bfloat16> a(size * size, 8, 1), b(size * size, 9, 1), c(size * size);
+    const cublas_products cublas;
+    if (!cublas) return 0.0;
     const double us = median_us(
-        [&](cudaStream_t stream) {
-          const float one = 1, zero = 0;
-          cublasSetStream(handle, stream);
-          cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, size, size, size, &one, b.data(), CUDA_R_16BF, size, a.data(),
-                       CUDA_R_16BF, size, &zero, c.data(), CUDA_R_16BF, size, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
-        },
-        1500);
-    cublasDestroy(handle);
+        [&](cudaStream_t stream) { cublas.multiply(stream, size, size, size, a.data(), b.data(), c.data()); }, 1500);
     return flops / us * 1e-6;
   }();
   return measured;
 #else
   return 0;
 #endif
+}
+
+// Bytes read and written by a copy of 1 GiB on the device in GB/s, measured once in a run.
+inline double copy_gbs() {
+  static const double measured = [] {
+    constexpr std::int64_t bytes = std::int64_t{1} << 30;
+    const device_array<float> from(bytes / 4, 8, 1), to(bytes / 4);
+    const auto copy = [&](cudaStream_t stream) {
+      require(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+    };
+    // Copies in a graph are slower.
+    return 2.0 * bytes / std::min(median_us(copy, 700), median_alone_us(copy, 700)) * 1e-3;
+  }();
+  return measured;
 }
 
 // One measurement: its time, and floating-point operations as TFLOPS and as a share of the dense product.
@@ -151,6 +215,12 @@ inline void report_time(benchmark::State& state, double us, double flops) {
   if (flops <= 0) return;
   state.counters["tflops"] = flops / us * 1e-6;
   if (dense_tflops() > 0) state.counters["of_dense"] = flops / us * 1e-6 / dense_tflops();
+}
+
+// Bytes that a measurement had to move, as GB/s and as a share of a copy's.
+inline void report_bytes(benchmark::State& state, double us, double bytes) {
+  state.counters["gb_per_s"] = bytes / us * 1e-3;
+  state.counters["share_of_copy"] = bytes / us * 1e-3 / copy_gbs();
 }
 
 // Registers a case that measures itself once: `measure(state)` calls `report_time` and sets counters.

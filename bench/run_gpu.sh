@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# Runs the GPU benchmarks of a build on one GPU and writes their raw JSON.
+# Runs the GPU benchmarks of a build on one GPU, writes their raw JSON and prints the tables of bench/README.md.
 # Usage: bench/run_gpu.sh [build folder, default: build] [folder for JSON, default: bench/results]
 set -euo pipefail
 
@@ -17,8 +17,10 @@ for name in gemm router layer; do
     exit 1
   fi
 done
-"$build/bench/gemm_gpu_bench" --json "$results/gpu_gemm.json"
-"$build/bench/router_gpu_bench" --json "$results/gpu_router.json"
-# Names of machines and paths say nothing to a reader.
-"$build/bench/layer_gpu_bench" --benchmark_format=json 2>/dev/null |
-  sed -e '/"host_name":/d' -e '/"executable":/d' -e '/"load_avg":/d' >"$results/gpu_layer.json"
+for name in gemm router layer; do
+  echo "== $name" >&2
+  # Names of machines and paths say nothing to a reader.
+  "$build/bench/${name}_gpu_bench" --benchmark_format=json 2>/dev/null |
+    sed -e '/"host_name":/d' -e '/"executable":/d' -e '/"load_avg":/d' >"$results/gpu_$name.json"
+done
+python3 bench/table.py "$results"/gpu_{gemm,router,layer}.json
