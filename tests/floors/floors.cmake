@@ -17,7 +17,8 @@ endforeach()
 
 # Third-party headers, each allowed in one header and its detail/ alone.
 set(home_of_mpi.h "comm/(detail/)?mpi[a-z_]*[.]hpp")
-set(home_of_nccl.h "comm/(nccl|detail/nccl/[a-z_]+)[.]cuh")
+set(home_of_nccl.h "comm/(nccl|symmetric|detail/nccl/[a-z_]+|detail/symmetric/(create|state|window))[.]cuh")
+set(home_of_nccl_device.h "comm/detail/symmetric/window[.]cuh")
 set(home_of_cblas.h "gemm/(detail/)?blas[a-z_]*[.]hpp")
 set(home_of_nvtx3/nvtx3.hpp "core/nvtx[.]hpp")
 set(home_of_nlohmann/json.hpp "checkpoint/detail/json[.]hpp")
@@ -25,6 +26,7 @@ set(home_of_xxhash.h "checkpoint/detail/checksum[.]hpp")
 foreach(posix IN ITEMS fcntl.h unistd.h sys/stat.h)
   set(home_of_${posix} "checkpoint/detail/files[.]hpp")
 endforeach()
+set(home_of_sys/mman.h "checkpoint/detail/staging[.]hpp")
 
 # Headers of optional dependencies: users include them by name, other headers do not. A whole room may stand aside.
 set(aside "${home_of_mpi.h}|${home_of_nccl.h}|${home_of_cblas.h}|checkpoint/.*")

@@ -6,6 +6,8 @@
 // there are fewer GPUs than ranks.
 
 #define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
 #include <array>
 #include <cmath>
 #include <cstdint>

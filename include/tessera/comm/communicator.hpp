@@ -135,8 +135,8 @@ concept communicator_has_exchange = requires(C& c, stream_ref<typename C::space>
 /// collective must be called by all ranks in the same order. A rank that does not do its part becomes a `comm_error`
 /// on the others within a bounded time.
 ///
-/// Models: `comm::self<Space>`, `comm::threads`, `comm::mpi`, `comm::nccl`. A communicator of a user's own derives from
-/// `comm::collectives` and adds four members.
+/// Models: `comm::self<Space>`, `comm::threads`, `comm::mpi`, `comm::nccl`, `comm::symmetric`. A communicator of a
+/// user's own derives from `comm::collectives` and adds four members.
 template <class C>
 concept communicator = communicator_has_space<C> && communicator_has_rank<C> && communicator_has_size<C> &&
     communicator_has_split<C> && communicator_has_barrier<C> && communicator_has_broadcast<C> &&

@@ -5,18 +5,20 @@
 /// @file
 /// The members of `comm::symmetric`. Needs nvcc and NCCL (link `tessera::nccl`), so no other header includes this one.
 
-#include <atomic>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <memory>
 #include <optional>
+#include <span>
+#include <sstream>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include <cuda_runtime.h>
 
-#include <tessera/comm/detail/symmetric/window.cuh>
+#include <tessera/comm/detail/symmetric/create.cuh>
+#include <tessera/comm/detail/symmetric/state.cuh>
 #include <tessera/comm/nccl.cuh>
 #include <tessera/comm/symmetric.hpp>
 #include <tessera/core/error.hpp>
@@ -29,122 +31,134 @@ inline symmetric::symmetric(nccl over, std::shared_ptr<tessera::detail::symmetri
                             int num_sms)
     : nccl(std::move(over)), window_(std::move(window)), slot_(slot), num_sms_(num_sms) {}
 
-inline std::string symmetric::problem(nccl& over) {
-  if (over.size() > max_symmetric_ranks) {
-    return "there are " + std::to_string(over.size()) + " ranks, at most " + std::to_string(max_symmetric_ranks) +
-           " share memory";
-  }
-  const detail::nccl::device_guard guard(over.device());
-  int major = 0;
-  detail::nccl::expect_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, over.device()),
-                            "cudaDeviceGetAttribute");
-  int reached = 0;
-  over.call("create", "ncclTeamLsa", [&](ncclComm_t native) {
-    reached = ncclTeamLsa(native).nRanks;
-    return static_cast<int>(ncclSuccess);
-  });
-  // Every rank says what it found, so that all come to the same answer.
-  std::int64_t found = 0;
-  if (major < 9) found = 1;
-  if (reached < over.size()) found = 2;
-  const auto all = detail::symmetric::gather_numbers(over, found);
-  for (std::size_t r = 0; r < all.size(); ++r) {
-    const std::string rank = "rank " + std::to_string(r);
-    if (all[r] == 1) return rank + " has a device of compute capability below 9.0";
-    if (all[r] == 2) return rank + " does not reach the memory of all others by load and store";
-  }
-  return {};
-}
-
 inline symmetric symmetric::create(nccl over, const symmetric_options& options) {
-  TESSERA_EXPECTS(options.window_bytes > 0, "comm::symmetric: window_bytes is 0");
-  TESSERA_EXPECTS(options.slots >= 1 && options.slots <= 8,
-                  "comm::symmetric: slots = " << options.slots << ", it must be 1 to 8");
-  TESSERA_EXPECTS(options.timeout.count() >= 1,
-                  "comm::symmetric: the timeout is " << options.timeout.count() << " ms, it must be at least 1 ms");
-  TESSERA_EXPECTS(options.num_sms >= 0, "comm::symmetric: num_sms = " << options.num_sms << " is negative");
-  const std::string reason = problem(over);
-  TESSERA_EXPECTS_AS(nccl_error, reason.empty(), "comm::symmetric: " << reason << ": use comm::nccl");
-  const std::int64_t size = static_cast<std::int64_t>(options.window_bytes) * 8 + options.slots - 1;
-  const auto sizes = detail::symmetric::gather_numbers(over, size);
-  for (std::size_t r = 0; r < sizes.size(); ++r) {
-    TESSERA_EXPECTS(sizes[r] == sizes[0], "comm::symmetric: rank 0 has " << sizes[0] / 8 << " bytes of window and "
-                                                                         << sizes[0] % 8 + 1 << " slots, rank " << r
-                                                                         << " has " << sizes[r] / 8 << " and "
-                                                                         << sizes[r] % 8 + 1);
-  }
-  auto window = std::make_shared<tessera::detail::symmetric::shared_window>(over, options);
+  auto window = tessera::detail::symmetric::create(over, options);
   return symmetric(std::move(over), std::move(window), 0, options.num_sms);
 }
 
-inline symmetric symmetric::split(int color, int key) { return create(nccl::split(color, key), window_->options()); }
+inline symmetric symmetric::split(int color, int key) { return split(color, key, window_->options()); }
+inline symmetric symmetric::split(int color, int key, const symmetric_options& options) {
+  return create(nccl::split(color, key), options);
+}
+
+inline bool symmetric::direct() const noexcept { return window_->direct(); }
+inline const std::string& symmetric::reason() const noexcept { return window_->reason(); }
 
 inline std::byte* symmetric::allocate(std::size_t bytes) { return window_->allocate(bytes); }
-inline void symmetric::release_all() { window_->release_all(); }
-inline std::pair<std::size_t, std::size_t> symmetric::usage() const { return window_->usage(); }
-inline bool symmetric::contains(const void* address) const { return window_->contains(address); }
+inline void symmetric::release_all() noexcept { window_->release_all(); }
+inline std::size_t symmetric::capacity_bytes() const noexcept { return window_->options().window_bytes; }
+inline std::size_t symmetric::used_bytes() const noexcept { return window_->used_bytes(); }
+inline bool symmetric::contains(const void* address) const noexcept { return window_->contains(address); }
+inline std::size_t symmetric::offset_of(const void* address) const { return window_->offset_of(address); }
 
 inline symmetric symmetric::on_slot(int slot) const {
   TESSERA_EXPECTS(slot >= 0 && slot < window_->options().slots,
-                  "comm::symmetric: slot " << slot << " of " << window_->options().slots);
+                  "comm::symmetric: slot " << slot << " of " << window_->options().slots << " slots");
   return symmetric(*this, window_, slot, num_sms_);
 }
 inline void symmetric::set_num_sms(int sms) {
-  TESSERA_EXPECTS(sms >= 0, "comm::symmetric: num_sms = " << sms << " is negative");
+  TESSERA_EXPECTS(sms >= 0,
+                  "comm::symmetric: num_sms = " << sms << ", it must be at least 1, or 0 for the library's choice");
   num_sms_ = sms;
 }
 
 inline symmetric_view symmetric::view(symmetric_channel channel) const { return window_->view(slot_, channel); }
-inline device_stream symmetric::side_stream() const { return window_->side_stream(slot_); }
-inline CUevent_st* symmetric::fork_event() const { return window_->fork_event(slot_); }
-inline CUevent_st* symmetric::join_event() const { return window_->join_event(slot_); }
+inline device_stream symmetric::side_stream() const { return window_->beside(slot_).stream; }
+inline CUevent_st* symmetric::fork_event() const { return window_->beside(slot_).fork; }
+inline CUevent_st* symmetric::join_event() const { return window_->beside(slot_).join; }
 
 inline std::optional<symmetric_failure> symmetric::failure() const {
-  const volatile symmetric_failure& seen = window_->host_failure();
-  if (seen.state != 2) return std::nullopt;
-  std::atomic_thread_fence(std::memory_order_acquire);
-  symmetric_failure copy;
-  copy.state = seen.state;
-  copy.rank = seen.rank;
-  copy.peer = seen.peer;
-  copy.channel = seen.channel;
-  copy.step = seen.step;
-  copy.generation = seen.generation;
-  return copy;
+  const symmetric_failure seen = window_->seen_failure();
+  if (seen.state == 0) return std::nullopt;
+  return seen;
 }
 
 inline void symmetric::check() {
-  if (const auto f = failure()) {
-    constexpr const char* operations[] = {"the exchange of routings", "dispatch", "combine", "the return of values"};
-    constexpr const char* phases[] = {"has not come to it", "has not sent all", "has not sent a part"};
-    const char* const operation = operations[static_cast<int>(f->channel)];
-    TESSERA_EXPECTS_AS(error, f->step != symmetric_step::overflow,
-                       "rank " << f->peer << " would receive " << f->generation
-                               << " pairs, which is more than its bound: raise dispatch_options::row_bound to "
-                               << f->generation << " or more, or choose overflow_policy::drop; then reset()");
-    throw comm_error("rank " + std::to_string(f->rank) + " in " + operation + " " + std::to_string(f->generation) +
-                         " of slot operations: rank " + std::to_string(f->peer) + " " +
-                         phases[static_cast<int>(f->step)] + " within " +
-                         std::to_string(window_->options().timeout.count()) + " ms; reset() when all ranks are back",
-                     f->rank, f->peer, operation);
-  }
+  check_operations();
   nccl::check();
 }
 
-inline void symmetric::wait(device_stream stream) {
-  nccl::wait(stream, 2 * window_->options().timeout + timeout());
-  check();
+inline void symmetric::check_operations() const {
+  const auto seen = failure();
+  if (!seen) return;
+  const auto phase = [&]() -> const char* {
+    switch (seen->channel) {
+      case symmetric_channel::tables:
+        return "exchange of routings";
+      case symmetric_channel::rows:
+        return "dispatch of rows";
+      case symmetric_channel::sums:
+        return "combine of rows";
+      case symmetric_channel::values:
+        return "return of values";
+    }
+    return "operation";
+  }();
+  const int rank = window_->world_rank(seen->rank);
+  const int peer = window_->world_rank(seen->peer);
+  TESSERA_EXPECTS_AS(error, seen->step != symmetric_step::overflow,
+                     "rank " << rank << " in " << phase << ": rank " << peer << " would receive " << seen->generation
+                             << " pairs, which is more than its bound: raise dispatch_options::row_bound to "
+                             << seen->generation << " or more, or choose overflow_policy::drop; then reset()");
+  std::ostringstream text;
+  text << "rank " << rank << " in " << phase << ": rank " << peer
+       << (seen->step == symmetric_step::entry     ? " has not come to"
+           : seen->step == symmetric_step::arrival ? " has not sent its part of"
+                                                   : " has not sent a chunk of")
+       << " operation " << seen->generation << " of its slot within " << window_->options().timeout.count()
+       << " ms; reset() when all ranks are back";
+  throw comm_error(text.str(), rank, peer, phase);
 }
 
-inline void symmetric::reset(device_stream stream) {
-  const detail::nccl::device_guard guard(device());
-  nccl::wait(stream, 2 * window_->options().timeout + timeout());
-  for (int s = 0; s < window_->options().slots; ++s) {
-    nccl::wait(window_->side_stream(s), 2 * window_->options().timeout + timeout());
+inline void symmetric::wait(device_stream stream) { wait(stream, window_->stream_patience()); }
+inline void symmetric::wait(device_stream stream, std::chrono::milliseconds timeout) {
+  try {
+    nccl::wait(stream, timeout);
+  } catch (const comm_error&) {
+    check_operations();  // knows who was missing, which NCCL does not
+    throw;
   }
-  static_cast<void>(tessera::detail::symmetric::gather_numbers(*this, 0));  // nobody's kernels run any more
-  window_->clear();
-  static_cast<void>(tessera::detail::symmetric::gather_numbers(*this, 0));  // nobody's flags are old any more
+  check_operations();
+}
+
+inline void symmetric::reset(device_stream stream) { reset(std::span<const device_stream>(&stream, 1)); }
+
+inline void symmetric::reset(std::span<const device_stream> streams) {
+  using tessera::detail::symmetric::drain;
+  nccl::check();
+  const tessera::detail::nccl::device_guard guard(device());
+  const auto fail_with = [&](int peer, const std::string& cause) {
+    throw comm_error("rank " + std::to_string(world_rank()) + " in reset: " + cause, world_rank(), peer, "reset");
+  };
+  const auto expect_drained = [&](device_stream stream) {
+    if (drain(stream.get(), window_->stream_patience())) return;
+    fail_with(-1, "a stream was not done after " + std::to_string(window_->stream_patience().count()) +
+                      " ms; what it does besides operations of this communicator must end first");
+  };
+  for (const device_stream stream : streams) expect_drained(stream);
+  for (int slot = 0; slot < window_->options().slots; ++slot) expect_drained(window_->beside(slot).stream);
+  if (!direct()) {
+    barrier(side_stream());
+    nccl::wait(side_stream());
+    return;
+  }
+  const auto meet = [&] {
+    const int missing = window_->meet();
+    if (missing < 0) return;
+    fail_with(window_->world_rank(missing), "rank " + std::to_string(window_->world_rank(missing)) +
+                                                " has not come to it within " +
+                                                std::to_string(window_->patience().count()) + " ms");
+  };
+  const std::uint32_t before = window_->meetings();
+  meet();  // nobody's kernels run any more
+  window_->clear(false);
+  try {
+    meet();  // nobody's flags are old any more
+  } catch (...) {
+    window_->withdraw(before);
+    throw;
+  }
+  window_->forget_failure();
 }
 
 }  // namespace comm

@@ -11,3 +11,4 @@
 #include <tessera/dispatch/replicas.hpp>
 #include <tessera/dispatch/routing_exchange.hpp>
 #include <tessera/dispatch/rows.hpp>
+#include <tessera/dispatch/symmetric.hpp>

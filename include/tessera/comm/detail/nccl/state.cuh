@@ -399,6 +399,9 @@ class rank_state {
   // After a call.
   void finish(ncclResult_t result, const char* call, const char* phase, std::chrono::milliseconds timeout,
               clock::time_point deadline) {
+    // A call may say that it is done while a thread of NCCL's is at it: registering a window does.
+    ncclResult_t state = ncclSuccess;
+    if (result == ncclSuccess && ncclCommGetAsyncError(comm_, &state) == ncclSuccess) result = state;
     if (result == ncclInProgress) result = settled(result, deadline);
     if (result == ncclSuccess) return;
     if (family_->failed()) report(phase);

@@ -24,15 +24,13 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail::symmetric {
 
-inline constexpr int send_warps = 10;
-inline constexpr int home_warps = 10;
+inline constexpr int send_warps = 8;
+inline constexpr int home_warps = 8;
 inline constexpr int sums_threads = (send_warps + home_warps) * warp_size;
-inline constexpr int sum_vectors = 2;  // pieces of 16 bytes that a lane adds up at a time
-inline constexpr int sums_batch = 4;   // rows that are read at a time
-inline constexpr int sum_step_bytes = sum_vectors * warp_size * 16;
-inline constexpr int sum_piece_bytes = 2 * sum_step_bytes;  // stored at a time
-inline constexpr int sum_buffers = 2;                       // pieces of a warp that are being stored
-inline constexpr int sums_shared_bytes = send_warps * sum_buffers * sum_piece_bytes + bulk::line;
+inline constexpr int sum_vectors = 8;  // 16 bytes of each row that a lane adds up at a time
+inline constexpr int sum_piece_bytes = sum_vectors * warp_size * 16;
+inline constexpr int sum_slots = 2;    // pieces that a warp has under way from memory
+inline constexpr int sum_buffers = 1;  // pieces of a sending warp that are being stored
 
 // The unit of work of a warp, and what one flag stands for: some pieces of the rows of a few neighbouring tokens. The
 // same on all ranks, whatever their blocks.
@@ -72,226 +70,296 @@ struct sums_task {
   matrix_view<Out> y;
 };
 
-// The rows of one token on one rank, one in each lane: their places, and their weights.
-template <class A>
-struct token_rows {
-  std::int32_t place;
-  A weight;
-  unsigned here;  // lanes that have a row
-  bool any;       // a pair of the token belongs here, though perhaps its row was dropped
+// Shared memory of a block: rings of pieces that arrive, buffers of pieces that leave, and barriers.
+inline constexpr int sums_ring_bytes = sum_slots * sum_piece_bytes;
+inline constexpr int sums_shared_bytes = (send_warps + home_warps) * (sums_ring_bytes + sum_slots * 8) +
+                                         send_warps * sum_buffers * sum_piece_bytes + bulk::line;
+
+// Rows that make up one token's sum, one of each list in each lane: first the expert rows with their weights, then rows
+// that are added as they are.
+template <class S, class A>
+struct token_sources {
+  const S* weighted = nullptr;
+  const S* plain = nullptr;
+  A weight = A(1);
+  unsigned weighted_here = 0;  // lanes that have one
+  unsigned plain_here = 0;
+  bool any = false;  // a pair of the token belongs to this rank, though perhaps its row was dropped
 };
 
 template <class S, class A, class Out>
-__device__ __forceinline__ token_rows<A> find_rows(const sums_task<S, A, Out>& task, std::int64_t row, int lane) {
-  token_rows<A> found{-1, A(1), 0, false};
-  if (lane < task.top_k) found.place = __ldg(task.expert_row_of + row * task.top_k + lane);
-  found.any = __any_sync(full_warp, found.place != -1);
+__device__ __forceinline__ token_sources<S, A> find_sources(const sums_task<S, A, Out>& task, std::int64_t row,
+                                                            int lane) {
+  token_sources<S, A> found;
+  std::int32_t place = -1;
+  if (lane < task.top_k) place = __ldg(task.expert_row_of + row * task.top_k + lane);
+  found.any = __any_sync(full_warp, place != -1) != 0;
   if (task.summed) {
-    found.place = found.any && lane == 0 ? static_cast<std::int32_t>(row) : -1;
-  } else if (task.weights != nullptr && found.place >= 0) {
-    found.weight = __ldg(task.weights + found.place);
+    place = found.any && lane == 0 ? static_cast<std::int32_t>(row) : -1;
+  } else if (task.weights != nullptr && place >= 0) {
+    found.weight = __ldg(task.weights + place);
   }
-  found.here = __ballot_sync(full_warp, found.place >= 0);
+  if (place >= 0) found.weighted = task.pairs.row(place);
+  found.weighted_here = __ballot_sync(full_warp, place >= 0);
   return found;
 }
 
-// Adds `sum_vectors` pieces per lane of the token's rows, in the order of k. @param column Of this lane's first piece.
-template <int Width, class S, class A>
-__device__ __forceinline__ void add_rows(A (&sum)[sum_vectors][Width], const matrix_view<const S>& pairs,
-                                         const token_rows<A>& rows, int column) {
-  const int cols = static_cast<int>(pairs.cols);
-  for (unsigned left = rows.here; left != 0;) {
-    elements<S, Width> part[sums_batch][sum_vectors];
-    unsigned loaded = left;
-#pragma unroll
-    for (int i = 0; i < sums_batch; ++i) {
-      if (left == 0) break;
-      const std::int32_t place = __shfl_sync(full_warp, rows.place, __ffs(static_cast<int>(left)) - 1);
-      left &= left - 1;
-      const S* const row = pairs.row(place) + column;
-#pragma unroll
-      for (int v = 0; v < sum_vectors; ++v) {
-        if (column + v * warp_size * Width < cols) part[i][v] = load_once<S, Width>(row + v * warp_size * Width);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < sums_batch; ++i) {
-      if (loaded == left) break;
-      const A weight = __shfl_sync(full_warp, rows.weight, __ffs(static_cast<int>(loaded)) - 1);
-      loaded &= loaded - 1;
-#pragma unroll
-      for (int v = 0; v < sum_vectors; ++v) {
-#pragma unroll
-        for (int j = 0; j < Width; ++j) sum[v][j] += weight * widen<A>(part[i][v].value[j]);
-      }
-    }
-  }
-}
+// One token of a unit that a warp adds up: columns [begin, end) of its sources.
+template <class S, class A>
+struct sum_item {
+  bool exists = false;
+  int unit = -1;
+  int token = 0;
+  int begin = 0;
+  int end = 0;
+  token_sources<S, A> sources;
+};
 
-// Reads what a peer has written during this kernel.
-template <class S, int Width>
-__device__ __forceinline__ elements<S, Width> load_arrived(const S* from) {
-  static_assert(sizeof(elements<S, Width>) == 16);
-  uint4 bits;
-  asm volatile("ld.relaxed.sys.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "l"(from)
-               : "memory");
-  return *reinterpret_cast<const elements<S, Width>*>(&bits);
-}
-
-// Columns [begin, end) of a part.
-template <class S>
-struct part_columns {
+// What of an item has not been asked for yet.
+struct fetch_cursor {
   int begin;
-  int end;
-  __device__ part_columns(const sums_plan& plan, int part, int hidden) {
-    constexpr int piece = sum_piece_bytes / static_cast<int>(sizeof(S));
-    begin = part * plan.part_pieces * piece;
-    end = begin + plan.part_pieces * piece;
-    end = end < hidden ? end : hidden;
+  unsigned weighted_left;
+  unsigned plain_left;
+  template <class S, class A>
+  __device__ void start(const sum_item<S, A>& item) {
+    begin = item.exists && (item.sources.weighted_here | item.sources.plain_here) != 0 ? item.begin : item.end;
+    weighted_left = item.sources.weighted_here;
+    plain_left = item.sources.plain_here;
   }
 };
 
+// A warp's stream of pieces: the rows of an item piece by piece, then those of the next item, always as far ahead as
+// the ring has room.
+template <class S, class A>
+class piece_stream {
+ public:
+  static constexpr int width = 16 / sizeof(S);
+  static constexpr int piece = sum_piece_bytes / static_cast<int>(sizeof(S));
+
+  __device__ piece_stream(unsigned char* ring, std::uint32_t barriers, int lane)
+      : ring_(ring), barriers_(barriers), lane_(lane) {
+    if (lane == 0) {
+      for (int i = 0; i < sum_slots; ++i) hopper::barrier_init(barriers + static_cast<std::uint32_t>(8 * i), 1);
+      hopper::barrier_init_fence();
+    }
+    __syncwarp();
+  }
+
+  // Asks for as much as there is room for.
+  __device__ void fill(const sum_item<S, A>& item, fetch_cursor& at, const sum_item<S, A>& next, fetch_cursor& then) {
+    while (under_way_ < sum_slots) {
+      if (at.begin < item.end) {
+        fetch(item, at);
+      } else if (next.exists && then.begin < next.end) {
+        fetch(next, then);
+      } else {
+        return;
+      }
+    }
+  }
+
+  // Adds the oldest piece that is under way, when it is there.
+  __device__ void add(A (&sum)[sum_vectors][width], A weight) {
+    const int slot = taken_ % sum_slots;
+    hopper::barrier_wait(barriers_ + static_cast<std::uint32_t>(8 * slot),
+                         static_cast<std::uint32_t>(taken_ / sum_slots) & 1u);
+    const auto* const pieces = reinterpret_cast<const elements<S, width>*>(ring_ + slot * sum_piece_bytes) + lane_;
+#pragma unroll
+    for (int v = 0; v < sum_vectors; ++v) {
+      const elements<S, width> part = pieces[v * warp_size];
+#pragma unroll
+      for (int j = 0; j < width; ++j) sum[v][j] += weight * widen<A>(part.value[j]);
+    }
+    ++taken_;
+    --under_way_;
+    __syncwarp();  // before the place is filled again
+  }
+
+ private:
+  __device__ void fetch(const sum_item<S, A>& item, fetch_cursor& at) {
+    const bool plain = at.weighted_left == 0;
+    const unsigned left = plain ? at.plain_left : at.weighted_left;
+    const auto own = reinterpret_cast<unsigned long long>(plain ? item.sources.plain : item.sources.weighted);
+    const auto* const row = reinterpret_cast<const S*>(__shfl_sync(full_warp, own, __ffs(static_cast<int>(left)) - 1));
+    const int slot = (taken_ + under_way_) % sum_slots;
+    if (lane_ == 0) {
+      const int bytes = min(item.end - at.begin, piece) * static_cast<int>(sizeof(S));
+      const std::uint32_t barrier = barriers_ + static_cast<std::uint32_t>(8 * slot);
+      hopper::barrier_arrive_expect(barrier, static_cast<std::uint32_t>(bytes));
+      bulk::load(hopper::shared_address(ring_ + slot * sum_piece_bytes), row + at.begin, bytes, barrier);
+    }
+    ++under_way_;
+    (plain ? at.plain_left : at.weighted_left) = left & (left - 1);
+    if ((at.weighted_left | at.plain_left) != 0) return;
+    at.weighted_left = item.sources.weighted_here;
+    at.plain_left = item.sources.plain_here;
+    at.begin += piece;
+  }
+
+  unsigned char* ring_;
+  std::uint32_t barriers_;
+  int lane_;
+  int taken_ = 0;
+  int under_way_ = 0;
+};
+
+// Walks over units as warps of all blocks ask for them, by a counter: `find(item)` fills in the sources of a token, or
+// says that there is nothing to do for it; `finish(item, begin, sum)` gets every piece of the sum; `leave(unit)` is
+// called when a unit's tokens are done. Which warp does a unit does not change its sums.
+template <class S, class A, class Find, class Finish, class Leave>
+__device__ __forceinline__ void add_up(const sums_plan& plan, int hidden, std::uint32_t* counter, int units,
+                                       int units_per_part, int num_tokens, int lane, piece_stream<S, A>& stream,
+                                       Find find, Finish finish, Leave leave) {
+  constexpr int piece = piece_stream<S, A>::piece;
+  constexpr int width = piece_stream<S, A>::width;
+  // A lane asks a unit ahead, so that nobody waits for the answer.
+  std::uint32_t asked = 0;
+  const auto ask = [&] {
+    if (lane == 0) asked = atomicAdd(counter, 1u);
+  };
+  const auto enter = [&](sum_item<S, A>& item) {
+    item.unit = static_cast<int>(__shfl_sync(full_warp, asked, 0));
+    ask();
+    const int part = item.unit / units_per_part % plan.parts;
+    item.token = item.unit / units_per_part / plan.parts * plan.chunk_tokens;
+    item.begin = part * plan.part_pieces * piece;
+    item.end = min(item.begin + plan.part_pieces * piece, hidden);
+  };
+  // The first token from `item` on that has something to do. @param used Whether one of its unit was found before.
+  const auto settle = [&](sum_item<S, A>& item, bool used) {
+    item.exists = false;
+    while (item.unit < units) {
+      const int end = min((item.unit / units_per_part / plan.parts + 1) * plan.chunk_tokens, num_tokens);
+      for (; item.token < end; ++item.token) {
+        if (find(item)) {
+          item.exists = true;
+          return;
+        }
+      }
+      if (!used) leave(item.unit);  // nothing of it is under way
+      used = false;
+      enter(item);
+    }
+  };
+  sum_item<S, A> item;
+  ask();
+  enter(item);
+  settle(item, false);
+  fetch_cursor at;
+  at.start(item);
+  while (item.exists) {
+    sum_item<S, A> next = item;
+    ++next.token;
+    settle(next, true);
+    fetch_cursor then;
+    then.start(next);
+    for (int begin = item.begin; begin < item.end; begin += piece) {
+      A sum[sum_vectors][width] = {};
+      for (unsigned left = item.sources.weighted_here; left != 0; left &= left - 1) {
+        stream.fill(item, at, next, then);
+        stream.add(sum, __shfl_sync(full_warp, item.sources.weight, __ffs(static_cast<int>(left)) - 1));
+      }
+      for (unsigned left = item.sources.plain_here; left != 0; left &= left - 1) {
+        stream.fill(item, at, next, then);
+        stream.add(sum, A(1));
+      }
+      finish(item, begin, sum);
+    }
+    if (!next.exists || next.unit != item.unit) leave(item.unit);
+    item = next;
+    at = then;
+  }
+}
+
 template <class S, class A, class Out>
-__device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std::uint32_t generation, int warp,
-                                          int lane) {
+__device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std::uint32_t generation,
+                                          piece_stream<S, A>& stream, unsigned char* buffers, int lane) {
   constexpr int width = 16 / sizeof(S);
-  constexpr int step = sum_step_bytes / static_cast<int>(sizeof(S));
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
-  const std::uint32_t shared_start = hopper::shared_address(shared_bytes);
-  unsigned char* const ring =
-      shared_bytes + (bulk::next_line(shared_start) - shared_start) + warp * sum_buffers * sum_piece_bytes;
   const int peers = view.size - 1;
   const int hidden = static_cast<int>(task.y.cols);
+  const auto peer_of = [&](int unit) { return (view.rank + 1 + unit % peers) % view.size; };
   int buffer = 0;
-  int unit_before = -1;  // whose flag has not been posted
-  int stores_since = 0;
-  const auto post_flag = [&](int unit) {
-    const int peer = (view.rank + 1 + unit % peers) % view.size;
-    post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + unit / peers, peer), generation);
-  };
-  // neighbouring warps of all blocks take neighbouring units, each for another peer
-  for (int unit = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x); unit < task.plan.units * peers;
-       unit += send_warps * static_cast<int>(gridDim.x)) {
-    const int peer = (view.rank + 1 + unit % peers) % view.size;
-    const int chunk = unit / peers / task.plan.parts;
-    const part_columns<S> columns(task.plan, unit / peers % task.plan.parts, hidden);
-    const int first = chunk * task.plan.chunk_tokens;
-    const int end = min(first + task.plan.chunk_tokens, task.max_tokens);
-    for (int token = first; token < end; ++token) {
-      const auto rows = find_rows(task, static_cast<std::int64_t>(peer) * task.max_tokens + token, lane);
-      if (!rows.any) continue;
-      S* const target = at_peer(
-          view, task.returned + (static_cast<std::int64_t>(view.rank) * task.max_tokens + token) * hidden, peer);
-      for (int begin = columns.begin; begin < columns.end; begin += 2 * step) {
-        unsigned char* const place = ring + buffer * sum_piece_bytes;
+  if (peers == 0) return;
+  add_up<S, A>(
+      task.plan, hidden, view.tickets + 1, task.plan.units * peers, peers, task.max_tokens, lane, stream,
+      [&](sum_item<S, A>& item) {
+        item.sources =
+            find_sources(task, static_cast<std::int64_t>(peer_of(item.unit)) * task.max_tokens + item.token, lane);
+        return item.sources.any;
+      },
+      [&](const sum_item<S, A>& item, int begin, A(&sum)[sum_vectors][width]) {
+        unsigned char* const place = buffers + buffer * sum_piece_bytes;
         if (lane == 0) bulk::wait_read<sum_buffers - 1>();
         __syncwarp();
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          A sum[sum_vectors][width] = {};
-          add_rows<width>(sum, task.pairs, rows, begin + half * step + lane * width);
 #pragma unroll
-          for (int v = 0; v < sum_vectors; ++v) {
-            elements<S, width> out;
+        for (int v = 0; v < sum_vectors; ++v) {
+          elements<S, width> out;
 #pragma unroll
-            for (int j = 0; j < width; ++j) out.value[j] = static_cast<S>(sum[v][j]);
-            *reinterpret_cast<elements<S, width>*>(place + ((half * sum_vectors + v) * warp_size + lane) * 16) = out;
-          }
+          for (int j = 0; j < width; ++j) out.value[j] = static_cast<S>(sum[v][j]);
+          reinterpret_cast<elements<S, width>*>(place)[v * warp_size + lane] = out;
         }
         bulk::fence_shared();
         __syncwarp();
         if (lane == 0) {
-          bulk::store(target + begin, hopper::shared_address(place),
-                      min(columns.end - begin, 2 * step) * static_cast<int>(sizeof(S)));
+          S* const row = task.returned + (static_cast<std::int64_t>(view.rank) * task.max_tokens + item.token) * hidden;
+          bulk::store(at_peer(view, row + begin, peer_of(item.unit)), hopper::shared_address(place),
+                      min(item.end - begin, piece_stream<S, A>::piece) * static_cast<int>(sizeof(S)));
           bulk::commit();
         }
         buffer = buffer + 1 == sum_buffers ? 0 : buffer + 1;
-        ++stores_since;
-      }
-      if (unit_before >= 0 && stores_since >= sum_buffers) {
-        // written while this unit's first token was added up: hardly a wait
-        if (lane == 0) {
-          bulk::wait_written<sum_buffers>();
-          post_flag(unit_before);
-        }
-        unit_before = -1;
-      }
-    }
-    if (unit_before >= 0 && lane == 0) {
-      bulk::wait_written<0>();
-      post_flag(unit_before);
-    }
-    unit_before = unit;
-    stores_since = 0;
-  }
-  if (unit_before >= 0 && lane == 0) {
-    bulk::wait_written<0>();
-    post_flag(unit_before);
-  }
+      },
+      [&](int unit) {
+        if (lane != 0) return;
+        bulk::wait_written<0>();
+        post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + unit / peers, peer_of(unit)),
+             generation);
+      });
 }
 
 template <class S, class A, class Out>
-__device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std::uint32_t generation, int warp,
-                                          int lane) {
+__device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std::uint32_t generation,
+                                          piece_stream<S, A>& stream, int lane) {
   constexpr int width = 16 / sizeof(S);
-  constexpr int step = sum_step_bytes / static_cast<int>(sizeof(S));
   const comm::symmetric_view& view = task.view;
   const int hidden = static_cast<int>(task.y.cols);
-  for (int unit = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x); unit < task.plan.units;
-       unit += home_warps * static_cast<int>(gridDim.x)) {
-    const part_columns<S> columns(task.plan, unit % task.plan.parts, hidden);
-    const int first = unit / task.plan.parts * task.plan.chunk_tokens;
-    const int end = min(first + task.plan.chunk_tokens, task.num_tokens);
-    if (first >= end) break;
-    bool usable = true;
-    if (lane < view.size && lane != view.rank) {
-      usable =
-          await(view, view.chunks + lane * comm::max_symmetric_chunks + unit, generation, lane, symmetric_step::chunk);
-    }
-    if (__all_sync(full_warp, usable) == 0) break;
-    for (int token = first; token < end; ++token) {
-      const auto rows = find_rows(task, static_cast<std::int64_t>(view.rank) * task.max_tokens + token, lane);
-      const std::uint32_t others = __ldg(task.destinations + token) & ~(1u << view.rank);
-      for (int begin = columns.begin; begin < columns.end; begin += step) {
-        const int column = begin + lane * width;
-        A sum[sum_vectors][width] = {};
-        add_rows<width>(sum, task.pairs, rows, column);
-        for (std::uint32_t left = others; left != 0; left &= left - 1) {
-          const int r = __ffs(static_cast<int>(left)) - 1;
-          const S* const part =
-              task.returned + (static_cast<std::int64_t>(r) * task.max_tokens + token) * hidden + column;
-          elements<S, width> arrived[sum_vectors];
-#pragma unroll
-          for (int v = 0; v < sum_vectors; ++v) {
-            const int at = v * warp_size * width;
-            if (column + at < hidden) arrived[v] = load_arrived<S, width>(part + at);
+  int awaited = -1;
+  bool usable = true;
+  add_up<S, A>(
+      task.plan, hidden, view.tickets + 2, task.plan.units, 1, task.num_tokens, lane, stream,
+      [&](sum_item<S, A>& item) {
+        if (item.unit != awaited) {
+          awaited = item.unit;
+          if (usable && lane < view.size && lane != view.rank) {
+            usable = await(view, view.chunks + lane * comm::max_symmetric_chunks + item.unit, generation, lane,
+                           symmetric_step::chunk);
           }
-#pragma unroll
-          for (int v = 0; v < sum_vectors; ++v) {
-#pragma unroll
-            for (int j = 0; j < width; ++j) sum[v][j] += widen<A>(arrived[v].value[j]);
-          }
+          usable = __all_sync(full_warp, usable) != 0;
+          asm volatile("fence.proxy.async;" ::: "memory");  // what peers wrote is read by the copy engine
         }
+        if (!usable) return false;
+        item.sources = find_sources(task, static_cast<std::int64_t>(view.rank) * task.max_tokens + item.token, lane);
+        const std::uint32_t others = __ldg(task.destinations + item.token) & ~(1u << view.rank);
+        if (lane < view.size && ((others >> lane) & 1u) != 0) {
+          item.sources.plain =
+              task.returned + (static_cast<std::int64_t>(lane) * task.max_tokens + item.token) * hidden;
+        }
+        if (lane == view.size && task.plus.data != nullptr) item.sources.plain = task.plus.row(item.token);
+        item.sources.plain_here = __ballot_sync(full_warp, item.sources.plain != nullptr);
+        return true;
+      },
+      [&](const sum_item<S, A>& item, int begin, A(&sum)[sum_vectors][width]) {
 #pragma unroll
         for (int v = 0; v < sum_vectors; ++v) {
-          const int at = column + v * warp_size * width;
-          if (at >= columns.end) continue;
-          if (task.plus.data != nullptr) {
-            const auto plus = load_once<S, width>(task.plus.row(token) + at);
-#pragma unroll
-            for (int j = 0; j < width; ++j) sum[v][j] += widen<A>(plus.value[j]);
-          }
+          const int at = begin + (v * warp_size + lane) * width;
+          if (at >= item.end) continue;
           elements<Out, width> out;
 #pragma unroll
           for (int j = 0; j < width; ++j) out.value[j] = static_cast<Out>(sum[v][j]);
-          store_elements(task.y.row(token) + at, out);
+          store_elements(task.y.row(item.token) + at, out);
         }
-      }
-    }
-  }
+      },
+      [](int) {});
 }
 
 template <class S, class A, class Out>
@@ -304,13 +372,23 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
   const std::uint32_t generation = next_generation(view);
   if (blockIdx.x == 0 && warp == 0) announce(view, generation);
   if (!all_entered(view, generation)) return;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const std::uint32_t address = hopper::shared_address(shared_bytes);
+  unsigned char* const rings = shared_bytes + (bulk::next_line(address) - address);
+  unsigned char* const buffers = rings + (send_warps + home_warps) * sums_ring_bytes;
+  const std::uint32_t barriers = hopper::shared_address(buffers) + send_warps * sum_buffers * sum_piece_bytes;
+  piece_stream<S, A> stream(rings + warp * sums_ring_bytes, barriers + static_cast<std::uint32_t>(warp * sum_slots * 8),
+                            lane);
   if (warp < send_warps) {
-    send_role(task, generation, warp, lane);
+    send_role(task, generation, stream, buffers + warp * sum_buffers * sum_piece_bytes, lane);
   } else {
-    home_role(task, generation, warp - send_warps, lane);
+    home_role(task, generation, stream, lane);
   }
   __syncthreads();
-  if (threadIdx.x == 0 && last_block(view)) finish(view, generation);
+  if (threadIdx.x == 0 && last_block(view)) {
+    view.tickets[1] = view.tickets[2] = 0;
+    finish(view, generation);
+  }
 #else
   static_cast<void>(task);
 #endif

@@ -1,0 +1,460 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Dispatch, combine and the layer over the GPUs of this machine, one thread a GPU. A figure is the median over repeats
+// of the slowest rank's time, from events around a graph of several operations in a row, without the host between
+// them; ranks are aligned before. `wire` counts the bytes that one rank sends to others, `logical` those that it would
+// send with its own part among them. NCCL's collectives and peer copies move the same rows for comparison.
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <nccl.h>
+
+#include <tessera/comm/symmetric.cuh>
+#include <tessera/comm/threads.hpp>
+#include <tessera/layout/block.hpp>
+#include <tessera/moe/moe_layer.cuh>
+
+#include "gpu_timing.cuh"
+
+namespace {
+
+namespace ts = tessera;
+using namespace tessera_bench;
+using ts::bfloat16;
+
+constexpr std::size_t window_bytes = std::size_t{6} << 30;
+
+// The communicator of each GPU, made once.
+class gpu_ranks {
+ public:
+  static gpu_ranks& all() {
+    static gpu_ranks ranks;
+    return ranks;
+  }
+  int size() const { return static_cast<int>(comms_.size()); }
+
+  // Calls `f(comm, stream)` on every rank, each in a thread of its own.
+  template <class F>
+  void run(F f) {
+    ts::comm::threads::run(size(),
+                           [&](ts::comm::threads& t) {
+                             require(cudaSetDevice(t.rank()), "cudaSetDevice");
+                             f(*comms_[static_cast<std::size_t>(t.rank())]);
+                           },
+                           {.timeout = std::chrono::minutes(2)});
+  }
+
+ private:
+  gpu_ranks() {
+    int devices = 0;
+    require(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
+    comms_.resize(static_cast<std::size_t>(devices));
+    ts::comm::threads::run(devices,
+                           [&](ts::comm::threads& t) {
+                             require(cudaSetDevice(t.rank()), "cudaSetDevice");
+                             ts::comm::symmetric_options options;
+                             options.window_bytes = window_bytes;
+                             comms_[static_cast<std::size_t>(t.rank())] =
+                                 std::make_unique<ts::comm::symmetric>(ts::comm::symmetric::create(t, options));
+                           },
+                           {.timeout = std::chrono::minutes(2)});
+  }
+  std::vector<std::unique_ptr<ts::comm::symmetric>> comms_;
+};
+
+using work = std::function<void(cudaStream_t)>;
+
+cudaGraphExec_t graph_of(cudaStream_t stream, const work& f, int times) {
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int i = 0; i < times; ++i) f(stream);
+  require(cudaStreamEndCapture(stream, &graph), "the end of the capture");
+  require(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+  cudaGraphDestroy(graph);
+  return replay;
+}
+
+// Median over repeats of the slowest rank's time for one `f`, in microseconds. `make(comm)` gives a rank its work:
+// {what runs before, untimed; what is timed}.
+struct rank_work {
+  work before;
+  work timed;
+  bool captured = true;
+};
+template <class Make>
+double slowest_median_us(int times, Make make) {
+  constexpr std::size_t repeats = 12, warm_up = 3;
+  auto& ranks = gpu_ranks::all();
+  std::vector<std::vector<double>> us(static_cast<std::size_t>(ranks.size()));
+  ranks.run([&](ts::comm::symmetric& comm) {
+    comm.release_all();
+    const cudaStream_t stream = make_stream();
+    const rank_work w = make(comm);
+    if (w.before) w.before(stream);
+    w.timed(stream);  // first calls load kernels and connect GPUs
+    comm.wait(stream);
+    const cudaGraphExec_t before = w.before ? graph_of(stream, w.before, 1) : nullptr;
+    const cudaGraphExec_t timed = w.captured ? graph_of(stream, w.timed, times) : nullptr;
+    std::vector<cudaEvent_t> events(2 * repeats);
+    for (cudaEvent_t& event : events) require(cudaEventCreate(&event), "cudaEventCreate");
+    for (std::size_t i = 0; i < repeats; ++i) {
+      comm.barrier(stream);
+      if (before != nullptr) require(cudaGraphLaunch(before, stream), "cudaGraphLaunch");
+      require(cudaEventRecord(events[2 * i], stream), "cudaEventRecord");
+      if (timed != nullptr) {
+        require(cudaGraphLaunch(timed, stream), "cudaGraphLaunch");
+      } else {
+        for (int n = 0; n < times; ++n) w.timed(stream);
+      }
+      require(cudaEventRecord(events[2 * i + 1], stream), "cudaEventRecord");
+    }
+    comm.wait(stream);
+    for (std::size_t i = warm_up; i < repeats; ++i) {
+      float ms = 0;
+      require(cudaEventElapsedTime(&ms, events[2 * i], events[2 * i + 1]), "cudaEventElapsedTime");
+      us[static_cast<std::size_t>(comm.rank())].push_back(1e3 * static_cast<double>(ms) / times);
+    }
+    for (cudaEvent_t event : events) cudaEventDestroy(event);
+    if (before != nullptr) cudaGraphExecDestroy(before);
+    if (timed != nullptr) cudaGraphExecDestroy(timed);
+    cudaStreamDestroy(stream);
+  });
+  std::vector<double> slowest(us[0].size());
+  for (const auto& rank : us) {
+    for (std::size_t i = 0; i < slowest.size(); ++i) slowest[i] = std::max(slowest[i], rank[i]);
+  }
+  std::nth_element(slowest.begin(), slowest.begin() + static_cast<std::ptrdiff_t>(slowest.size() / 2), slowest.end());
+  return slowest[slowest.size() / 2];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dispatch and combine
+
+struct exchange_shape {
+  std::int64_t T, d;
+  int E, K;
+};
+
+// One rank's memory, with uniform random routing.
+struct exchange_case {
+  exchange_case(ts::comm::symmetric& c, const exchange_shape& s)
+      : comm(c),
+        shape(s),
+        layout(s.E, c.size()),
+        bounds(ts::dispatch_bounds::make(c.size(), s.E, layout.num_slots(c.rank()), s.K, s.T, options)),
+        pairs(bounds.max_pairs * s.d),
+        x(s.T * s.d, 7, 1),
+        y(s.T * s.d),
+        ids(s.T * s.K),
+        weights(s.T * s.K) {
+    ts::memory_builder counting;
+    carve(counting);
+    window_used = counting.bytes();
+    const ts::workspace_memory memory(comm.allocate(window_used), window_used);
+    ts::memory_builder builder(memory, "bench");
+    carve(builder);
+    require(cudaMemset(sort_barrier, 0, sizeof(*sort_barrier)), "cudaMemset");
+    pairs.fill(8);
+    std::mt19937 generator(static_cast<unsigned>(comm.rank()) + 1);
+    std::vector<std::int32_t> chosen;
+    std::vector<float> w;
+    for (std::int64_t t = 0; t < s.T; ++t) {
+      const std::size_t begin = chosen.size();
+      std::uint32_t remote = 0;
+      while (chosen.size() < begin + static_cast<std::size_t>(s.K)) {
+        const auto id = static_cast<std::int32_t>(generator() % static_cast<unsigned>(s.E));
+        if (std::find(chosen.begin() + static_cast<std::ptrdiff_t>(begin), chosen.end(), id) != chosen.end()) continue;
+        chosen.push_back(id);
+        w.push_back(1.0f / static_cast<float>(s.K));
+        remote |= 1u << layout.owner(id).rank;
+      }
+      for (int r = 0; r < comm.size(); ++r) {
+        if (((remote >> r) & 1u) == 0) continue;
+        ++rows_sent;
+        rows_to_others += r != comm.rank();
+      }
+    }
+    ids.set(chosen);
+    weights.set(w);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+
+  void carve(ts::memory_builder& b) {
+    const std::int64_t rows = bounds.addressed_rows();
+    workspace.tables = ts::routing_tables<float>::layout(b, bounds);
+    received = {b.take<bfloat16>("received", rows * shape.d), rows, shape.d};
+    returned = {b.take<bfloat16>("returned", rows * shape.d), rows, shape.d};
+    handle = ts::dispatch_handle<float>::layout_device(b, bounds, true);
+    sort_barrier = b.take<std::uint32_t>("barrier", 1);
+    workspace.sort = ts::router_workspace::layout(b, shape.E, sort_barrier);
+  }
+
+  void begin_lists(cudaStream_t stream) {
+    const ts::routing<float> chosen{{ids.data(), shape.T, shape.K}, {weights.data(), shape.T, shape.K}};
+    ts::exchange_routing_begin(stream, comm, layout, bounds, options, chosen, handle, workspace);
+  }
+  void rows(cudaStream_t stream) {
+    ts::dispatch_begin(stream, comm, handle, ts::matrix_view<const bfloat16>{x.data(), shape.T, shape.d}, received);
+    ts::dispatch_end(stream, comm, received);
+  }
+  void dispatch(cudaStream_t stream) {
+    begin_lists(stream);
+    ts::dispatch_begin(stream, comm, handle, ts::matrix_view<const bfloat16>{x.data(), shape.T, shape.d}, received);
+    ts::exchange_routing_end(stream, comm);
+    ts::dispatch_end(stream, comm, received);
+  }
+  void combine(cudaStream_t stream, ts::combine_source source) {
+    const auto from = source == ts::combine_source::expert_rows
+                          ? ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d}
+                          : ts::matrix_view<const bfloat16>(received);
+    ts::combine_rows(stream, comm, handle, ts::combine_weights::routing, source, from, returned, shape.K,
+                     ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d});
+  }
+
+  ts::comm::symmetric& comm;
+  exchange_shape shape;
+  ts::dispatch_options options{};
+  ts::layout::block layout;
+  ts::dispatch_bounds bounds;
+  ts::symmetric_routing_workspace<float> workspace;
+  ts::matrix_view<bfloat16> received, returned;
+  ts::dispatch_handle<float> handle;
+  std::uint32_t* sort_barrier = nullptr;
+  device_array<bfloat16> pairs, x, y;
+  device_array<std::int32_t> ids;
+  device_array<float> weights;
+  std::size_t window_used = 0;
+  std::int64_t rows_sent = 0;
+  std::int64_t rows_to_others = 0;
+};
+
+enum class operation { dispatch, rows, combine_rows, combine_sums, pair, lists };
+
+void measure_exchange(benchmark::State& state, const exchange_shape& s, operation op, int sms) {
+  double wire = 0, logical = 0, memory = 0;
+  const double us = slowest_median_us(op == operation::pair ? 128 : 20, [&](ts::comm::symmetric& comm) {
+    comm.set_num_sms(sms);
+    auto c = std::make_shared<exchange_case>(comm, s);
+    if (comm.rank() == 0) {
+      wire = static_cast<double>(c->rows_to_others * s.d * 2);
+      logical = static_cast<double>(c->rows_sent * s.d * 2);
+      memory = static_cast<double>(c->window_used);
+    }
+    return rank_work{[c](cudaStream_t stream) { c->dispatch(stream); },
+                     [c, op](cudaStream_t stream) {
+                       if (op == operation::lists) {
+                         c->begin_lists(stream);
+                         ts::exchange_routing_end(stream, c->comm);
+                       }
+                       if (op == operation::dispatch || op == operation::pair) c->dispatch(stream);
+                       if (op == operation::rows) c->rows(stream);
+                       if (op == operation::combine_rows || op == operation::pair)
+                         c->combine(stream, ts::combine_source::expert_rows);
+                       if (op == operation::combine_sums) c->combine(stream, ts::combine_source::summed_rows);
+                     }};
+  });
+  report_time(state, us, 0);
+  const double times = op == operation::pair ? 2 : 1;
+  if (op == operation::lists) return;
+  state.counters["wire_gb_per_s"] = times * wire / us * 1e-3;
+  state.counters["logical_gb_per_s"] = times * logical / us * 1e-3;
+  state.counters["window_bytes"] = memory;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What else moves rows
+
+enum class baseline { all_gather, reduce_scatter, send_receive, copy_engines };
+
+void measure_baseline(benchmark::State& state, const exchange_shape& s, baseline which) {
+  const int ranks = gpu_ranks::all().size();
+  const std::int64_t count = s.T * s.d;
+  const double us = slowest_median_us(10, [&](ts::comm::symmetric& comm) {
+    auto rows = std::make_shared<device_array<bfloat16>>(count, 3, 1.0f);
+    auto all = std::make_shared<device_array<bfloat16>>(ranks * count, 4, 1.0f);
+    // Copy engines write to the window, where peers have an address for it.
+    auto* const target = which == baseline::copy_engines
+                             ? reinterpret_cast<bfloat16*>(comm.allocate(static_cast<std::size_t>(ranks * count) * 2))
+                             : all->data();
+    return rank_work{
+        {}, [&comm, rows, all, target, count, which](cudaStream_t stream) {
+          const int size = comm.size();
+          const int rank = comm.rank();
+          const auto bytes = static_cast<std::size_t>(count) * 2;
+          if (which == baseline::all_gather) comm.all_gather(stream, rows->data(), target, count);
+          if (which == baseline::reduce_scatter) {
+            comm.call("bench", "ncclReduceScatter", [&](ncclComm_t c) {
+              return static_cast<int>(ncclReduceScatter(target, rows->data(), static_cast<std::size_t>(count),
+                                                        ncclBfloat16, ncclSum, c, stream));
+            });
+          }
+          if (which == baseline::send_receive) {
+            std::vector<ts::transfer> sends, receives;
+            for (int r = 0; r < size; ++r) {
+              if (r == rank) continue;
+              sends.push_back({r, rows->data(), static_cast<std::int64_t>(bytes)});
+              receives.push_back({r, target + r * count, static_cast<std::int64_t>(bytes)});
+            }
+            comm.exchange(stream, sends, receives);
+          }
+          if (which == baseline::copy_engines) {
+            const auto view = comm.view(ts::comm::symmetric_channel::rows);
+            for (int step = 1; step < size; ++step) {
+              const int r = (rank + step) % size;
+              auto* const own = reinterpret_cast<std::byte*>(target + rank * count);
+              require(cudaMemcpyAsync(view.peer[r] + (own - view.peer[rank]), rows->data(), bytes,
+                                      cudaMemcpyDeviceToDevice, stream),
+                      "cudaMemcpyAsync");
+            }
+          }
+        }};
+  });
+  report_time(state, us, 0);
+  state.counters["wire_gb_per_s"] = static_cast<double>((ranks - 1) * count * 2) / us * 1e-3;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The layer
+
+struct layer_shape {
+  const char* name;
+  std::int64_t T, d, n;
+  int E, K;
+};
+
+using router = ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized>;
+using spread_layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16_gradients>,
+                                   ts::layout::block, ts::comm::symmetric>;
+
+// One rank's layer with its memory, weights and tokens.
+struct layer_case {
+  layer_case(ts::comm::symmetric& comm, const layer_shape& s)
+      : tokens(s.T),
+        sizes{.num_experts = s.E,
+              .top_k = s.K,
+              .hidden = static_cast<int>(s.d),
+              .intermediate = static_cast<int>(s.n),
+              .max_tokens = s.T},
+        placement(s.E, comm.size()),
+        bytes(spread_layer::sizes(sizes, placement, comm.rank())),
+        saved(comm.allocate(bytes.saved_bytes), bytes.saved_bytes),
+        deferred(comm.allocate(bytes.deferred_bytes), bytes.deferred_bytes),
+        workspace(comm.allocate(bytes.workspace_bytes), bytes.workspace_bytes),
+        state(static_cast<std::int64_t>(bytes.state_bytes)),
+        x(s.T * s.d, static_cast<unsigned>(comm.rank()) + 11, 1),
+        dy(s.T * s.d, static_cast<unsigned>(comm.rank()) + 21, 1),
+        y(s.T * s.d),
+        dx(s.T * s.d),
+        up(placement.num_slots(comm.rank()) * 2 * s.n * s.d, static_cast<unsigned>(comm.rank()) + 31,
+           1 / std::sqrt(static_cast<float>(s.d))),
+        down(placement.num_slots(comm.rank()) * s.d * s.n, static_cast<unsigned>(comm.rank()) + 41,
+             1 / std::sqrt(static_cast<float>(s.n))),
+        gate(s.E * s.d, 5, 1 / std::sqrt(static_cast<float>(s.d))),
+        dgate(gate.size()),
+        dup(up.size()),
+        ddown(down.size()),
+        moe(sizes, {}, placement, comm, ts::state_memory(state.data(), bytes.state_bytes)) {
+    moe.reset_state(cudaStreamLegacy);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  spread_layer::inputs inputs() const { return {.x = ts::matrix_view<const bfloat16>(x.data(), tokens, sizes.hidden)}; }
+  spread_layer::weights weights() const {
+    spread_layer::weights w{};
+    w.gate = {gate.data(), sizes.num_experts, sizes.hidden};
+    w.experts.up = up.data();
+    w.experts.down = down.data();
+    return w;
+  }
+  void forward(cudaStream_t stream) {
+    moe.forward(stream, ts::pass::train, inputs(), weights(), {y.data(), tokens, sizes.hidden}, saved, workspace);
+  }
+  void backward(cudaStream_t stream) {
+    const ts::matrix_view<const bfloat16> gradient{dy.data(), tokens, sizes.hidden};
+    moe.backward_input(stream, inputs(), gradient, weights(), saved, {dx.data(), tokens, sizes.hidden}, deferred,
+                       workspace);
+    spread_layer::gradients g{};
+    g.gate = dgate.data();
+    g.experts.up = dup.data();
+    g.experts.down = ddown.data();
+    moe.backward_weights(stream, inputs(), gradient, saved, deferred, g, ts::write::overwrite);
+  }
+
+  std::int64_t tokens;
+  ts::shape sizes;
+  ts::layout::block placement;
+  ts::layer_sizes bytes;
+  ts::saved_memory saved;
+  ts::deferred_memory deferred;
+  ts::workspace_memory workspace;
+  device_array<std::byte> state;
+  device_array<bfloat16> x, dy, y, dx, up, down;
+  device_array<float> gate, dgate;
+  device_array<bfloat16> dup, ddown;
+  spread_layer moe;
+};
+
+void measure_layer(benchmark::State& state, const layer_shape& s, bool backward) {
+  const double unit = 2.0 * static_cast<double>(s.T) * s.K * static_cast<double>(s.n) * static_cast<double>(s.d);
+  ts::layer_sizes bytes{};
+  const double us = slowest_median_us(1, [&](ts::comm::symmetric& comm) {
+    comm.set_num_sms(0);
+    auto c = std::make_shared<layer_case>(comm, s);
+    if (comm.rank() == 0) bytes = c->bytes;
+    if (!backward) return rank_work{{}, [c](cudaStream_t stream) { c->forward(stream); }};
+    // Backward consumes the saved H.
+    return rank_work{[c](cudaStream_t stream) { c->forward(stream); },
+                     [c](cudaStream_t stream) { c->backward(stream); }};
+  });
+  report_time(state, us, (backward ? 6 : 3) * unit);
+  state.counters["saved_bytes"] = static_cast<double>(bytes.saved_bytes);
+  state.counters["workspace_bytes"] = static_cast<double>(bytes.workspace_bytes);
+  state.counters["deferred_bytes"] = static_cast<double>(bytes.deferred_bytes);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto exchange = [](const std::string& name, exchange_shape s, operation op, int sms) {
+    add_case(name + "/T:" + std::to_string(s.T) + (sms > 0 ? "/sms:" + std::to_string(sms) : ""),
+             [=](benchmark::State& state) { measure_exchange(state, s, op, sms); });
+  };
+  const auto at = [](std::int64_t tokens) { return exchange_shape{tokens, 7168, 256, 8}; };
+  for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
+    exchange("dispatch", at(T), operation::dispatch, 0);
+    exchange("dispatch_cached", at(T), operation::rows, 0);
+    exchange("combine_expert_rows", at(T), operation::combine_rows, 0);
+    exchange("combine_summed_rows", at(T), operation::combine_sums, 0);
+    exchange("pair", at(T), operation::pair, 0);
+  }
+  exchange("lists", at(4096), operation::lists, 0);
+  for (const int sms : {4, 8, 12, 16, 24, 32, 48, 64, 96, 132}) {
+    exchange("dispatch", at(4096), operation::dispatch, sms);
+    exchange("combine_expert_rows", at(4096), operation::combine_rows, sms);
+    exchange("combine_summed_rows", at(4096), operation::combine_sums, sms);
+  }
+  const auto other = [&](const std::string& name, std::int64_t tokens, baseline which) {
+    add_case(name + "/T:" + std::to_string(tokens),
+             [=](benchmark::State& state) { measure_baseline(state, at(tokens), which); });
+  };
+  for (const std::int64_t T : {128, 4096}) {
+    other("nccl_all_gather", T, baseline::all_gather);
+    other("nccl_reduce_scatter", T, baseline::reduce_scatter);
+    other("nccl_send_receive", T, baseline::send_receive);
+    other("copy_engines", T, baseline::copy_engines);
+  }
+  for (const layer_shape& s : {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
+                               layer_shape{"30B_n1024_T8192", 8192, 4096, 1024, 64, 4},
+                               layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * 2, 8}}) {
+    for (const bool backward : {false, true}) {
+      add_case(std::string("layer/") + s.name + (backward ? "/backward" : "/forward"),
+               [=](benchmark::State& state) { measure_layer(state, s, backward); });
+    }
+  }
+  return run_on_gpu(argc, argv);
+}
