@@ -7,7 +7,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string>
 
 #include <tessera/comm/communicator.hpp>
@@ -24,8 +23,8 @@
 TESSERA_NAMESPACE_BEGIN
 
 /// Moves a tensor from one placement to another. Collective over the mesh: every rank calls it with the same plan.
-/// Host: returns when done. Arrays are packed row-major arrays of a rank's `local_extents`; where these are empty the
-/// pointer may be null.
+/// Host: returns when done. Device: enqueues; defined in `redistribute.cuh`. Arrays are packed row-major arrays of a
+/// rank's `local_extents`; where these are empty the pointer may be null.
 ///
 /// Uneven shards are padded inside the communication buffers only. Reductions are those of the communicator: on host
 /// communicators floating-point sums are taken in rank order, axis by axis. A replicated tensor becomes a partial sum
@@ -33,8 +32,8 @@ TESSERA_NAMESPACE_BEGIN
 /// a partial minimum or maximum as it is. All moves are exact.
 ///
 /// For set-up and checkpoints rather than the inner loop: data take no memory but the workspace, yet small lists of
-/// index ranges are allocated on the way. Host memory only: packing runs on the host.
-/// @param stream    Host stream.
+/// index ranges are allocated on the way.
+/// @param stream    Order of the work.
 /// @param comms     The mesh's communicators, one for each axis.
 /// @param plan      From `plan_redistribution`, for elements of `sizeof(T)` bytes.
 /// @param in        Packed array of what this rank holds under `plan.from`; only read.
@@ -43,12 +42,9 @@ TESSERA_NAMESPACE_BEGIN
 ///                  returns: give a copy of a builder to keep its place.
 /// @throws invalid_argument for wrong arguments on this rank, before anything is sent, also if the plan reduces and `T`
 /// is not `reducible`; comm_error if another rank does not do its part.
-template <class Comm, transferable T>
-void redistribute(host_stream stream, mesh_communicators<Comm>& comms, const redistribution_plan& plan, const T* in,
-                  T* out, memory_builder& workspace) {
-  static_assert(host_communicator<Comm>,
-                "redistribute needs a communicator of host memory. Models: comm::self<space::host>, comm::threads, "
-                "comm::mpi.");
+template <communicator Comm, transferable T>
+void redistribute(stream_ref<typename Comm::space> stream, mesh_communicators<Comm>& comms,
+                  const redistribution_plan& plan, const T* in, T* out, memory_builder& workspace) {
   TESSERA_EXPECTS(comms.ranks() == plan.ranks, "redistribute: the plan is for the mesh "
                                                    << plan.ranks.text() << ", the communicators are of the mesh "
                                                    << comms.ranks().text());
@@ -65,6 +61,9 @@ void redistribute(host_stream stream, mesh_communicators<Comm>& comms, const red
   }
   const mesh_coordinates place = plan.ranks.coordinates(comms.rank());
   placements now = plan.from;
+  for (int i = 0; i < plan.ranks.num_axes; ++i) {  // as the plan has it: one rank alone holds everything
+    if (plan.ranks.axes[i].size == 1) now[i] = placement::replicate();
+  }
   region held(plan.ranks, now, place, plan.tensor);
   const region wanted(plan.ranks, plan.to, place, plan.tensor);
   const auto bytes_of = [](const region& part) { return part.volume() * static_cast<std::int64_t>(sizeof(T)); };
@@ -85,16 +84,16 @@ void redistribute(host_stream stream, mesh_communicators<Comm>& comms, const red
     now = next;
     source = target;
   }
-  if (plan.steps.empty() && bytes_of(held) > 0) std::memcpy(out, in, static_cast<std::size_t>(bytes_of(held)));
+  if (plan.steps.empty()) detail::copy_rows(stream, in, 0, out, 0, held.volume(), 1);
 }
 
-/// The same with a buffer of its own. @param stream Host stream. @param comms The mesh's communicators. @param plan
-/// From `plan_redistribution`. @param in What this rank holds under `plan.from`. @param out What it holds under
+/// The same with a buffer of its own. @param stream Order of the work. @param comms The mesh's communicators. @param
+/// plan From `plan_redistribution`. @param in What this rank holds under `plan.from`. @param out What it holds under
 /// `plan.to`.
 /// @param workspace At least `redistribute_workspace_bytes` bytes.
-template <class Comm, transferable T>
-void redistribute(host_stream stream, mesh_communicators<Comm>& comms, const redistribution_plan& plan, const T* in,
-                  T* out, workspace_memory workspace) {
+template <communicator Comm, transferable T>
+void redistribute(stream_ref<typename Comm::space> stream, mesh_communicators<Comm>& comms,
+                  const redistribution_plan& plan, const T* in, T* out, workspace_memory workspace) {
   memory_builder builder(workspace, "redistribute workspace");
   redistribute(stream, comms, plan, in, out, builder);
 }

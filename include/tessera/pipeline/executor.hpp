@@ -39,7 +39,8 @@ struct executor_options {
 /// throws `stage_error`; the others throw `comm_error` with the same text. A rank that is gone becomes a `comm_error`
 /// within the communicator's timeout. Afterwards the communicator must be made usable again by its own rules
 /// (`comm::threads`: `reset()` on all ranks; `comm::mpi`: a new one, and the memory stays until MPI is finalised); the
-/// executor needs nothing, `run` starts anew. Gradients are undefined then.
+/// executor needs nothing, `run` starts anew. Gradients are undefined then. With `comm::nccl` nothing waits on the
+/// host: a failure elsewhere is found where the engine waits for the stream, by `nccl::wait`.
 ///
 /// **Bits.** With `gradient_order::micro_batch` a stage's gradients are those of a serial run over the micro-batches,
 /// for every schedule; where a stage lies in two places, after `sum_mirrored_gradients`. What the stages compute must
@@ -58,7 +59,7 @@ template <class Comm, class T>
 class executor {
   static_assert(communicator<Comm>,
                 "pipeline::executor: the first argument must be a communicator. Models: comm::self<Space>, "
-                "comm::threads, comm::mpi; a user's own derives from comm::collectives");
+                "comm::threads, comm::mpi, comm::nccl; a user's own derives from comm::collectives");
   static_assert(std::is_trivially_copyable_v<T>,
                 "pipeline::executor: activations travel as bytes, their type must be trivially copyable");
 

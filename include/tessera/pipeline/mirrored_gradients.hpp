@@ -40,22 +40,23 @@ std::size_t sum_mirrored_gradients_workspace_bytes(const schedule& s, gradient_o
 /// added in the order of the schedule's routes. A stage that lies in one place is left as it is: for such schedules
 /// nothing happens.
 ///
-/// Collective over the pipeline's ranks; host: returns when done; call it once after `executor::run`. Each place sends
-/// and receives about as many elements as its gradient rows hold.
-/// @param stream         Host stream.
+/// Collective over the pipeline's ranks; call it once after `executor::run`. Host: returns when done. Device: enqueues;
+/// defined in `mirrored_gradients.cuh`; the bits are the same. Each place sends and receives about as many elements as
+/// its gradient rows hold.
+/// @param stream         Order of the work.
 /// @param comm           The pipeline's ranks.
 /// @param s              The schedule.
 /// @param order          As for the executor.
 /// @param gradients      `[num_chunks]`, of this rank's stages.
-/// @param workspace      `sum_mirrored_gradients_workspace_bytes` bytes.
+/// @param workspace      `sum_mirrored_gradients_workspace_bytes` bytes in the communicator's space.
 /// @param block_elements Parameters summed at a time, at least 1; the same on all ranks. It bounds the workspace and
 /// does
 ///                       not change the bits.
 /// @throws invalid_argument for wrong arguments, comm_error if another rank does not do its part.
-template <host_communicator Comm, accumulate_type G>
-void sum_mirrored_gradients(host_stream stream, Comm& comm, const schedule& s, gradient_order order,
-                            std::span<const stage_gradients<G>> gradients, workspace_memory workspace,
-                            std::int64_t block_elements = 65536);
+template <communicator Comm, accumulate_type G>
+void sum_mirrored_gradients(stream_ref<typename Comm::space> stream, Comm& comm, const schedule& s,
+                            gradient_order order, std::span<const stage_gradients<G>> gradients,
+                            workspace_memory workspace, std::int64_t block_elements = 65536);
 
 }  // namespace pipeline
 

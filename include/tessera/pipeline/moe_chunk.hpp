@@ -16,6 +16,7 @@
 #include <tessera/core/error.hpp>
 #include <tessera/core/memory.hpp>
 #include <tessera/core/passes.hpp>
+#include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
 #include <tessera/moe/moe_layer.hpp>
 #include <tessera/pipeline/overlap.hpp>
@@ -27,31 +28,34 @@ namespace pipeline {
 
 /// `forward(stream, item, x, h, u)`: from the block's input `x [T, d]` the residual stream `h [T, d]` and the input of
 /// the experts `u [T, d]`, both overwritten.
-template <class M, class S>
-concept mixer_has_forward = requires(M& m, host_stream stream, const work_item& item, matrix_view<const S> x,
+template <class M, class S, class Space = space::host>
+concept mixer_has_forward = requires(M& m, stream_ref<Space> stream, const work_item& item, matrix_view<const S> x,
                                      matrix_view<S> h, matrix_view<S> u) {
   m.forward(stream, item, x, h, u);
 };
 
 /// `backward_input(stream, item, x, dh, du, dx)`: `dx [T, d]` from the gradients of `h` and `u`.
-template <class M, class S>
-concept mixer_has_backward_input = requires(M& m, host_stream stream, const work_item& item, matrix_view<const S> x,
-                                            matrix_view<const S> dh, matrix_view<const S> du, matrix_view<S> dx) {
+template <class M, class S, class Space = space::host>
+concept mixer_has_backward_input = requires(M& m, stream_ref<Space> stream, const work_item& item,
+                                            matrix_view<const S> x, matrix_view<const S> dh, matrix_view<const S> du,
+                                            matrix_view<S> dx) {
   m.backward_input(stream, item, x, dh, du, dx);
 };
 
 /// `backward_weights(stream, item, x, dh, du)`: any time after `backward_input`; `item` tells where gradients go.
-template <class M, class S>
-concept mixer_has_backward_weights = requires(M& m, host_stream stream, const work_item& item, matrix_view<const S> x,
-                                              matrix_view<const S> dh, matrix_view<const S> du) {
+template <class M, class S, class Space = space::host>
+concept mixer_has_backward_weights = requires(M& m, stream_ref<Space> stream, const work_item& item,
+                                              matrix_view<const S> x, matrix_view<const S> dh,
+                                              matrix_view<const S> du) {
   m.backward_weights(stream, item, x, dh, du);
 };
 
 /// What comes before the experts in a block: norms, attention, the residual. What it keeps from forward to backward
 /// lies in its own memory, by `work_item::slot`. In a block without experts it is the whole block: `h` is the block's
-/// output, and `u` and `du` have no columns.
-template <class M, class S>
-concept mixer = mixer_has_forward<M, S> && mixer_has_backward_input<M, S> && mixer_has_backward_weights<M, S>;
+/// output, and `u` and `du` have no columns. Host: calls return when done. Device: they enqueue.
+template <class M, class S, class Space = space::host>
+concept mixer =
+    mixer_has_forward<M, S, Space> && mixer_has_backward_input<M, S, Space> && mixer_has_backward_weights<M, S, Space>;
 
 /// One layer of a `moe_chunk`: `(h, u) = mixer(x)`, `y = h + experts(u)`. Without experts (`layer` null) `y = h`: a
 /// dense layer, the embedding as the first block of the first stage, or norm, head and loss as the last block of the
@@ -73,7 +77,81 @@ struct moe_chunk_sizes {
   std::size_t workspace_bytes = 0;  ///< During one forward and one backward.
 };
 
-/// A chunk of blocks for `overlap_stage`. Host memory: phases return when done.
+/// Blocks of a chunk and their memory: what `moe_chunk` of both memory spaces has in common.
+/// @tparam Layer A `moe_layer`. @tparam Mixer What comes before the experts.
+template <class Layer, class Mixer>
+class moe_chunk_blocks {
+ public:
+  using space = typename Layer::space;                  ///< Where memory lies.
+  using element = typename Layer::storage;              ///< Type of activations between stages.
+  using block = moe_block<Layer, Mixer>;                ///< A layer.
+  using forward_type = forward_call<element, space>;    ///< What forward phases are told.
+  using backward_type = backward_call<element, space>;  ///< What backward phases are told.
+
+  /// Bytes that a chunk needs.
+  /// @param blocks    Its layers. @param max_rows Bound of the rows of a micro-batch. @param width d.
+  /// @param num_slots `execution_plan::saved_slots` of the chunk.
+  static moe_chunk_sizes sizes(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width, int num_slots);
+
+  /// Number of blocks.
+  int num_layers() const noexcept { return static_cast<int>(blocks_.size()); }
+
+  /// Ends what waits on the expert-parallel group. @param text For the others' message.
+  void fail([[maybe_unused]] const std::string& text) {
+    for (const block& b : blocks_) {
+      if constexpr (requires { b.layer->comm().fail(text); }) {
+        if (b.layer != nullptr) b.layer->comm().fail(text);
+      }
+    }
+  }
+
+ protected:
+  using accumulate = typename Layer::accumulate;  ///< Type of sums.
+  struct memory;                                  ///< Of one block and slot.
+
+  /// Checks and lays out. @param blocks,max_rows,width,num_slots,saved,deferred,workspace As for `moe_chunk`.
+  moe_chunk_blocks(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width, int num_slots,
+                   saved_memory saved, deferred_memory deferred, workspace_memory workspace);
+
+  /// Block `layer`.
+  const block& block_of(int layer) const { return blocks_[static_cast<std::size_t>(layer)]; }
+  /// Memory of a block. @param layer Which. @param slot Of the micro-batch.
+  memory& memory_of(int layer, int slot) {
+    return memories_[static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_slots_) +
+                     static_cast<std::size_t>(slot)];
+  }
+  /// `[rows, width]`. @param data Where. @param rows How many.
+  matrix_view<element> view(element* data, std::int64_t rows) const { return {data, rows, width_}; }
+  /// @throws invalid_argument if there is no room for a micro-batch. @param item It.
+  void expect_room(const work_item& item) const;
+  /// Input of a block. @param call The phase.
+  template <class Call>
+  matrix_view<const element> input(const Call& call);
+  /// Output of a block. @param call The phase.
+  matrix_view<element> output(const forward_type& call);
+  /// Gradient of the output. @param call The phase.
+  matrix_view<const element> output_gradient(const backward_type& call);
+  /// Gradient of the input. @param call The phase.
+  matrix_view<element> input_gradient(const backward_type& call);
+  /// Input of the experts. @param call The phase.
+  template <class Call>
+  matrix_view<const element> experts_input(const Call& call);
+  /// What the layer's router sees. @param call The phase.
+  template <class Call>
+  typename Layer::inputs inputs_of(const Call& call);
+
+  std::vector<block> blocks_;          ///< The blocks.
+  std::int64_t max_rows_;              ///< Bound of the rows.
+  std::int64_t width_;                 ///< d.
+  int num_slots_;                      ///< Slots of each block.
+  std::vector<memory> memories_;       ///< `[layer][slot]`.
+  element* residual_ = nullptr;        ///< h of the forward in progress.
+  workspace_memory forward_scratch_;   ///< Of the forward in progress.
+  workspace_memory backward_scratch_;  ///< Of the backward in progress.
+};
+
+/// A chunk of blocks for `overlap_stage`. This is the half of host memory, whose phases return when done; for layers in
+/// device memory the specialisation in `moe_chunk_device.hpp` is chosen.
 ///
 /// `forward_attention` computes mixer, gate and routing; `forward_dispatch` exchanges the routing and the rows;
 /// `forward_mlp` runs routed and shared experts; `forward_combine` brings rows home and adds `h`. Backward accordingly;
@@ -89,24 +167,21 @@ struct moe_chunk_sizes {
 /// schedule. With `host_lanes` the communicator is used from two threads, one at a time.
 /// @tparam Layer A `moe_layer` over a host communicator. @tparam Mixer What comes before the experts.
 template <class Layer, class Mixer>
-class moe_chunk {
+class moe_chunk : public moe_chunk_blocks<Layer, Mixer> {
   static_assert(host_communicator<typename Layer::communicator_type>,
-                "moe_chunk: the layer must be a moe_layer over a communicator of host memory: comm::self<space::host>, "
-                "comm::threads, comm::mpi");
+                "moe_chunk: the layer must be a moe_layer over a communicator: comm::self<Space>, comm::threads, "
+                "comm::mpi");
   static_assert(mixer<Mixer, typename Layer::storage>,
                 "moe_chunk: a mixer needs forward(stream, item, x, h, u), backward_input(stream, item, x, dh, du, dx) "
                 "and backward_weights(stream, item, x, dh, du)");
 
- public:
-  using element = typename Layer::storage;                    ///< Type of activations between stages.
-  using block = moe_block<Layer, Mixer>;                      ///< A layer.
-  using forward_type = forward_call<element, space::host>;    ///< What forward phases are told.
-  using backward_type = backward_call<element, space::host>;  ///< What backward phases are told.
+  using base = moe_chunk_blocks<Layer, Mixer>;
 
-  /// Bytes that a chunk needs.
-  /// @param blocks    Its layers. @param max_rows Bound of the rows of a micro-batch. @param width d.
-  /// @param num_slots `execution_plan::saved_slots` of the chunk.
-  static moe_chunk_sizes sizes(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width, int num_slots);
+ public:
+  using element = typename base::element;              ///< Type of activations between stages.
+  using block = typename base::block;                  ///< A layer.
+  using forward_type = typename base::forward_type;    ///< What forward phases are told.
+  using backward_type = typename base::backward_type;  ///< What backward phases are told.
 
   /// @param blocks    At least one layer; copied, what they point to outlives the chunk.
   /// @param max_rows  Bound of the rows of a micro-batch; at most `max_tokens` of every layer.
@@ -115,10 +190,8 @@ class moe_chunk {
   /// bytes. All outlive the chunk.
   /// @throws invalid_argument if sizes and memory do not fit each other.
   moe_chunk(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width, int num_slots, saved_memory saved,
-            deferred_memory deferred, workspace_memory workspace);
-
-  /// Number of blocks.
-  int num_layers() const noexcept { return static_cast<int>(blocks_.size()); }
+            deferred_memory deferred, workspace_memory workspace)
+      : base(blocks, max_rows, width, num_slots, saved, deferred, workspace) {}
 
   /// Mixer, gate and routing. @param call The phase.
   void forward_attention(const forward_type& call);
@@ -141,44 +214,24 @@ class moe_chunk {
   /// Gradients of the gate's and the mixer's weights. @param call The phase.
   void backward_attention_weights(const backward_type& call);
 
-  /// Ends what waits on the expert-parallel group. @param text For the others' message.
-  void fail([[maybe_unused]] const std::string& text) {
-    for (const block& b : blocks_) {
-      if constexpr (requires { b.layer->comm().fail(text); }) {
-        if (b.layer != nullptr) b.layer->comm().fail(text);
-      }
-    }
-  }
-
  private:
-  using accumulate = typename Layer::accumulate;
-  struct memory;  // of one block and slot
-  struct parts;   // of the layer, carved from it
+  using accumulate = typename base::accumulate;
+  using memory = typename base::memory;
+  struct parts;  // of the layer, carved from its memory
 
-  const block& block_of(int layer) const { return blocks_[static_cast<std::size_t>(layer)]; }
-  memory& memory_of(int layer, int slot) {
-    return memories_[static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_slots_) +
-                     static_cast<std::size_t>(slot)];
-  }
-  matrix_view<element> view(element* data, std::int64_t rows) const { return {data, rows, width_}; }
-  template <class Call>
-  matrix_view<const element> input(const Call& call);
-  matrix_view<element> output(const forward_type& call);
-  matrix_view<const element> output_gradient(const backward_type& call);
-  matrix_view<element> input_gradient(const backward_type& call);
-  template <class Call>
-  matrix_view<const element> experts_input(const Call& call);
-  template <class Call>
-  typename Layer::inputs inputs_of(const Call& call);
-
-  std::vector<block> blocks_;
-  std::int64_t max_rows_;
-  std::int64_t width_;
-  int num_slots_;
-  std::vector<memory> memories_;  // [layer][slot]
-  element* residual_ = nullptr;   // h of the forward in progress
-  workspace_memory forward_scratch_;
-  workspace_memory backward_scratch_;
+  using base::backward_scratch_;
+  using base::block_of;
+  using base::experts_input;
+  using base::forward_scratch_;
+  using base::input;
+  using base::input_gradient;
+  using base::inputs_of;
+  using base::memory_of;
+  using base::output;
+  using base::output_gradient;
+  using base::residual_;
+  using base::view;
+  using base::width_;
 };
 
 }  // namespace pipeline
@@ -186,3 +239,4 @@ class moe_chunk {
 TESSERA_NAMESPACE_END
 
 #include <tessera/pipeline/detail/moe_chunk.hpp>
+#include <tessera/pipeline/moe_chunk_device.hpp>

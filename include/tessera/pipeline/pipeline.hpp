@@ -16,6 +16,7 @@
 #include <tessera/pipeline/memory.hpp>
 #include <tessera/pipeline/mirrored_gradients.hpp>
 #include <tessera/pipeline/moe_chunk.hpp>
+#include <tessera/pipeline/moe_chunk_device.hpp>
 #include <tessera/pipeline/one_f_one_b.hpp>
 #include <tessera/pipeline/overlap.hpp>
 #include <tessera/pipeline/overlap_order.hpp>

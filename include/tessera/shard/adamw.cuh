@@ -23,30 +23,6 @@
 TESSERA_NAMESPACE_BEGIN
 namespace shard {
 
-/// What an update reads, in device memory. Zero-filled memory with a rate and a scale is a right start.
-struct adamw_control {
-  std::int64_t step;   ///< Number of the last update. The kernel counts: an update is number `step + 1`.
-  double rate;         ///< Learning rate.
-  double scale;        ///< Factor on gradients. Not finite: nothing is updated, and `step` stays.
-  std::uint32_t done;  ///< Belongs to the kernel; 0 between launches.
-};
-
-/// A tensor in the form that the kernel reads.
-template <storage_type S, accumulate_type A, storage_type M>
-struct adamw_device_tensor {
-  adamw_tensor<S, A, M> tensor;  ///< Pointers in device memory.
-  std::int64_t first_tile;       ///< Tiles of the tensors before it.
-  bool aligned;                  ///< Whether all its pointers are aligned to 16 bytes.
-};
-
-/// A list of tensors in device memory.
-template <storage_type S, accumulate_type A, storage_type M>
-struct adamw_device_list {
-  const adamw_device_tensor<S, A, M>* tensors = nullptr;  ///< `[num_tensors]`, in device memory.
-  int num_tensors = 0;                                    ///< How many.
-  std::int64_t num_tiles = 0;                             ///< As `describe_adamw` returned.
-};
-
 /// Writes the form that the kernel reads, for the caller to copy to the device once.
 /// @param tensors Pointers in device memory; tensors do not overlap.
 /// @param out     `[tensors.size()]`, in host memory.

@@ -29,7 +29,7 @@ struct exact_sum {
   std::int64_t not_finite;          ///< Squares that are infinite or not a number; they are not in `digits`.
 
   /// Zero, with nothing that is not finite.
-  void clear() { *this = exact_sum{}; }
+  TESSERA_HD void clear() { *this = exact_sum{}; }
 
   /// Adds the squares of `count` elements. @param values `[count]`, float, double or bfloat16. @param count How many.
   template <class T>
@@ -53,7 +53,7 @@ struct exact_sum {
 
   /// Makes each digit less than 2^32 again: then equal sums have equal digits. Sums of up to 2^30 carried ones may be
   /// carried again.
-  void carry() {
+  TESSERA_HD void carry() {
     std::int64_t over = 0;
     for (int i = 0; i < num_digits; ++i) {
       const std::int64_t digit = digits[i] + over;
@@ -64,10 +64,10 @@ struct exact_sum {
 
   /// The nearest doubles' worth of the sum: within two units in the last place, and the same for equal sums. Infinite
   /// where it exceeds the largest double. Call `carry` first.
-  double value() const {
+  TESSERA_HD double value() const {
     double sum = 0;
     for (int i = 0; i < num_digits; ++i) {
-      if (digits[i] != 0) sum += std::ldexp(static_cast<double>(digits[i]), 32 * i - 1074);
+      if (digits[i] != 0) sum += ldexp(static_cast<double>(digits[i]), 32 * i - 1074);
     }
     return sum;
   }
@@ -96,7 +96,7 @@ struct exact_sum {
 /// What gradients are multiplied with so that their norm does not exceed `max_norm`:
 /// `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` has it.
 /// @param norm Norm of all gradients, finite. @param max_norm The bound; 0 or less: no clipping, the factor is 1.
-inline double clip_factor(double norm, double max_norm) {
+TESSERA_HD inline double clip_factor(double norm, double max_norm) {
   if (max_norm <= 0) return 1.0;
   const double factor = max_norm / (norm + 1e-6);
   return factor < 1.0 ? factor : 1.0;

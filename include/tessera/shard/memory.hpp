@@ -49,6 +49,7 @@ struct memory_sizes {
   std::size_t parameters = 0;      ///< State: parts in the storage type.
   std::size_t masters = 0;         ///< State: parts in the accumulation type, where that is another one.
   std::size_t moments = 0;         ///< State: both moments.
+  std::size_t tables = 0;          ///< State: what kernels read to find all this; device memory alone.
   std::size_t gathered = 0;        ///< Step: whole parameters; the peak over all times.
   std::size_t gather_buffer = 0;   ///< Step: communication buffer of one all-gather.
   std::size_t full_gradients = 0;  ///< Step: whole gradients, one per chunk.
@@ -57,7 +58,7 @@ struct memory_sizes {
   std::size_t norm = 0;            ///< Step: sums of squares.
 
   /// Bytes of state.
-  std::size_t state() const { return parameters + masters + moments; }
+  std::size_t state() const { return parameters + masters + moments + tables; }
   /// Bytes of step memory.
   std::size_t step() const { return gathered + gather_buffer + full_gradients + gradients + reduce_buffers + norm; }
 };

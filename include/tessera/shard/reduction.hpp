@@ -9,12 +9,14 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include <tessera/comm/communicator.hpp>
 #include <tessera/comm/ordered_reduce.hpp>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/memory.hpp>
+#include <tessera/core/stream.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -38,25 +40,36 @@ struct native {
                                      [[maybe_unused]] std::int64_t max_chunks, [[maybe_unused]] std::int64_t count) {
     return 0;
   }
-  /// Reduce-scatter. @param stream Host stream. @param comm Shard ranks. @param packed `[1, ranks, count]`.
+  /// Reduce-scatter. @param stream Where. @param comm Shard ranks. @param packed `[1, ranks, count]`.
   /// @param count Elements per row. @param out `[1, count]`. @return 1, the rows written.
-  template <communicator Comm, accumulate_type A>
-  static std::int64_t scatter(stream_ref<typename Comm::space> stream, Comm& comm, const A* packed, std::int64_t,
-                              std::int64_t count, A* out, std::int64_t, workspace_memory) {
+  template <host_communicator Comm, accumulate_type A>
+  static std::int64_t scatter(host_stream stream, Comm& comm, const A* packed, std::int64_t, std::int64_t count, A* out,
+                              std::int64_t, workspace_memory) {
     comm.reduce_scatter(stream, packed, out, count);
     return 1;
   }
-  /// All-reduce. @param stream Host stream. @param replicate Replicas, or null. @param in `[1, count]`.
+  /// The same in device memory; enqueues.
+  template <device_communicator Comm, accumulate_type A>
+  static std::int64_t scatter(device_stream stream, Comm& comm, const A* packed, std::span<const std::int64_t>,
+                              std::int64_t count, A* out, workspace_memory) {
+    comm.reduce_scatter(stream, packed, out, count);
+    return 1;
+  }
+  /// All-reduce. @param stream Where. @param replicate Replicas, or null. @param in `[1, count]`.
   /// @param count Elements per row. @param out `[count]`.
-  template <communicator Comm, accumulate_type A>
-  static void join(stream_ref<typename Comm::space> stream, Comm* replicate, const A* in, std::int64_t,
-                   std::int64_t count, A* out, workspace_memory) {
+  template <host_communicator Comm, accumulate_type A>
+  static void join(host_stream stream, Comm* replicate, const A* in, std::int64_t, std::int64_t count, A* out,
+                   workspace_memory) {
     if (replicate == nullptr) {
       std::copy_n(in, count, out);
     } else {
       replicate->all_reduce(stream, in, out, count);
     }
   }
+  /// The same in device memory; enqueues. Defined in `reduction.cuh`.
+  template <device_communicator Comm, accumulate_type A>
+  static void join(device_stream stream, Comm* replicate, const A* in, std::span<const std::int64_t> rows,
+                   std::int64_t count, A* out, workspace_memory workspace);
 };
 
 /// Chunk by chunk in global order (`ordered_reduce.hpp`): the same bits for every number of ranks and replicas and
@@ -87,6 +100,12 @@ struct ordered {
     memory_builder builder(workspace, "reduction workspace");
     return ordered_scatter(stream, comm, packed, chunks, count, out, max_rows, builder);
   }
+  /// The same in device memory; enqueues. Defined in `reduction.cuh`. @param stream Where. @param comm Shard ranks.
+  /// @param packed `[chunks[rank], ranks, count]`. @param chunks Host array `[ranks]`, of each rank. @param count
+  /// Elements per row. @param out `[sum of chunks, count]`. @param workspace Memory. @return the rows written.
+  template <device_communicator Comm, accumulate_type A>
+  static std::int64_t scatter(device_stream stream, Comm& comm, const A* packed, std::span<const std::int64_t> chunks,
+                              std::int64_t count, A* out, workspace_memory workspace);
   /// Sums the rows of all replicas. @param stream Host stream. @param replicate Replicas, or null. @param in
   /// `[num_rows, count]`. @param num_rows Rows of this replica. @param count Elements per row. @param out `[count]`.
   /// @param workspace Memory.
@@ -102,6 +121,12 @@ struct ordered {
           reduce_op::sum, num_rows, [&](std::int64_t row) { return in + row * count; }, count, out);
     }
   }
+  /// The same in device memory; enqueues. Defined in `reduction.cuh`. @param stream Where. @param replicate Replicas,
+  /// or null. @param in `[rows[replica], count]`. @param rows Host array `[replicas]`, of each replica. @param count
+  /// Elements per row. @param out `[count]`. @param workspace Memory.
+  template <device_communicator Comm, accumulate_type A>
+  static void join(device_stream stream, Comm* replicate, const A* in, std::span<const std::int64_t> rows,
+                   std::int64_t count, A* out, workspace_memory workspace);
 };
 
 }  // namespace reduction
@@ -138,9 +163,31 @@ concept reduction_has_join = requires(Comm* comm, stream_ref<typename Comm::spac
   R::join(stream, comm, in, count, count, out, workspace);
 };
 
-/// A way to sum gradients over the ranks of `Comm`. Models: `reduction::native`, `reduction::ordered`.
+/// A way to sum gradients over the ranks of `Comm` in host memory. Models: `reduction::native`, `reduction::ordered`.
 template <class R, class Comm>
 concept reduction_policy = reduction_has_keeps_chunks<R> && reduction_has_rows<R> && reduction_has_workspace_bytes<R> &&
     reduction_has_scatter<R, Comm> && reduction_has_join<R, Comm>;
+
+/// `R::scatter(stream, comm, packed, chunks, count, out, workspace)`: the first step, told the chunks of all ranks.
+template <class R, class Comm>
+concept reduction_has_device_scatter = requires(Comm& comm, device_stream stream, const float* in, float* out,
+                                                std::span<const std::int64_t> chunks, std::int64_t count,
+                                                workspace_memory workspace) {
+  { R::scatter(stream, comm, in, chunks, count, out, workspace) } -> std::convertible_to<std::int64_t>;
+};
+
+/// `R::join(stream, replicate, in, rows, count, out, workspace)`: the second step, told the rows of all replicas.
+template <class R, class Comm>
+concept reduction_has_device_join = requires(Comm* comm, device_stream stream, const float* in, float* out,
+                                             std::span<const std::int64_t> rows, std::int64_t count,
+                                             workspace_memory workspace) {
+  R::join(stream, comm, in, rows, count, out, workspace);
+};
+
+/// A way to sum gradients over the ranks of `Comm` in device memory, without waiting for the device. Models:
+/// `reduction::native`, `reduction::ordered`.
+template <class R, class Comm>
+concept device_reduction_policy = reduction_has_keeps_chunks<R> && reduction_has_rows<R> &&
+    reduction_has_workspace_bytes<R> && reduction_has_device_scatter<R, Comm> && reduction_has_device_join<R, Comm>;
 
 TESSERA_NAMESPACE_END

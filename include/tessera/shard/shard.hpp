@@ -8,8 +8,10 @@
 #include <tessera/shard/adamw.hpp>
 #include <tessera/shard/exact_sum.hpp>
 #include <tessera/shard/fully_sharded.hpp>
+#include <tessera/shard/fully_sharded_device.hpp>
 #include <tessera/shard/group_layout.hpp>
 #include <tessera/shard/memory.hpp>
 #include <tessera/shard/mesh_groups.hpp>
 #include <tessera/shard/parameter.hpp>
 #include <tessera/shard/reduction.hpp>
+#include <tessera/shard/sharded_groups.hpp>

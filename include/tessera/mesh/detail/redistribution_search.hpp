@@ -223,7 +223,6 @@ struct redistribution_buffers {
   T* array[2] = {};  // results of steps in turn
   T* send = nullptr;
   T* receive = nullptr;
-  std::int64_t* counts = nullptr;  // [4, largest axis]: send counts and offsets, receive counts and offsets
 };
 
 /// Takes the buffers of a plan from a builder: the same code counts and carves.
@@ -231,13 +230,9 @@ template <class T>
 redistribution_buffers<T> lay_out(const redistribution_plan& plan, memory_builder& memory,
                                   std::int64_t elements_per_item) {
   redistribution_buffers<T> buffers;
-  int largest = 1;
-  for (int i = 0; i < plan.ranks.num_axes; ++i)
-    largest = largest < plan.ranks.axes[i].size ? plan.ranks.axes[i].size : largest;
   for (T*& array : buffers.array) array = memory.take<T>("redistribute.array", plan.array_elements * elements_per_item);
   buffers.send = memory.take<T>("redistribute.send", plan.send_elements * elements_per_item);
   buffers.receive = memory.take<T>("redistribute.receive", plan.receive_elements * elements_per_item);
-  buffers.counts = memory.take<std::int64_t>("redistribute.counts", 4 * std::int64_t{largest});
   return buffers;
 }
 

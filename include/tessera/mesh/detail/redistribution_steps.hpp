@@ -3,12 +3,12 @@
 #pragma once
 
 /// @file
-/// The steps of a redistribution on host memory.
+/// The steps of a redistribution.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include <tessera/comm/communicator.hpp>
 #include <tessera/core/stream.hpp>
@@ -36,7 +36,7 @@ constexpr T neutral_of_sum() {
 /// This rank's group along the axis of a step.
 template <class Comm>
 struct redistribution_group {
-  host_stream stream;
+  stream_ref<typename Comm::space> stream;
   Comm& comm;
   const redistribution_plan& plan;
   const placements& before;
@@ -60,7 +60,7 @@ struct redistribution_group {
       case redistribution_kind::all_to_all:
         return swap(old, source, now, target, buffers);
       case redistribution_kind::slice:
-        return copy_common(old, source, now, target);
+        return copy_common(stream, old, source, now, target);
       case redistribution_kind::all_reduce:
         if constexpr (reducible<T>) comm.all_reduce(stream, source, target, now.volume(), before[axis].op);
         return;
@@ -81,13 +81,13 @@ struct redistribution_group {
     for (int peer = 0; peer < comm.size(); ++peer) longest = (std::max)(longest, held_by(before, peer).volume());
     const T* send = source;
     if (old.volume() < longest) {
-      std::copy_n(source, old.volume(), buffers.send);
-      std::fill_n(buffers.send + old.volume(), longest - old.volume(), T{});
+      copy_rows(stream, source, 0, buffers.send, 0, old.volume(), 1);
+      fill_values(stream, buffers.send + old.volume(), longest - old.volume(), T{});
       send = buffers.send;
     }
     comm.all_gather(stream, send, buffers.receive, longest);
     for (int peer = 0; peer < comm.size(); ++peer) {
-      copy_common(held_by(before, peer), buffers.receive + peer * longest, now, target);
+      copy_common(stream, held_by(before, peer), static_cast<const T*>(buffers.receive) + peer * longest, now, target);
     }
   }
 
@@ -99,19 +99,21 @@ struct redistribution_group {
     for (int peer = 0; peer < comm.size(); ++peer) {
       const region theirs = held_by(after, peer);
       T* const part = buffers.send + peer * longest;
-      copy_common(old, source, theirs, part);
-      std::fill_n(part + theirs.volume(), longest - theirs.volume(), T{});
+      copy_common(stream, old, source, theirs, part);
+      fill_values(stream, part + theirs.volume(), longest - theirs.volume(), T{});
     }
     T* const receive = now.volume() == longest ? target : buffers.receive;
-    comm.reduce_scatter(stream, buffers.send, receive, longest, before[axis].op);
-    if (receive != target) std::copy_n(receive, now.volume(), target);
+    comm.reduce_scatter(stream, static_cast<const T*>(buffers.send), receive, longest, before[axis].op);
+    if (receive != target) copy_rows(stream, static_cast<const T*>(receive), 0, target, 0, now.volume(), 1);
   }
 
   template <class T>
   void swap(const region& old, const T* source, const region& now, T* target,
             const redistribution_buffers<T>& buffers) {
     const int ranks = comm.size();
-    std::int64_t* const send_counts = buffers.counts;
+    // The workspace may be device memory; numbers are read on the host in any case.
+    std::vector<std::int64_t> numbers(static_cast<std::size_t>(4 * ranks));
+    std::int64_t* const send_counts = numbers.data();
     std::int64_t* const send_offsets = send_counts + ranks;
     std::int64_t* const receive_counts = send_offsets + ranks;
     std::int64_t* const receive_offsets = receive_counts + ranks;
@@ -121,24 +123,25 @@ struct redistribution_group {
       const region common = region::common(old, held_by(after, peer));
       send_offsets[peer] = sent;
       send_counts[peer] = common.volume();
-      copy_common(old, source, common, buffers.send + sent);
+      copy_common(stream, old, source, common, buffers.send + sent);
       sent += send_counts[peer];
       receive_offsets[peer] = received;
       receive_counts[peer] = region::common(held_by(before, peer), now).volume();
       received += receive_counts[peer];
     }
-    comm.all_to_all_v(stream, buffers.send, send_counts, send_offsets, buffers.receive, receive_counts,
-                      receive_offsets);
+    comm.all_to_all_v(stream, static_cast<const T*>(buffers.send), send_counts, send_offsets, buffers.receive,
+                      receive_counts, receive_offsets);
     for (int peer = 0; peer < ranks; ++peer) {
-      copy_common(region::common(held_by(before, peer), now), buffers.receive + receive_offsets[peer], now, target);
+      copy_common(stream, region::common(held_by(before, peer), now),
+                  static_cast<const T*>(buffers.receive) + receive_offsets[peer], now, target);
     }
   }
 
   template <class T>
   void contribute(const region& old, const T* source, const region& now, T* target) {
     const bool counts = before[axis].is_shard() || place[axis] == 0 || after[axis].op != reduce_op::sum;
-    std::fill_n(target, now.volume(), neutral_of_sum<T>());
-    if (counts) copy_common(old, source, now, target);
+    fill_values(stream, target, now.volume(), neutral_of_sum<T>());
+    if (counts) copy_common(stream, old, source, now, target);
   }
 };
 

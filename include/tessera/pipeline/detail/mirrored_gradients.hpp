@@ -52,6 +52,19 @@ struct mirrored_stage {
   std::vector<addend> addends;
 };
 
+// `result = ((r0 + r1) + r2) + ...` over rows of `size` elements; `result` may be one of them.
+template <accumulate_type G>
+void sum_rows(host_stream, std::span<const G* const> rows, std::int64_t size, G* sum, G* result) {
+  std::copy_n(rows[0], size, sum);
+  for (std::size_t k = 1; k < rows.size(); ++k) {
+    for (std::int64_t i = 0; i < size; ++i) sum[i] += rows[k][i];
+  }
+  std::copy_n(sum, size, result);
+}
+// The same in device memory; defined in `mirrored_gradients.cuh`.
+template <accumulate_type G>
+void sum_rows(device_stream stream, std::span<const G* const> rows, std::int64_t size, G* sum, G* result);
+
 }  // namespace detail
 
 template <accumulate_type G>
@@ -71,10 +84,10 @@ std::size_t sum_mirrored_gradients_workspace_bytes(const schedule& s, gradient_o
   return counting.bytes();
 }
 
-template <host_communicator Comm, accumulate_type G>
-void sum_mirrored_gradients(host_stream stream, Comm& comm, const schedule& s, gradient_order order,
-                            std::span<const stage_gradients<G>> gradients, workspace_memory workspace,
-                            std::int64_t block_elements) {
+template <communicator Comm, accumulate_type G>
+void sum_mirrored_gradients(stream_ref<typename Comm::space> stream, Comm& comm, const schedule& s,
+                            gradient_order order, std::span<const stage_gradients<G>> gradients,
+                            workspace_memory workspace, std::int64_t block_elements) {
   TESSERA_EXPECTS(
       s.num_ranks == comm.size() && static_cast<int>(gradients.size()) == s.num_chunks && block_elements >= 1,
       "sum_mirrored_gradients: schedule " << s.name << " has " << s.num_ranks << " ranks and " << s.num_chunks
@@ -83,6 +96,7 @@ void sum_mirrored_gradients(host_stream stream, Comm& comm, const schedule& s, g
   std::vector<transfer> sends;
   std::vector<transfer> receives;
   std::vector<const G*> received;
+  std::vector<const G*> addends;
   for (int stage = 0; stage < s.num_stages; ++stage) {  // ascending on all ranks: nobody waits in a circle
     const detail::mirrored_stage m(s, stage, order);
     const std::size_t own = m.index_of(comm.rank());
@@ -123,12 +137,9 @@ void sum_mirrored_gradients(host_stream stream, Comm& comm, const schedule& s, g
       const auto row_of = [&](const detail::mirrored_stage::addend& a) -> const G* {
         return a.at == own ? result + a.row * local.count : received[a.at] + a.row * size;
       };
-      std::copy_n(row_of(m.addends[0]), size, sum);
-      for (std::size_t k = 1; k < m.addends.size(); ++k) {
-        const G* const row = row_of(m.addends[k]);
-        for (std::int64_t i = 0; i < size; ++i) sum[i] += row[i];
-      }
-      std::copy_n(sum, size, result);
+      addends.clear();
+      for (const detail::mirrored_stage::addend& a : m.addends) addends.push_back(row_of(a));
+      detail::sum_rows(stream, std::span<const G* const>(addends), size, sum, result);
 
       sends.clear();
       receives.clear();

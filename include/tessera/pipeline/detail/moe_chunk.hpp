@@ -16,7 +16,7 @@ TESSERA_NAMESPACE_BEGIN
 namespace pipeline {
 
 template <class Layer, class Mixer>
-struct moe_chunk<Layer, Mixer>::memory {
+struct moe_chunk_blocks<Layer, Mixer>::memory {
   element* x = nullptr;   // [T, d] input of the block; null in the first, whose input the executor has
   element* u = nullptr;   // [T, d] input of the experts
   element* dy = nullptr;  // [T, d] gradient of the block's output; null in the last
@@ -37,6 +37,122 @@ struct moe_chunk<Layer, Mixer>::memory {
     deferred = {b.take<std::byte>("deferred memory of a layer", static_cast<std::int64_t>(bytes)), bytes};
   }
 };
+
+template <class Layer, class Mixer>
+moe_chunk_sizes moe_chunk_blocks<Layer, Mixer>::sizes(std::span<const block> blocks, std::int64_t max_rows,
+                                                      std::int64_t width, int num_slots) {
+  TESSERA_EXPECTS(!blocks.empty() && max_rows >= 0 && width >= 0 && num_slots >= 0,
+                  "moe_chunk: " << blocks.size() << " blocks, max_rows = " << max_rows << ", width = " << width
+                                << ", num_slots = " << num_slots << "; at least one block and no negative number");
+  memory_builder saved;
+  memory_builder deferred;
+  std::size_t forward = 0;
+  std::size_t backward = 0;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    const block& b = blocks[i];
+    TESSERA_EXPECTS(b.before != nullptr, "moe_chunk: block " << i << " has no mixer");
+    layer_sizes needed;
+    if (b.layer != nullptr) {
+      const Layer& layer = *b.layer;
+      TESSERA_EXPECTS(layer.dims().hidden == width && max_rows <= layer.dims().max_tokens,
+                      "moe_chunk: block " << i << " has hidden = " << layer.dims().hidden
+                                          << " and max_tokens = " << layer.dims().max_tokens
+                                          << ", the chunk has width = " << width << " and max_rows = " << max_rows);
+      needed = Layer::sizes(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options());
+    }
+    forward = std::max(forward, needed.workspace_bytes);
+    backward = std::max(backward, needed.workspace_bytes);
+    for (int slot = 0; slot < num_slots; ++slot) {
+      memory m;
+      m.lay_out_saved(saved, b, i == 0, max_rows * width, needed.saved_bytes);
+      m.lay_out_deferred(deferred, b, i + 1 == blocks.size(), max_rows * width, needed.deferred_bytes);
+    }
+  }
+  memory_builder workspace;
+  workspace.take<element>("residual", max_rows * width);
+  workspace.take<std::byte>("forward workspace", static_cast<std::int64_t>(forward));
+  workspace.take<std::byte>("backward workspace", static_cast<std::int64_t>(backward));
+  return {saved.bytes(), deferred.bytes(), workspace.bytes()};
+}
+
+template <class Layer, class Mixer>
+moe_chunk_blocks<Layer, Mixer>::moe_chunk_blocks(std::span<const block> blocks, std::int64_t max_rows,
+                                                 std::int64_t width, int num_slots, saved_memory saved,
+                                                 deferred_memory deferred, workspace_memory workspace)
+    : blocks_(blocks.begin(), blocks.end()), max_rows_(max_rows), width_(width), num_slots_(num_slots) {
+  sizes(blocks, max_rows, width, num_slots);  // checks
+  memory_builder saved_builder(saved, "saved memory of a chunk");
+  memory_builder deferred_builder(deferred, "deferred memory of a chunk");
+  std::size_t scratch = 0;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    const block& b = blocks[i];
+    layer_sizes needed;
+    if (b.layer != nullptr)
+      needed = Layer::sizes(b.layer->dims(), b.layer->placement(), b.layer->comm().rank(), b.layer->get_options());
+    scratch = std::max(scratch, needed.workspace_bytes);
+    for (int slot = 0; slot < num_slots; ++slot) {
+      memory m;
+      m.lay_out_saved(saved_builder, b, i == 0, max_rows * width, needed.saved_bytes);
+      m.lay_out_deferred(deferred_builder, b, i + 1 == blocks.size(), max_rows * width, needed.deferred_bytes);
+      memories_.push_back(m);
+    }
+  }
+  memory_builder builder(workspace, "workspace of a chunk");
+  residual_ = builder.take<element>("residual", max_rows * width);
+  const auto bytes = static_cast<std::int64_t>(scratch);
+  forward_scratch_ = {builder.take<std::byte>("forward workspace", bytes), scratch};
+  backward_scratch_ = {builder.take<std::byte>("backward workspace", bytes), scratch};
+}
+
+template <class Layer, class Mixer>
+template <class Call>
+auto moe_chunk_blocks<Layer, Mixer>::input(const Call& call) -> matrix_view<const element> {
+  if (call.layer == 0) return call.x;
+  return view(memory_of(call.layer, call.item.slot).x, call.item.rows);
+}
+
+template <class Layer, class Mixer>
+auto moe_chunk_blocks<Layer, Mixer>::output(const forward_type& call) -> matrix_view<element> {
+  if (call.layer + 1 == num_layers()) return call.y;
+  return view(memory_of(call.layer + 1, call.item.slot).x, call.item.rows);
+}
+
+template <class Layer, class Mixer>
+auto moe_chunk_blocks<Layer, Mixer>::output_gradient(const backward_type& call) -> matrix_view<const element> {
+  if (call.layer + 1 == num_layers()) return call.dy;
+  return view(memory_of(call.layer, call.item.slot).dy, call.item.rows);
+}
+
+template <class Layer, class Mixer>
+auto moe_chunk_blocks<Layer, Mixer>::input_gradient(const backward_type& call) -> matrix_view<element> {
+  if (call.layer == 0) return call.dx;
+  return view(memory_of(call.layer - 1, call.item.slot).dy, call.item.rows);
+}
+
+template <class Layer, class Mixer>
+template <class Call>
+auto moe_chunk_blocks<Layer, Mixer>::experts_input(const Call& call) -> matrix_view<const element> {
+  return view(memory_of(call.layer, call.item.slot).u, call.item.rows);
+}
+
+// What the layer's router sees.
+template <class Layer, class Mixer>
+template <class Call>
+typename Layer::inputs moe_chunk_blocks<Layer, Mixer>::inputs_of(const Call& call) {
+  typename Layer::inputs in{};
+  const Mixer& before = *block_of(call.layer).before;
+  if constexpr (requires { in = before.inputs(call.item); }) in = before.inputs(call.item);
+  in.x = experts_input(call);
+  return in;
+}
+
+template <class Layer, class Mixer>
+void moe_chunk_blocks<Layer, Mixer>::expect_room(const work_item& item) const {
+  TESSERA_EXPECTS(item.rows <= max_rows_ && item.slot >= 0 && item.slot < num_slots_,
+                  "moe_chunk: micro-batch " << item.micro_batch << " has " << item.rows << " rows and slot "
+                                            << item.slot << ", the chunk has room for " << max_rows_ << " rows and "
+                                            << num_slots_ << " slots");
+}
 
 // A layer's slices, as moe_layer has them.
 template <class Layer, class Mixer>
@@ -75,120 +191,9 @@ struct moe_chunk<Layer, Mixer>::parts {
 };
 
 template <class Layer, class Mixer>
-moe_chunk_sizes moe_chunk<Layer, Mixer>::sizes(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width,
-                                               int num_slots) {
-  TESSERA_EXPECTS(!blocks.empty() && max_rows >= 0 && width >= 0 && num_slots >= 0,
-                  "moe_chunk: " << blocks.size() << " blocks, max_rows = " << max_rows << ", width = " << width
-                                << ", num_slots = " << num_slots << "; at least one block and no negative number");
-  memory_builder saved;
-  memory_builder deferred;
-  std::size_t forward = 0;
-  std::size_t backward = 0;
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    const block& b = blocks[i];
-    TESSERA_EXPECTS(b.before != nullptr, "moe_chunk: block " << i << " has no mixer");
-    layer_sizes needed;
-    if (b.layer != nullptr) {
-      const Layer& layer = *b.layer;
-      TESSERA_EXPECTS(layer.dims().hidden == width && max_rows <= layer.dims().max_tokens,
-                      "moe_chunk: block " << i << " has hidden = " << layer.dims().hidden
-                                          << " and max_tokens = " << layer.dims().max_tokens
-                                          << ", the chunk has width = " << width << " and max_rows = " << max_rows);
-      needed = Layer::sizes(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options());
-    }
-    forward = std::max(forward, needed.workspace_bytes);
-    backward = std::max(backward, needed.workspace_bytes);
-    for (int slot = 0; slot < num_slots; ++slot) {
-      memory m;
-      m.lay_out_saved(saved, b, i == 0, max_rows * width, needed.saved_bytes);
-      m.lay_out_deferred(deferred, b, i + 1 == blocks.size(), max_rows * width, needed.deferred_bytes);
-    }
-  }
-  memory_builder workspace;
-  workspace.take<element>("residual", max_rows * width);
-  workspace.take<std::byte>("forward workspace", static_cast<std::int64_t>(forward));
-  workspace.take<std::byte>("backward workspace", static_cast<std::int64_t>(backward));
-  return {saved.bytes(), deferred.bytes(), workspace.bytes()};
-}
-
-template <class Layer, class Mixer>
-moe_chunk<Layer, Mixer>::moe_chunk(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width,
-                                   int num_slots, saved_memory saved, deferred_memory deferred,
-                                   workspace_memory workspace)
-    : blocks_(blocks.begin(), blocks.end()), max_rows_(max_rows), width_(width), num_slots_(num_slots) {
-  sizes(blocks, max_rows, width, num_slots);  // checks
-  memory_builder saved_builder(saved, "saved memory of a chunk");
-  memory_builder deferred_builder(deferred, "deferred memory of a chunk");
-  std::size_t scratch = 0;
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    const block& b = blocks[i];
-    layer_sizes needed;
-    if (b.layer != nullptr)
-      needed = Layer::sizes(b.layer->dims(), b.layer->placement(), b.layer->comm().rank(), b.layer->get_options());
-    scratch = std::max(scratch, needed.workspace_bytes);
-    for (int slot = 0; slot < num_slots; ++slot) {
-      memory m;
-      m.lay_out_saved(saved_builder, b, i == 0, max_rows * width, needed.saved_bytes);
-      m.lay_out_deferred(deferred_builder, b, i + 1 == blocks.size(), max_rows * width, needed.deferred_bytes);
-      memories_.push_back(m);
-    }
-  }
-  memory_builder builder(workspace, "workspace of a chunk");
-  residual_ = builder.take<element>("residual", max_rows * width);
-  const auto bytes = static_cast<std::int64_t>(scratch);
-  forward_scratch_ = {builder.take<std::byte>("forward workspace", bytes), scratch};
-  backward_scratch_ = {builder.take<std::byte>("backward workspace", bytes), scratch};
-}
-
-template <class Layer, class Mixer>
-template <class Call>
-auto moe_chunk<Layer, Mixer>::input(const Call& call) -> matrix_view<const element> {
-  if (call.layer == 0) return call.x;
-  return view(memory_of(call.layer, call.item.slot).x, call.item.rows);
-}
-
-template <class Layer, class Mixer>
-auto moe_chunk<Layer, Mixer>::output(const forward_type& call) -> matrix_view<element> {
-  if (call.layer + 1 == num_layers()) return call.y;
-  return view(memory_of(call.layer + 1, call.item.slot).x, call.item.rows);
-}
-
-template <class Layer, class Mixer>
-auto moe_chunk<Layer, Mixer>::output_gradient(const backward_type& call) -> matrix_view<const element> {
-  if (call.layer + 1 == num_layers()) return call.dy;
-  return view(memory_of(call.layer, call.item.slot).dy, call.item.rows);
-}
-
-template <class Layer, class Mixer>
-auto moe_chunk<Layer, Mixer>::input_gradient(const backward_type& call) -> matrix_view<element> {
-  if (call.layer == 0) return call.dx;
-  return view(memory_of(call.layer - 1, call.item.slot).dy, call.item.rows);
-}
-
-template <class Layer, class Mixer>
-template <class Call>
-auto moe_chunk<Layer, Mixer>::experts_input(const Call& call) -> matrix_view<const element> {
-  return view(memory_of(call.layer, call.item.slot).u, call.item.rows);
-}
-
-// What the layer's router sees.
-template <class Layer, class Mixer>
-template <class Call>
-typename Layer::inputs moe_chunk<Layer, Mixer>::inputs_of(const Call& call) {
-  typename Layer::inputs in{};
-  const Mixer& before = *block_of(call.layer).before;
-  if constexpr (requires { in = before.inputs(call.item); }) in = before.inputs(call.item);
-  in.x = experts_input(call);
-  return in;
-}
-
-template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
   const block& b = block_of(call.layer);
-  TESSERA_EXPECTS(call.item.rows <= max_rows_ && call.item.slot >= 0 && call.item.slot < num_slots_,
-                  "moe_chunk: micro-batch " << call.item.micro_batch << " has " << call.item.rows << " rows and slot "
-                                            << call.item.slot << ", the chunk has room for " << max_rows_
-                                            << " rows and " << num_slots_ << " slots");
+  this->expect_room(call.item);
   if (b.layer == nullptr) {
     b.before->forward(call.lane.stream, call.item, input(call), output(call),
                       matrix_view<element>{nullptr, call.item.rows, 0});

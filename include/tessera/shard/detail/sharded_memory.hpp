@@ -13,6 +13,8 @@
 #include <vector>
 
 #include <tessera/core/memory.hpp>
+#include <tessera/core/stream.hpp>
+#include <tessera/shard/detail/part_tables.hpp>
 #include <tessera/shard/exact_sum.hpp>
 #include <tessera/shard/group_layout.hpp>
 #include <tessera/shard/memory.hpp>
@@ -50,6 +52,7 @@ struct sharded_memory {
   accumulate* result = nullptr;
   workspace_memory workspace;
   exact_sum* squares = nullptr;
+  device_tables<P, M> tables;  // in device memory alone
   memory_sizes sizes;
 };
 
@@ -72,7 +75,7 @@ struct section {
 };
 
 /// Parts that live as long as training.
-template <class P, class M>
+template <memory_space Space, class P, class M>
 void lay_out_state(sharded_memory<P, M>& memory, memory_builder& state, std::span<const group_shape> shapes,
                    std::span<const group_layout> layouts) {
   using storage = typename P::storage;
@@ -98,6 +101,10 @@ void lay_out_state(sharded_memory<P, M>& memory, memory_builder& state, std::spa
   each([&](auto& g, std::int64_t count) { g.exp_avg.push_back(state.take<M>("exp_avg", count)); });
   each([&](auto& g, std::int64_t count) { g.exp_avg_sq.push_back(state.take<M>("exp_avg_sq", count)); });
   memory.sizes.moments = bytes();
+  if constexpr (std::is_same_v<Space, space::device>) {
+    lay_out_tables(memory.tables, state, shapes, layouts);
+    memory.sizes.tables = bytes();
+  }
 }
 
 /// Whole tensors of a group, one after another. @return bytes.

@@ -1,0 +1,122 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Device half of a chunk of mixture-of-experts layers: instantiate `moe_chunk` with a layer in device memory in a
+/// `.cu` file that includes this.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <tessera/core/error.hpp>
+#include <tessera/core/stream.hpp>
+#include <tessera/core/views.hpp>
+#include <tessera/moe/moe_layer.cuh>
+#include <tessera/pipeline/moe_chunk.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace pipeline {
+
+namespace detail {
+
+// `y = round(h + y)`, summed in A.
+template <class A, class S>
+__global__ void __launch_bounds__(256) add_residual_kernel(const S* h, matrix_view<S> y) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t count = y.rows * y.cols;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+    const std::int64_t row = i / y.cols;
+    S& to = y(row, i - row * y.cols);
+    to = static_cast<S>(static_cast<A>(h[i]) + static_cast<A>(to));
+  }
+}
+
+template <class A, class S>
+void add_residual(device_stream stream, const S* h, matrix_view<S> y) {
+  const std::int64_t count = y.rows * y.cols;
+  if (count == 0) return;
+  const auto blocks = static_cast<unsigned>((std::min<std::int64_t>)((count + 255) / 256, 2048));
+  add_residual_kernel<A, S><<<blocks, 256, 0, stream.get()>>>(h, y);
+  const cudaError_t launched = cudaGetLastError();
+  TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
+                     "the launch of add_residual_kernel: " << cudaGetErrorString(launched));
+}
+
+}  // namespace detail
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
+  const block& b = block_of(call.layer);
+  this->expect_room(call.item);
+  const std::int64_t rows = call.item.rows;
+  if (b.layer == nullptr) {
+    b.before->forward(call.lane.stream, call.item, input(call), output(call), matrix_view<element>{nullptr, rows, 0});
+  } else {
+    b.before->forward(call.lane.stream, call.item, input(call), view(residual_, rows),
+                      view(memory_of(call.layer, call.item.slot).u, rows));
+  }
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  b.layer->forward(call.lane.stream, pass::train, inputs_of(call), b.weights, output(call),
+                   memory_of(call.layer, call.item.slot).saved, forward_scratch_);
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
+  if (block_of(call.layer).layer == nullptr) return;
+  detail::add_residual<accumulate, element>(call.lane.stream, residual_, output(call));
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  const memory& m = memory_of(call.layer, call.item.slot);
+  b.layer->backward_input(call.lane.stream, inputs_of(call), output_gradient(call), b.weights, m.saved,
+                          view(m.du, call.item.rows), m.deferred, backward_scratch_);
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  const memory& m = memory_of(call.layer, call.item.slot);
+  b.layer->backward_weights(call.lane.stream, inputs_of(call), output_gradient(call), m.saved, m.deferred,
+                            b.gradients[static_cast<std::size_t>(call.item.gradient_row)], call.item.gradient_mode);
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::backward_attention_input(const backward_type& call) {
+  const block& b = block_of(call.layer);
+  matrix_view<const element> du{nullptr, call.item.rows, 0};
+  if (b.layer != nullptr) du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
+  b.before->backward_input(call.lane.stream, call.item, input(call), output_gradient(call), du, input_gradient(call));
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::backward_attention_weights(const backward_type& call) {
+  const block& b = block_of(call.layer);
+  matrix_view<const element> du{nullptr, call.item.rows, 0};
+  if (b.layer != nullptr) du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
+  b.before->backward_weights(call.lane.stream, call.item, input(call), output_gradient(call), du);
+}
+
+}  // namespace pipeline
+
+TESSERA_NAMESPACE_END
