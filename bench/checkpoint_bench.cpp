@@ -3,8 +3,10 @@
 
 // Checkpoints on the disk under TESSERA_BENCH_FOLDER (else the system's folder for temporary files), against plain
 // sequential writes and reads of the same bytes there, with the same fsync and the same empty cache. Cases with a share
-// write or read both ways in turn, so that both see the same disk; they report `share`, the sequential time divided by
-// the checkpoint's, besides the checkpoint's own time. Planning times are for 100,000 chunks.
+// write or read both ways in turn, several times, so that both see the same disk. They report the median of the
+// checkpoint's times, that of the sequential ones, and as `share` the median of their quotients (sequential time
+// divided by the checkpoint's of the same turn): disks that others use have turns that say nothing. Planning times are
+// for 100,000 chunks.
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -129,24 +131,33 @@ struct rank_model {
   }
 };
 
-void report(benchmark::State& state, double plain, double own, std::int64_t bytes) {
-  state.counters["share"] = plain / own;
-  state.counters["bytes"] = benchmark::Counter(
-      static_cast<double>(bytes), benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
 
-// Runs both ways in turn and reports the checkpoint's time; `run(true)` is the checkpoint. All seconds.
+// Runs both ways in turn; `run(true)` is the checkpoint. All seconds.
 template <class Run>
 void compare(benchmark::State& state, std::int64_t bytes, Run&& run) {
-  double plain = 0;
-  double own = 0;
+  constexpr int turns = 11;
+  std::vector<double> plain;
+  std::vector<double> own;
+  std::vector<double> share;
   for (auto _ : state) {
-    plain += run(false);
-    const double seconds = run(true);
-    own += seconds;
-    state.SetIterationTime(seconds);
+    for (int turn = 0; turn < turns; ++turn) {
+      const bool own_first = turn % 2 == 1;
+      const double first = run(own_first);
+      const double second = run(!own_first);
+      plain.push_back(own_first ? second : first);
+      own.push_back(own_first ? first : second);
+      share.push_back(plain.back() / own.back());
+    }
+    state.SetIterationTime(median(own));
   }
-  report(state, plain, own, bytes);
+  state.counters["sequential_ms"] = median(plain) * 1e3;
+  state.counters["share"] = median(share);
+  tessera_bench::report_rates(state, 0, static_cast<double>(bytes));
 }
 
 void save(benchmark::State& state) {
@@ -291,13 +302,13 @@ void check_manifest(benchmark::State& state) {
   tessera_bench::report_rates(state, 0, 0, static_cast<double>(state.range(0)));
 }
 
-BENCHMARK(save)->ArgNames({"ranks", "mib"})->Args({1, 1024})->Args({4, 1024})->Iterations(5)->UseManualTime();
+BENCHMARK(save)->ArgNames({"ranks", "mib"})->Args({1, 1024})->Args({4, 1024})->Iterations(1)->UseManualTime();
 BENCHMARK(load)
     ->ArgNames({"from", "ranks", "mib"})
     ->Args({1, 1, 1024})
     ->Args({4, 4, 1024})
     ->Args({4, 3, 1024})
-    ->Iterations(5)
+    ->Iterations(1)
     ->UseManualTime();
 BENCHMARK(stage)->ArgNames({"mib"})->Arg(256)->Iterations(5)->UseManualTime();
 BENCHMARK(plan_save)

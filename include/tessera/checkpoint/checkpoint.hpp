@@ -6,6 +6,7 @@
 /// The whole checkpoint room: sharded saves, elastic loads, models of Hugging Face. Needs nlohmann/json and xxHash
 /// (link `tessera::checkpoint`) and a POSIX system, so no other room and not `tessera.hpp` includes it.
 
+#include <tessera/checkpoint/device_memory.hpp>
 #include <tessera/checkpoint/directory.hpp>
 #include <tessera/checkpoint/element_type.hpp>
 #include <tessera/checkpoint/hugging_face.hpp>

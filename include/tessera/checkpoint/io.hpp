@@ -34,8 +34,9 @@ struct io_event {
   std::int64_t offset;    ///< Where in the file, else 0.
 };
 
-/// Called before each access; empty is allowed. What it throws counts as the failure of the access. With asynchronous
-/// saves it is called from a background thread too.
+/// Called before each access; empty is allowed. What it throws counts as the failure of the access. Asynchronous saves
+/// call it from a background thread too, loads from all of theirs (`load_options::num_threads`), never at the same
+/// time.
 using io_observer = std::function<void(const io_event&)>;
 
 }  // namespace checkpoint

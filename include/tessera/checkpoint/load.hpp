@@ -27,7 +27,10 @@ namespace checkpoint {
 /// Options of loading.
 struct load_options {
   log_sink log = {};          ///< Gets notes of rank 0.
-  io_observer observer = {};  ///< Sees this rank's accesses.
+  io_observer observer = {};  ///< Sees this rank's accesses; called by these threads, by one at a time.
+  /// How many threads of this rank read, compare and copy, at least 1, the caller's included; only the caller's uses
+  /// the communicator. With 2, the disk works while checksums are computed; more are for disks faster than two threads.
+  int num_threads = 2;
 };
 
 /// What a load tells.

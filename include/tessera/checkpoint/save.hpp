@@ -6,9 +6,8 @@
 /// Saving: all ranks write their parts at the same time, and the result appears in one step or not at all.
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include <tessera/checkpoint/detail/agree.hpp>
+#include <tessera/checkpoint/detail/staging.hpp>
 #include <tessera/checkpoint/detail/writer.hpp>
 #include <tessera/checkpoint/directory.hpp>
 #include <tessera/checkpoint/io.hpp>
@@ -89,6 +89,15 @@ class saver {
   /// @throws As `save`.
   void save_async(const save_plan& plan, std::span<const source_piece> pieces, const train_state& state);
 
+  /// Starts to save without a copy: the elements stay where they are until the save is completed. For those who bring
+  /// them to host memory themselves (`device_saver`). Waits for an earlier save first.
+  /// @param plan   As above; copied. @param pieces As above, but read until the save is completed. @param state As
+  /// above.
+  /// @param before Called by the thread before it reads the first element; what it throws is a failure of this rank.
+  /// @throws As `save`.
+  void save_in_background(const save_plan& plan, std::span<const source_piece> pieces, const train_state& state,
+                          std::function<void()> before = {});
+
   /// Completes an asynchronous save, if one is under way.
   /// @return Folder of the checkpoint, "" if none was under way.
   /// @throws checkpoint_error on all ranks if it failed.
@@ -101,6 +110,9 @@ class saver {
 
   /// Whether a save is under way. Not collective; the same on all ranks.
   bool pending() const noexcept { return job_.has_value(); }
+
+  /// Whether the thread of this rank is still writing. Not collective.
+  bool is_writing() const noexcept { return job_.has_value() && !written_; }
 
   /// Bytes that this rank has written to files of tensors in the last save, headers included. Not collective.
   std::int64_t bytes_written() const noexcept { return bytes_written_; }
@@ -116,6 +128,7 @@ class saver {
     detail::outcome result;
   };
 
+  void start(job work, detail::chunk_sources sources, const detail::outcome& prepared, std::function<void()> before);
   job begin(const save_plan& plan, std::span<const source_piece> pieces, const train_state& state);
   void write(job& work, const detail::chunk_sources& sources);
   std::string commit(job& work);
@@ -127,8 +140,7 @@ class saver {
   Comm* comm_;
   save_options options_;
   std::optional<job> job_;
-  std::unique_ptr<std::byte[]> staging_;
-  std::int64_t staging_bytes_ = 0;
+  detail::staging_memory staging_;
   std::int64_t bytes_written_ = 0;
   std::thread worker_;
   std::atomic<bool> written_{false};

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -19,7 +20,9 @@
 #include <tessera/checkpoint/detail/box_copy.hpp>
 #include <tessera/checkpoint/detail/checksum.hpp>
 #include <tessera/checkpoint/detail/files.hpp>
+#include <tessera/checkpoint/detail/parallel.hpp>
 #include <tessera/checkpoint/detail/pieces.hpp>
+#include <tessera/checkpoint/detail/staging.hpp>
 #include <tessera/checkpoint/load.hpp>
 #include <tessera/checkpoint/safetensors.hpp>
 
@@ -100,7 +103,7 @@ class staged_units {
  public:
   /// Reads and compares.
   void read(const manifest& content, const read_plan& plan, int rank, const std::string& folder,
-            const io_observer& observer) {
+            const load_options& options) {
     offset_.assign(plan.units.size(), -1);
     std::vector<std::size_t> own;
     for (std::size_t i = 0; i < plan.units.size(); ++i) {
@@ -111,15 +114,9 @@ class staged_units {
       return std::pair(file_of(a), plan.units[a].begin) < std::pair(file_of(b), plan.units[b].begin);
     });
     bytes_ = plan.bytes[static_cast<std::size_t>(rank)];
-    data_ = std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes_));
+    data_.reserve(bytes_);
 
     // neighbours in a file are one access, not so large that it leaves the caches before its checksum is computed
-    struct access {
-      std::size_t first;
-      std::size_t end;
-      std::int64_t begin;
-      std::int64_t bytes;
-    };
     constexpr std::int64_t most = std::int64_t{4} << 20;
     std::vector<access> accesses;
     std::int64_t place = 0;
@@ -128,46 +125,62 @@ class staged_units {
       const bool joins = !accesses.empty() && file_of(own[i - 1]) == file_of(own[i]) &&
                          unit.begin == accesses.back().begin + accesses.back().bytes &&
                          accesses.back().bytes + unit.bytes <= most;
-      if (!joins) accesses.push_back({i, i, unit.begin, 0});
+      if (!joins) accesses.push_back({i, i, unit.begin, 0, place});
       accesses.back().end = i + 1;
       accesses.back().bytes += unit.bytes;
       offset_[own[i]] = place;
       place += unit.bytes;
     }
-
-    std::unique_ptr<checked_file> open;
-    std::int32_t open_file = -1;
-    std::size_t asked = 0;  // the system knows of the accesses before
-    for (std::size_t a = 0; a < accesses.size(); ++a) {
-      const access& next = accesses[a];
-      const std::int32_t index = file_of(own[next.first]);
-      if (index != open_file) {
-        open.reset();
-        open = std::make_unique<checked_file>(content, index, folder, observer);
-        open_file = index;
-        expect_chunks(content, plan, own, next.first, *open);
-      }
-      constexpr std::int64_t ahead = std::int64_t{32} << 20;
-      std::int64_t waiting = 0;
-      for (std::size_t b = a; b < accesses.size() && waiting < ahead; ++b) {
-        if (file_of(own[accesses[b].first]) != index) break;
-        waiting += accesses[b].bytes;
-        if (b >= asked) {
-          open->source().start_reading(accesses[b].begin, accesses[b].bytes);
-          asked = b + 1;
-        }
-      }
-      open->source().read(data_.get() + offset_[own[next.first]], next.bytes, next.begin, observer);
-      for (std::size_t i = next.first; i < next.end; ++i) {
-        compare(content, plan.units[own[i]], offset_[own[i]], open->source().path());
-      }
+    for (std::size_t first = 0, end = 0; first < accesses.size(); first = end) {
+      const std::int32_t index = file_of(own[accesses[first].first]);
+      while (end < accesses.size() && file_of(own[accesses[end].first]) == index) ++end;
+      const checked_file open(content, index, folder, options.observer);
+      expect_chunks(content, plan, own, accesses[first].first, open);
+      read_file(content, plan, own, std::span(accesses).subspan(first, end - first), open.source(), options);
     }
   }
 
-  const std::byte* of(std::size_t unit) const { return data_.get() + offset_[unit]; }
+  const std::byte* of(std::size_t unit) const { return data_.data() + offset_[unit]; }
   std::int64_t bytes() const { return bytes_; }
 
  private:
+  struct access {
+    std::size_t first;  // indices into the units that this rank reads
+    std::size_t end;
+    std::int64_t begin;  // in the file
+    std::int64_t bytes;
+    std::int64_t place;  // here
+  };
+
+  // All accesses to one file. The threads take them in turn: while one waits for the disk, or for the memory that it
+  // touches for the first time, another compares.
+  void read_file(const manifest& content, const read_plan& plan, const std::vector<std::size_t>& own,
+                 std::span<const access> accesses, const file& source, const load_options& options) {
+    std::mutex mutex;
+    std::size_t asked = 0;  // the system knows of the accesses before
+    io_observer one_at_a_time;
+    if (options.observer) {
+      one_at_a_time = [&](const io_event& event) {
+        const std::lock_guard lock(mutex);
+        options.observer(event);
+      };
+    }
+    in_parallel(accesses.size(), options.num_threads, [&](std::size_t a) {
+      const access& next = accesses[a];
+      {
+        const std::lock_guard lock(mutex);
+        constexpr std::int64_t ahead = std::int64_t{32} << 20;
+        for (; asked < accesses.size() && accesses[asked].place < next.place + ahead; ++asked) {
+          source.start_reading(accesses[asked].begin, accesses[asked].bytes);
+        }
+      }
+      source.read(data_.data() + next.place, next.bytes, next.begin, one_at_a_time);
+      for (std::size_t i = next.first; i < next.end; ++i) {
+        compare(content, plan.units[own[i]], offset_[own[i]], source.path());
+      }
+    });
+  }
+
   static const manifest_chunk& chunk_of(const manifest& content, const read_unit& unit) {
     return content.tensors[static_cast<std::size_t>(unit.tensor)].chunks[static_cast<std::size_t>(unit.chunk)];
   }
@@ -192,13 +205,13 @@ class staged_units {
     if (chunk.checksums.empty()) return;  // a file of others
     TESSERA_EXPECTS_AS(
         checkpoint_error,
-        checksum_of(data_.get() + offset, unit.bytes) == chunk.checksums[static_cast<std::size_t>(unit.block)],
+        checksum_of(data_.data() + offset, unit.bytes) == chunk.checksums[static_cast<std::size_t>(unit.block)],
         path << ": the checksum of " << text_of(unit.part) << " of tensor '"
              << content.tensors[static_cast<std::size_t>(unit.tensor)].name << "' (bytes [" << unit.begin << ", "
              << unit.begin + unit.bytes << ") of the file) is wrong: the file is damaged");
   }
 
-  std::unique_ptr<std::byte[]> data_;
+  staging_memory data_;
   std::int64_t bytes_ = 0;
   std::vector<std::int64_t> offset_;  // of each unit of the plan; -1: read by another rank
 };
@@ -206,7 +219,7 @@ class staged_units {
 /// Brings what was read to those who want it. Collective.
 template <class Comm>
 void distribute(Comm& comm, const manifest& content, const read_plan& plan, const staged_units& staged,
-                std::span<const target_piece> pieces) {
+                std::span<const target_piece> pieces, int num_threads) {
   const int rank = comm.rank();
   // Rounds bound the memory in flight. The round of a block follows from the bytes that its reader has before it, so
   // all ranks know it.
@@ -235,18 +248,31 @@ void distribute(Comm& comm, const manifest& content, const read_plan& plan, cons
   }
   rounds.resize(static_cast<std::size_t>(num_rounds));
 
-  struct arrival {  // what is not contiguous where it goes
+  struct incoming {  // a part that goes from an array of `held` to a piece
     const target_piece* piece;
     box part;
-    std::unique_ptr<std::byte[]> data;
+    const std::byte* data;
+    box held;
+  };
+  const auto place_all = [&](const std::vector<incoming>& all) {
+    in_parallel(all.size(), num_threads, [&](std::size_t i) {
+      const incoming& in = all[i];
+      copy_box(in.part, in.data, in.held, packed_strides(in.held), in.piece->data, in.piece->part,
+               strides_or_packed(in.piece->strides, in.piece->part), size_of(in.piece->type));
+    });
   };
   std::vector<transfer> sends;
   std::vector<transfer> receives;
-  std::vector<arrival> arrivals;
+  std::vector<incoming> own;
+  std::vector<incoming> arrivals;  // what is not contiguous where it goes
   std::vector<std::unique_ptr<std::byte[]>> packed;
+  const auto pack = [&](std::int64_t bytes) {
+    return packed.emplace_back(std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes))).get();
+  };
   for (const std::vector<std::size_t>& units : rounds) {
     sends.clear();
     receives.clear();
+    own.clear();
     arrivals.clear();
     packed.clear();
     for (const std::size_t i : units) {
@@ -265,10 +291,9 @@ void distribute(Comm& comm, const manifest& content, const read_plan& plan, cons
             if (outgoing == nullptr && is_contiguous(part, unit_strides)) {
               outgoing = staged.of(i) + offset_in(unit.part, unit_strides, part) * width;
             } else if (outgoing == nullptr) {
-              packed.push_back(std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes)));
-              copy_box(part, staged.of(i), unit.part, unit_strides, packed.back().get(), part, packed_strides(part),
-                       width);
-              outgoing = packed.back().get();
+              std::byte* const buffer = pack(bytes);
+              copy_box(part, staged.of(i), unit.part, unit_strides, buffer, part, packed_strides(part), width);
+              outgoing = buffer;
             }
             sends.push_back(send_to(holder.rank, outgoing, bytes));
             continue;
@@ -276,23 +301,21 @@ void distribute(Comm& comm, const manifest& content, const read_plan& plan, cons
           const target_piece& piece = pieces[static_cast<std::size_t>(holder.piece)];
           const stride_array strides = strides_or_packed(piece.strides, piece.part);
           if (unit.reader == rank) {
-            copy_box(part, staged.of(i), unit.part, unit_strides, piece.data, piece.part, strides, width);
+            own.push_back({&piece, part, staged.of(i), unit.part});
           } else if (is_contiguous(part, strides)) {
             std::byte* place = static_cast<std::byte*>(piece.data) + offset_in(piece.part, strides, part) * width;
             receives.push_back(receive_from(unit.reader, place, bytes));
           } else {
-            arrivals.push_back(
-                {&piece, part, std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes))});
-            receives.push_back(receive_from(unit.reader, arrivals.back().data.get(), bytes));
+            std::byte* const buffer = pack(bytes);
+            receives.push_back(receive_from(unit.reader, buffer, bytes));
+            arrivals.push_back({&piece, part, buffer, part});
           }
         }
       }
     }
+    place_all(own);
     comm.exchange(host_stream{}, sends, receives);
-    for (const arrival& a : arrivals) {
-      copy_box(a.part, a.data.get(), a.part, packed_strides(a.part), a.piece->data, a.piece->part,
-               strides_or_packed(a.piece->strides, a.piece->part), size_of(a.piece->type));
-    }
+    place_all(arrivals);
   }
 }
 
@@ -302,6 +325,7 @@ template <host_communicator Comm>
 load_result load(Comm& comm, const std::string& path, const manifest& content, std::span<const target_piece> targets,
                  const load_options& options) {
   detail::together(comm, [&] {
+    TESSERA_EXPECTS(options.num_threads >= 1, "num_threads is " << options.num_threads << ", it must be at least 1");
     for (const target_piece& piece : targets) {
       expect_piece(piece);
       TESSERA_EXPECTS(piece.data != nullptr || piece.part.empty(), "tensor '" << piece.name << "' has no data");
@@ -309,8 +333,8 @@ load_result load(Comm& comm, const std::string& path, const manifest& content, s
   });
   const read_plan plan = plan_reads(content, detail::gather_pieces(comm, targets), path);
   detail::staged_units staged;
-  detail::together(comm, [&] { staged.read(content, plan, comm.rank(), path, options.observer); });
-  detail::distribute(comm, content, plan, staged, targets);
+  detail::together(comm, [&] { staged.read(content, plan, comm.rank(), path, options); });
+  detail::distribute(comm, content, plan, staged, targets, options.num_threads);
   if (comm.rank() == 0) options.log(log_level::info, "loaded ", path);
   return {content.state, path, staged.bytes()};
 }

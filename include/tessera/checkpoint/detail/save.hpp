@@ -53,29 +53,47 @@ void saver<Comm>::save_async(const save_plan& plan, std::span<const source_piece
   detail::chunk_sources sources;
   const detail::outcome staged = detail::attempt([&] {
     sources = detail::find_sources(plan, comm_->rank(), pieces);
-    const std::int64_t bytes = plan.bytes[static_cast<std::size_t>(comm_->rank())];
-    if (bytes > staging_bytes_) {
-      staging_bytes_ = 0;
-      staging_.reset();  // before the new one, not beside it
-      staging_ = std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes));
-      staging_bytes_ = bytes;
-    }
-    detail::stage(plan, comm_->rank(), sources, staging_.get());
+    staging_.reserve(plan.bytes[static_cast<std::size_t>(comm_->rank())]);
+    detail::stage(plan, comm_->rank(), sources, staging_.data());
     work.plan_copy = plan;
   });
-  if (staged.failed) {  // out of memory: known to all when the save is completed
-    work.result = staged;
-    job_ = std::move(work);
-    job_->plan = &job_->plan_copy;
+  start(std::move(work), std::move(sources), staged, {});
+}
+
+template <class Comm>
+void saver<Comm>::save_in_background(const save_plan& plan, std::span<const source_piece> pieces,
+                                     const train_state& state, std::function<void()> before) {
+  wait();
+  job work = begin(plan, pieces, state);
+  detail::chunk_sources sources;
+  const detail::outcome found = detail::attempt([&] {
+    sources = detail::find_sources(plan, comm_->rank(), pieces);
+    work.plan_copy = plan;
+  });
+  start(std::move(work), std::move(sources), found, std::move(before));
+}
+
+template <class Comm>
+void saver<Comm>::start(job work, detail::chunk_sources sources, const detail::outcome& prepared,
+                        std::function<void()> before) {
+  job_ = std::move(work);
+  job_->plan = &job_->plan_copy;
+  if (prepared.failed) {  // out of memory: known to all when the save is completed
+    job_->result = prepared;
     written_ = true;
     return;
   }
-  job_ = std::move(work);
-  job_->plan = &job_->plan_copy;
   written_ = false;
   try {
-    worker_ = std::thread([this, sources = std::move(sources)] {
-      write(*job_, sources);
+    worker_ = std::thread([this, sources = std::move(sources), before = std::move(before)] {
+      const detail::outcome ready = detail::attempt([&] {
+        if (before) before();
+      });
+      if (ready.failed) {
+        job_->result = ready;
+      } else {
+        write(*job_, sources);
+      }
       written_ = true;
     });
   } catch (const std::system_error& e) {
