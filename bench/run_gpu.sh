@@ -24,3 +24,10 @@ for name in gemm router layer; do
     sed -e '/"host_name":/d' -e '/"executable":/d' -e '/"load_avg":/d' >"$results/gpu_$name.json"
 done
 python3 bench/table.py "$results"/gpu_{gemm,router,layer}.json
+# Between GPUs, where NCCL was found and there are several. NVLink multicast is not used and stays off.
+if [[ -x $build/bench/ranks_gpu_bench && $(nvidia-smi --list-gpus | wc -l) -ge 2 ]]; then
+  echo "== ranks" >&2
+  NCCL_NVLS_ENABLE=0 "$build/bench/ranks_gpu_bench" --benchmark_format=json 2>/dev/null |
+    sed -e '/"host_name":/d' -e '/"executable":/d' -e '/"load_avg":/d' >"$results/gpu_ranks.json"
+  python3 bench/table.py "$results/gpu_ranks.json"
+fi

@@ -17,6 +17,7 @@ def print_gpu(path: str, cases: list) -> None:
         ("TFLOPS", lambda case: f"{case['tflops']:.0f}" if "tflops" in case else ""),
         ("of dense cuBLAS", lambda case: f"{case['of_dense']:.2f}" if "of_dense" in case else ""),
         ("GB/s", lambda case: f"{case['gb_per_s']:.0f}" if "gb_per_s" in case else ""),
+        ("wire GB/s", lambda case: f"{case['wire_gb_per_s']:.0f}" if "wire_gb_per_s" in case else ""),
         ("of a copy", lambda case: f"{case['share_of_copy']:.2f}" if "share_of_copy" in case else ""),
         ("kernel", lambda case: case.get("label", "")),
     ]

@@ -6,10 +6,15 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include <tessera/comm/self.hpp>
+#include <tessera/comm/symmetric.hpp>
 #include <tessera/layout/block.hpp>
+#include <tessera/layout/table.hpp>
 #include <tessera/moe/moe_layer.hpp>
 
 namespace {
@@ -79,4 +84,50 @@ TEST_CASE("the workspace of a device layer holds one array of pairs for each of 
     CHECK(workspace <= bound + bound / 20);
     CHECK(sizes_of<ts::precision::bf16_gradients>(s).workspace_bytes == sizes.workspace_bytes);
   }
+}
+
+TEST_CASE(
+    "what ranks write into each other's memory stands at the same place on all ranks, however uneven their experts") {
+  using layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16>, ts::layout::table,
+                              ts::comm::symmetric>;
+  using namespace ts::detail;
+  const ts::shape sizes{
+      .num_experts = 260, .top_k = 3, .hidden = 128, .intermediate = 64, .max_tokens = 100, .num_shared_experts = 1};
+  constexpr int ranks = 3;
+  std::vector<std::vector<std::int32_t>> experts(ranks);  // 200, 60 and none
+  for (int e = 0; e < sizes.num_experts; ++e) experts[e < 200 ? 0 : 1].push_back(e);
+  const ts::layout::table_storage storage(sizes.num_experts, experts);
+  const ts::layout::table placement = storage.view();
+  // Carving looks at no memory, so an address that nobody has will do.
+  constexpr std::size_t base = std::size_t{1} << 40;
+  std::vector<std::array<std::size_t, 9>> places;
+  for (int rank = 0; rank < ranks; ++rank) {
+    const layer_plan<layer> plan(sizes, placement, rank, {});
+    const auto bytes = layer::sizes(sizes, placement, rank);
+    const auto carve = [&](std::size_t size) {
+      return ts::memory_builder(ts::workspace_memory(reinterpret_cast<void*>(base), size), "memory");
+    };
+    auto saved_memory = carve(bytes.saved_bytes);
+    auto deferred_memory = carve(bytes.deferred_bytes);
+    auto forward_memory = carve(bytes.workspace_bytes);
+    auto backward_memory = carve(bytes.workspace_bytes);
+    auto eval_memory = carve(bytes.eval_workspace_bytes);
+    const layer_saved<layer> saved(saved_memory, plan);
+    const layer_deferred<layer> deferred(deferred_memory, plan);
+    const layer_forward_scratch<layer> forward(forward_memory, plan);
+    const layer_backward_scratch<layer> backward(backward_memory, plan);
+    const layer_saved<layer> eval_saved(eval_memory, plan);
+    const layer_forward_scratch<layer> eval(eval_memory, plan);
+    const auto place = [](const void* p) { return reinterpret_cast<std::size_t>(p); };
+    places.push_back({place(saved.received), place(deferred.dy_received), place(forward.tables.slots),
+                      place(forward.tables.counts), place(forward.returned), place(backward.returned),
+                      place(backward.dweights), place(eval_saved.received), place(eval.returned)});
+    for (const std::size_t p : places.back()) CHECK(p >= base);  // all of them are there
+    const auto first = layer::sizes(sizes, placement, 0);
+    CHECK(bytes.saved_bytes == first.saved_bytes);
+    CHECK(bytes.deferred_bytes == first.deferred_bytes);
+    CHECK(bytes.workspace_bytes == first.workspace_bytes);
+    CHECK(bytes.eval_workspace_bytes == first.eval_workspace_bytes);
+  }
+  for (const auto& rank : places) CHECK(rank == places.front());
 }

@@ -49,6 +49,11 @@ struct layer_sizes {
 /// allocate; on the host they return when the work is done, in device space they enqueue on the stream and do not
 /// synchronise. Every call but `backward_weights` is a collective of the communicator.
 ///
+/// With `comm::symmetric` other ranks write into this one's memory: saved, deferred and workspace memory come from its
+/// `allocate`, called with the same sizes in the same order on all ranks, and the calls of one handle's layers are
+/// enqueued on one stream, in the same order everywhere. `sizes` gives the same bytes on every rank there. A row bound
+/// that is exceeded is then found by `comm::symmetric::check`, not by the call.
+///
 /// If a call throws, state is unchanged; outputs, saved, deferred and workspace memory are undefined.
 ///
 /// The host half is defined with this header, the device half in `moe_layer.cuh`: which of them is used follows from
@@ -67,8 +72,8 @@ template <class Router, class Experts, class Layout, class Comm, class Combine =
 class moe_layer {
   static_assert(
       communicator<Comm>,
-      "moe_layer: the fourth argument must be a communicator. Models: comm::self<space::host>, comm::threads, "
-      "comm::mpi; a user's own derives from comm::collectives");
+      "moe_layer: the fourth argument must be a communicator. Models: comm::self<Space>, comm::threads, comm::mpi, "
+      "comm::symmetric; a user's own derives from comm::collectives");
   static_assert(
       expert_container<Experts, typename Comm::space>,
       "moe_layer: the second argument must be an expert container for the communicator's memory space. Model: "
