@@ -158,6 +158,14 @@ class rank_layer {
                             .shared = {shared_up_grad_->data(), shared_down_grad_->data()}},
                            ts::write::overwrite);
   }
+  // Bytes that are no result, wherever a step writes one. Nothing may be under way.
+  void poison() {
+    for (auto* rows : {&y_, &dx_}) (*rows)->fill(0xff);
+    for (auto* sums : {&gate_grad_, &up_grad_, &down_grad_, &shared_up_grad_, &shared_down_grad_}) (*sums)->fill(0xff);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  std::vector<S> tokens() const { return x_->get(); }
+  void set_tokens(const std::vector<S>& x) { x_->set(x); }
   void end_step() { moe_->end_step(stream_, comm_); }
   void sync() {
     if constexpr (requires { comm_.wait(stream_); }) {
@@ -288,12 +296,15 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
     layer.sync();
     parts[r] = layer.results();
     // again, and without saving; then the step's end, which moves the bias
+    layer.poison();
     layer.step(ts::pass::recompute);
     layer.sync();
     const outcome again = layer.results();
     CHECK(same_bits(again.y, parts[r].y));
     CHECK(same_bits(again.dx, parts[r].dx));
     CHECK(again.up == parts[r].up);
+    CHECK(again.gate == parts[r].gate);
+    layer.poison();
     layer.step(ts::pass::eval);
     layer.sync();
     CHECK(same_bits(layer.results().y, parts[r].y));
@@ -331,7 +342,30 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
   CHECK(got.down == alone.down);
 }
 
-TEST_CASE("a graph of a whole step is replayed") {
+TEST_CASE("a token that is not a number is reported by its rank") {
+  const int ranks = num_gpus();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto comm = ts::comm::symmetric::create(t, window(64));
+    const auto r = static_cast<std::size_t>(t.rank());
+    rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks);
+    if (t.rank() == ranks - 1) {
+      auto tokens = layer.tokens();
+      tokens[static_cast<std::size_t>(3 * p.sizes.hidden + 5)] = S(std::nanf(""));
+      layer.set_tokens(tokens);
+    }
+    layer.step(ts::pass::train);
+    if (t.rank() == ranks - 1) {
+      CHECK_THROWS_AS(layer.sync(), ts::invalid_argument);
+    } else {
+      layer.sync();
+    }
+    t.barrier({});
+  }));
+}
+
+TEST_CASE("a graph of a whole step is replayed, with the same tokens and with others") {
   const int ranks = num_gpus();
   const auto p = make_ranks_problem();
   const auto offsets = split_of(p.num_tokens, ranks);
@@ -343,12 +377,30 @@ TEST_CASE("a graph of a whole step is replayed") {
     layer.sync();
     const outcome plain = layer.results();
     cudaGraphExec_t graph = device_test::capture(layer.stream(), [&] { layer.step(ts::pass::recompute); });
-    for (int i = 0; i < 5; ++i) require(cudaGraphLaunch(graph, layer.stream()), "cudaGraphLaunch");
+    const auto replay = [&](int times) {
+      layer.poison();
+      for (int i = 0; i < times; ++i) require(cudaGraphLaunch(graph, layer.stream()), "cudaGraphLaunch");
+      layer.sync();
+      return layer.results();
+    };
+    const auto compare = [](const outcome& a, const outcome& b) {
+      CHECK(same_bits(a.y, b.y));
+      CHECK(same_bits(a.dx, b.dx));
+      CHECK(a.gate == b.gate);
+      CHECK(a.up == b.up);
+      CHECK(a.down == b.down);
+    };
+    compare(replay(5), plain);
+    // other tokens, and so another routing
+    auto tokens = layer.tokens();
+    std::reverse(tokens.begin(), tokens.end());
+    layer.set_tokens(tokens);
+    const outcome other = replay(2);
+    CHECK(!same_bits(other.y, plain.y));
+    layer.poison();
+    layer.step(ts::pass::recompute);
     layer.sync();
-    const outcome replayed = layer.results();
-    CHECK(same_bits(replayed.y, plain.y));
-    CHECK(same_bits(replayed.dx, plain.dx));
-    CHECK(replayed.down == plain.down);
+    compare(other, layer.results());
     require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
     t.barrier({});
   }));

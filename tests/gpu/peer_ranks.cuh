@@ -32,6 +32,7 @@ class peer_rank {
   int size() const { return size_; }
   int device() const { return device_; }
   int num_sms() const { return num_sms_; }
+  int slots() const { return 1; }
   void set_num_sms(int sms) { num_sms_ = sms; }
   bool contains(const void* p) const {
     const auto* b = static_cast<const std::byte*>(p);

@@ -62,6 +62,7 @@ bool one_gpu() {
 symmetric_options options_of(int timeout_ms, int nccl_timeout_ms = 20000) {
   symmetric_options options;
   options.window_bytes = 64 * 1024;
+  options.slots = 2;
   options.timeout = milliseconds(timeout_ms);
   options.nccl.timeout = milliseconds(nccl_timeout_ms);
   return options;

@@ -100,7 +100,7 @@ TEST_CASE(
   const ts::layout::table placement = storage.view();
   // Carving looks at no memory, so an address that nobody has will do.
   constexpr std::size_t base = std::size_t{1} << 40;
-  std::vector<std::array<std::size_t, 9>> places;
+  std::vector<std::array<std::size_t, 10>> places;
   for (int rank = 0; rank < ranks; ++rank) {
     const layer_plan<layer> plan(sizes, placement, rank, {});
     const auto bytes = layer::sizes(sizes, placement, rank);
@@ -114,14 +114,15 @@ TEST_CASE(
     auto eval_memory = carve(bytes.eval_workspace_bytes);
     const layer_saved<layer> saved(saved_memory, plan);
     const layer_deferred<layer> deferred(deferred_memory, plan);
-    const layer_forward_scratch<layer> forward(forward_memory, plan);
+    const layer_forward_window<layer> forward(forward_memory, plan);
     const layer_backward_scratch<layer> backward(backward_memory, plan);
+    const layer_forward_window<layer> eval(eval_memory, plan);
     const layer_saved<layer> eval_saved(eval_memory, plan);
-    const layer_forward_scratch<layer> eval(eval_memory, plan);
     const auto place = [](const void* p) { return reinterpret_cast<std::size_t>(p); };
     places.push_back({place(saved.received), place(deferred.dy_received), place(forward.tables.slots),
                       place(forward.tables.counts), place(forward.returned), place(backward.returned),
-                      place(backward.dweights), place(eval_saved.received), place(eval.returned)});
+                      place(backward.dweights), place(eval_saved.received), place(eval.tables.slots),
+                      place(eval.returned)});
     for (const std::size_t p : places.back()) CHECK(p >= base);  // all of them are there
     const auto first = layer::sizes(sizes, placement, 0);
     CHECK(bytes.saved_bytes == first.saved_bytes);

@@ -56,6 +56,7 @@ inline symmetric symmetric::on_slot(int slot) const {
                   "comm::symmetric: slot " << slot << " of " << window_->options().slots << " slots");
   return symmetric(*this, window_, slot, num_sms_);
 }
+inline int symmetric::slots() const noexcept { return window_->options().slots; }
 inline void symmetric::set_num_sms(int sms) {
   TESSERA_EXPECTS(sms >= 0,
                   "comm::symmetric: num_sms = " << sms << ", it must be at least 1, or 0 for the library's choice");

@@ -30,7 +30,7 @@ namespace comm {
 /// Options of `comm::symmetric`.
 struct symmetric_options {
   std::size_t window_bytes = 0;              ///< Bytes that `allocate` hands out, the same on all ranks; not 0.
-  int slots = 2;                             ///< Sets of flags: operations of different slots may overlap. 1 to 8.
+  int slots = 1;                             ///< Sets of flags: operations of different slots may overlap. 1 to 8.
   std::chrono::milliseconds timeout{30000};  ///< How long a kernel waits for another rank; at least 1 ms.
   int num_sms = 0;              ///< SMs that an operation takes, the library's choice if 0; may differ by rank.
   bool allow_direct = true;     ///< Without, GPUs do not share memory even if they could: to try what happens then.
@@ -44,7 +44,7 @@ struct symmetric_options {
 ///
 /// **Where that is missing**, because GPUs are no peers, stand in different hosts, are more than eight, or are older
 /// than compute capability 9.0, the communicator is made all the same: `direct` is false on all ranks, `reason` says
-/// why, memory is memory of this rank alone, and collectives work. `view` throws then.
+/// why, memory is memory of this rank alone, and collectives work. Dispatch does not: `view` throws.
 ///
 /// **Memory.** `allocate` takes memory from the window. All ranks call it with the same sizes in the same order, so
 /// that an array stands at the same offset everywhere; nothing else makes memory symmetric. The window goes with the
@@ -52,13 +52,18 @@ struct symmetric_options {
 ///
 /// **Slots.** Operations of one slot are enqueued in the same order on all ranks, on one stream. `on_slot` gives a
 /// handle for another slot, whose operations may run at the same time on another stream: two micro-batches that
-/// overlap. Streams that share a hardware queue wait for each other: with slots that overlap, or with more streams than
-/// eight, set CUDA_DEVICE_MAX_CONNECTIONS=32.
+/// overlap. Kernels of overlapping slots wait for those of other ranks at the same time, so their SMs must add up to no
+/// more than the device has: the library's choice shares them among the slots, see `symmetric_sms`. Streams that share
+/// a hardware queue wait for each other: with slots that overlap, or with more streams than eight, set
+/// CUDA_DEVICE_MAX_CONNECTIONS=32. With a thread per GPU set CUDA_MODULE_LOADING=EAGER: loading a kernel when it is
+/// first launched may wait for kernels that wait for another rank's.
 ///
 /// **Failure.** A kernel that waits for another rank longer than the timeout writes down whom it waited for and ends;
 /// later operations of this rank do nothing. `failure` looks without waiting, `check` throws, `wait` does so for a
 /// stream. When all ranks are back, `reset` makes the communicator usable again. A failure of NCCL is final, see
-/// `comm::nccl`; memory stays valid then, too.
+/// `comm::nccl`; memory stays valid then, too. Balance losses of a layer are summed by NCCL, so a layer with losses
+/// recovers from a rank that is late for less than NCCL's timeout only. What a call that failed has written, lists and
+/// saved memory included, must not be used.
 ///
 /// Handles are copies that share all of this, used by one thread at a time; destroy CUDA graphs of operations first.
 /// NVLink multicast is not used.
@@ -107,6 +112,8 @@ class symmetric : public nccl {
 
   /// A handle of the same communicator for another slot. @param slot In `[0, options.slots)`.
   symmetric on_slot(int slot) const;
+  /// Number of slots.
+  int slots() const noexcept;
   /// This handle's slot; 0 at first.
   int slot() const noexcept { return slot_; }
   /// SMs that operations take; 0: the library's choice.

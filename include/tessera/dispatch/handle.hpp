@@ -26,7 +26,8 @@ TESSERA_NAMESPACE_BEGIN
 /// @tparam A Type of routing weights.
 template <class A>
 struct dispatch_handle {
-  /// Numbers that are known once the routing has been exchanged.
+  /// Numbers that are known once the routing has been exchanged. Between GPUs the first two are bounds: `max_tokens`
+  /// and `R * max_tokens`; and a rank counts the drops that its own bound makes, of any rank's pairs.
   struct totals {
     std::int64_t num_tokens;      ///< T of this rank.
     std::int64_t received_rows;   ///< Deduplicated rows that arrive here.
@@ -48,7 +49,7 @@ struct dispatch_handle {
   std::int32_t* row_pair_offsets = nullptr;       ///< `[received rows + 1]`: arriving pairs of each received row.
   std::int32_t* expert_row_of = nullptr;          ///< `[received pairs]`: expert row of each arriving pair.
 
-  std::int32_t* expert_offsets = nullptr;  ///< `[local experts + 1]`: expert rows of each local expert.
+  std::int32_t* expert_offsets = nullptr;  ///< `[max(local experts, 1) + 1]`: expert rows of each local expert.
   std::int32_t* gather = nullptr;          ///< `[received pairs]`: received row that each expert row reads.
   A* pair_weights = nullptr;               ///< `[received pairs]`: routing weight of each expert row.
 

@@ -33,7 +33,7 @@ concept combine_policy = std::is_same_v<C, combine::ordered> || std::is_same_v<C
 /// What happens when a rank would receive more pairs than its bound.
 enum class overflow_policy {
   error,  ///< Every rank throws the same `tessera::error`, naming rank, need and bound; the engine may re-run with a
-          ///< larger bound.
+          ///< larger bound. Between GPUs it is a failure of the communicator: `check` throws, `reset` goes on.
   drop,   ///< The receiver admits pairs in the order (source rank, token, k) up to its bound; the rest is dropped and
           ///< counted.
 };

@@ -39,9 +39,9 @@ namespace detail::symmetric {
 
 // Arrays that peers write: in the window, and in lines of 16 bytes.
 template <class Comm, class T>
-void expect_window(const Comm& comm, const T* data, const char* what) {
-  TESSERA_EXPECTS(data != nullptr && comm.contains(data),
-                  what << " is not memory of this communicator: take it from comm::symmetric::allocate");
+void expect_window(const Comm& comm, const T* data, std::int64_t count, const char* what) {
+  const bool inside = data != nullptr && comm.contains(data) && (count == 0 || comm.contains(data + count - 1));
+  TESSERA_EXPECTS(inside, what << " is not memory of this communicator: take it from comm::symmetric::allocate");
 }
 
 template <class S>
@@ -81,7 +81,7 @@ inline void launch_await(device_stream stream, const comm::symmetric_view& view)
 
 /// Pushes this rank's routing to all ranks and starts sorting what arrives from them, on the communicator's side stream
 /// where it runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after
-/// `exchange_routing_end`.
+/// `exchange_routing_end`; one of each in turns on a slot, both in the same graph capture.
 /// @param stream    Where the work is enqueued.
 /// @param comm      R ranks.
 /// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
@@ -109,9 +109,17 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                   bounds.num_local_experts << " local experts, expected at most " << max_experts);
   expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
   expect_matrix(chosen.weights, num_tokens, bounds.top_k, "weights");
-  expect_window(comm, workspace.tables.slots, "routing_tables::slots");
-  expect_window(comm, workspace.tables.weights, "routing_tables::weights");
-  expect_window(comm, workspace.tables.counts, "routing_tables::counts");
+  TESSERA_EXPECTS(layout.num_ranks() == comm.size(), "the layout places experts on " << layout.num_ranks()
+                                                                                     << " ranks, the communicator has "
+                                                                                     << comm.size());
+  const std::int64_t pairs_of_all = bounds.addressed_rows() * bounds.top_k;
+  expect_window(comm, workspace.tables.slots, pairs_of_all, "routing_tables::slots");
+  expect_window(comm, workspace.tables.weights, pairs_of_all, "routing_tables::weights");
+  expect_window(comm, workspace.tables.counts, bounds.num_ranks * bounds.num_ranks, "routing_tables::counts");
+  TESSERA_EXPECTS(workspace.tables.block_counts != nullptr && workspace.sort.barrier != nullptr &&
+                      workspace.sort.block_counts != nullptr && handle.destinations != nullptr,
+                  "exchange_routing needs routing_tables::layout, a router_workspace with barrier and counts, and a "
+                  "handle of dispatch_handle::layout_device that travels");
   const int num_sms = expect_sm90("exchange_routing");
   const auto view = comm.view(comm::symmetric_channel::tables);
 
@@ -133,10 +141,10 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
   detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
   const std::int64_t rows = bounds.addressed_rows();
-  // Half of the SMs, so that all blocks of the sort and the senders of rows find room at once.
+  const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
   const int slots = std::max(bounds.num_local_experts, 1);
   arrival_task<A> sort{view,
-                       detail::make_list_plan(rows, slots, num_sms / 2, detail::sort_scratch_bytes),
+                       detail::make_list_plan(rows, slots, blocks_of_lists, detail::sort_scratch_bytes),
                        {{workspace.tables.slots, rows, bounds.top_k},
                         {workspace.tables.weights, rows, bounds.top_k},
                         {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
@@ -189,7 +197,10 @@ void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& 
   TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
   expect_bulk_rows(x, "rows to dispatch");
   expect_bulk_rows(received, "received");
-  expect_window(comm, received.data, "received");
+  TESSERA_EXPECTS(received.stride == received.cols,
+                  "received rows are " << received.stride << " elements apart, they must be packed");
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  expect_window(comm, received.data, received.rows * received.stride, "received");
   const int num_sms = expect_sm90("dispatch");
   const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
   const auto row_bytes = static_cast<int>(bytes(x.cols));
@@ -207,7 +218,7 @@ void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& 
                        plan.pieces,
                        plan.stage_bytes()};
   allow_shared_memory(send_rows_kernel, plan.shared_bytes());
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms).rows;
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
   send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
                      static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
   detail::check_cuda(cudaGetLastError(), "send_rows_kernel");
@@ -258,7 +269,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
   expect_bulk_rows(y, "combined rows");
   TESSERA_EXPECTS(returned.stride == returned.cols,
                   "returned rows are " << returned.stride << " elements apart, they must be packed");
-  expect_window(comm, returned.data, "returned");
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
   const int num_sms = expect_sm90("combine");
   TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
@@ -275,7 +287,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   plus,
                                   y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms).sums;
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
   send_sums_kernel<S, A, Out><<<static_cast<unsigned>(blocks), sums_threads, sums_shared_bytes, stream.get()>>>(task);
   detail::check_cuda(cudaGetLastError(), "send_sums_kernel");
 }
@@ -291,7 +303,7 @@ template <peer_communicator Comm, class A>
 void return_pair_values(device_stream stream, Comm& comm, const dispatch_handle<A>& handle,
                         const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home) {
   using namespace detail::symmetric;
-  expect_window(comm, home.data, "home");
+  expect_window(comm, home.data, home.rows * home.cols, "home");
   TESSERA_EXPECTS(home.stride == home.cols,
                   "pair values are " << home.stride << " elements apart, they must be packed");
   const std::int64_t pairs = home.rows * home.cols;

@@ -26,6 +26,7 @@ concept peer_communicator = requires(C& c, comm::symmetric_channel channel, cons
   { c.view(channel) } -> std::same_as<comm::symmetric_view>;
   { c.contains(memory) } -> std::same_as<bool>;
   { c.num_sms() } -> std::same_as<int>;
+  { c.slots() } -> std::same_as<int>;
   { c.side_stream() } -> std::convertible_to<device_stream>;
   c.fork_event();
   c.join_event();
@@ -63,17 +64,21 @@ struct symmetric_routing_workspace {
   router_workspace sort;     ///< Scratch of the sort; local memory.
 };
 
-/// SMs that an operation takes where the engine does not say: what it needs to fill the links when nothing else runs.
-/// One SM stores about 48 GB/s by its copy engine, so 8 to 12 fill one GPU's links from four ranks on; the copy of rows
-/// that stay at home, and the sums at both ends of the way home, take more. Measured tables are in bench/README.md.
+/// SMs that operations take. Their kernels wait for those of other ranks, so all that run at once must find room at
+/// once: the budgets of slots that overlap, each with its lists, add up to no more than the device has. Between two
+/// H200 with nothing else running, 16 SMs dispatch at 95 % of the best rate and combine needs all of them
+/// (bench/README.md).
 struct symmetric_sms {
-  int rows;  ///< Of `dispatch_begin`.
-  int sums;  ///< Of `combine`.
+  int rows;   ///< Of `dispatch_begin`.
+  int lists;  ///< Of `exchange_routing`, beside `rows`.
+  int sums;   ///< Of `combine_rows`.
 
-  /// @param budget SMs the engine gives, 0 for the library's choice. @param device_sms SMs of the device.
-  static constexpr symmetric_sms choose(int budget, int device_sms) {
-    if (budget > 0) return {std::min(budget, device_sms), std::min(budget, device_sms)};
-    return {std::min(64, device_sms), device_sms};
+  /// @param budget SMs the engine gives to dispatch and combine, 0 for the library's choice, which shares the device
+  /// among the slots. @param device_sms SMs of the device. @param slots Of the communicator.
+  static constexpr symmetric_sms choose(int budget, int device_sms, int slots) {
+    const int share = std::max(device_sms / slots, 2);
+    if (budget > 0) return {std::min(budget, device_sms), share / 2, std::min(budget, device_sms)};
+    return {std::min(64, share / 2), share / 2, share};
   }
 };
 

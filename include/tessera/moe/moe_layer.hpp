@@ -51,8 +51,10 @@ struct layer_sizes {
 ///
 /// With `comm::symmetric` other ranks write into this one's memory: saved, deferred and workspace memory come from its
 /// `allocate`, called with the same sizes in the same order on all ranks, and the calls of one handle's layers are
-/// enqueued on one stream, in the same order everywhere. `sizes` gives the same bytes on every rank there. A row bound
-/// that is exceeded is then found by `comm::symmetric::check`, not by the call.
+/// enqueued on one stream, in the same order everywhere, with the same options and passes. `sizes` gives the same bytes
+/// on every rank there. Rows of x, y, dy and dx, and their distances, are multiples of 16 bytes; `layout::table` is in
+/// memory that host and device read. A row bound that is exceeded is found by `comm::symmetric::check`, not by the
+/// call.
 ///
 /// If a call throws, state is unchanged; outputs, saved, deferred and workspace memory are undefined.
 ///

@@ -37,7 +37,8 @@ struct layer_state {
   float* loss_scale = nullptr;  ///< One: factor of the losses' gradients. 1 after `reset_state`.
   A* losses = nullptr;  ///< `[max_chunks, num_losses]` of the last `train` or `recompute` pass, coefficients included.
   std::int64_t* dropped_by_capacity = nullptr;  ///< One: pairs of this rank since `reset_state`.
-  std::int64_t* dropped_by_bound = nullptr;     ///< One: pairs of this rank since `reset_state`.
+  std::int64_t* dropped_by_bound = nullptr;  ///< One: pairs of this rank since `reset_state`; between GPUs pairs that
+                                             ///< this rank's bound dropped.
   std::int64_t* most_received_pairs = nullptr;  ///< One: largest number of pairs this rank has computed in one call.
 
   device_status* status =

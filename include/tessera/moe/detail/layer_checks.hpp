@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include <tessera/core/chunks.hpp>
@@ -41,6 +42,21 @@ void check_gate_gradients(const shape& s, const Gradients& grads, std::int64_t c
                   "the gradient of gate_bias is "
                       << (grads.gate_bias == nullptr ? "null" : "given")
                       << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
+}
+
+// A layer between GPUs that write into each other's memory, when it is made.
+template <class Layer>
+void check_spread(const shape& s, const typename Layer::options& chosen, typename Layer::communicator_type& comm) {
+  if constexpr (requires { comm.direct(); }) {
+    TESSERA_EXPECTS(comm.direct(), "moe_layer: kernels cannot reach the memory of other ranks: " << comm.reason());
+    TESSERA_EXPECTS(chosen.dispatch.capacity_factor == 0,
+                    "moe_layer: capacity_factor = " << chosen.dispatch.capacity_factor
+                                                    << ", there is no capacity between GPUs: use 0");
+    constexpr std::size_t line = 16;
+    TESSERA_EXPECTS(
+        static_cast<std::size_t>(s.hidden) * sizeof(typename Layer::storage) % line == 0,
+        "moe_layer: hidden = " << s.hidden << ": rows that travel between GPUs are multiples of " << line << " bytes");
+  }
 }
 
 template <class Layer>

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include <tessera/comm/self.hpp>
@@ -98,13 +100,24 @@ struct layer_saved {
   }
 };
 
+// What other ranks write during forward, which comes first in the workspace.
+template <class Layer>
+struct layer_forward_window {
+  routing_tables<typename Layer::accumulate> tables;
+  typename Layer::storage* returned = nullptr;  // [received rows, d]
+
+  layer_forward_window(memory_builder& b, const layer_plan<Layer>& p) {
+    if (!p.travels) return;
+    tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
+    returned = b.take<typename Layer::storage>("returned rows", p.received_rows() * p.sizes.hidden);
+  }
+};
+
 template <class Layer>
 struct layer_forward_scratch {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  routing_tables<A> tables;            // on a device; null at one rank, as is the next
-  S* returned = nullptr;               // [received rows, d] on a device
   std::int64_t* counts;                // [E + 2] of this rank
   routing_exchange_workspace<A> plan;  // on the host, as are the next packed rows and sums
   std::uint8_t* block_counts;          // of the router's kernels; null on the host
@@ -120,10 +133,6 @@ struct layer_forward_scratch {
 
   layer_forward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    if (p.travels) {
-      tables = routing_tables<A>::layout(b, p.bounds);
-      returned = b.take<S>("returned rows", p.received_rows() * s.hidden);
-    }
     counts = b.take<std::int64_t>("local counts", balance_counts::size(s.num_experts));
     if (p.on_host) plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
     block_counts =
@@ -223,11 +232,11 @@ struct layer_backward_scratch {
   }
 };
 
-// Bytes of a slice set. @tparam Slices One of the above.
-template <class Slices, class Layer>
+// Bytes of slice sets one after another. @tparam Slices Of the above.
+template <class... Slices, class Layer>
 std::size_t bytes_of(const layer_plan<Layer>& plan) {
   memory_builder counting;
-  Slices slices(counting, plan);
+  (static_cast<void>(Slices(counting, plan)), ...);
   return counting.bytes();
 }
 

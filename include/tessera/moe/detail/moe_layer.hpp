@@ -2,8 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+
+#include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/moe/detail/layer_device.hpp>
 #include <tessera/moe/detail/layer_host.hpp>
+#include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/moe/moe_layer.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -54,6 +58,21 @@ Options with_sizes(Options routing, const shape& sizes) {
   return routing;
 }
 
+// Bytes of everything on the plan's rank.
+template <class Layer>
+layer_sizes sizes_of(const layer_plan<Layer>& plan) {
+  using window = layer_forward_window<Layer>;
+  using forward = layer_forward_scratch<Layer>;
+  memory_builder state;
+  Layer::state_type::layout(state, plan.sizes.num_experts, Layer::router_type::has_bias, Layer::num_losses,
+                            plan.max_chunks);
+  return {.saved_bytes = bytes_of<layer_saved<Layer>>(plan),
+          .deferred_bytes = bytes_of<layer_deferred<Layer>>(plan),
+          .workspace_bytes = std::max(bytes_of<window, forward>(plan), bytes_of<layer_backward_scratch<Layer>>(plan)),
+          .eval_workspace_bytes = bytes_of<window, layer_saved<Layer>, forward>(plan),
+          .state_bytes = state.bytes()};
+}
+
 }  // namespace detail
 
 #define TESSERA_LAYER_TEMPLATE \
@@ -67,18 +86,19 @@ layer_sizes TESSERA_LAYER::sizes(const shape& sizes_of, const Layout& placement,
   TESSERA_EXPECTS(rank >= 0 && rank < placement.num_ranks(),
                   "rank " << rank << " of a layout over " << placement.num_ranks() << " ranks");
   TESSERA_EXPECTS(chosen.chunk_tokens >= 0, "chunk_tokens = " << chosen.chunk_tokens << " is negative");
-  const layer_plan<moe_layer> plan(sizes_of, placement, rank, chosen);
-  memory_builder state;
-  state_type::layout(state, sizes_of.num_experts, Router::has_bias, num_losses, plan.max_chunks);
-  memory_builder eval;
-  layer_saved<moe_layer> saved(eval, plan);
-  layer_forward_scratch<moe_layer> forward(eval, plan);
-  return {.saved_bytes = bytes_of<layer_saved<moe_layer>>(plan),
-          .deferred_bytes = bytes_of<layer_deferred<moe_layer>>(plan),
-          .workspace_bytes = std::max(bytes_of<layer_forward_scratch<moe_layer>>(plan),
-                                      bytes_of<layer_backward_scratch<moe_layer>>(plan)),
-          .eval_workspace_bytes = eval.bytes(),
-          .state_bytes = state.bytes()};
+  layer_sizes bytes = detail::sizes_of(layer_plan<moe_layer>(sizes_of, placement, rank, chosen));
+  if constexpr (layer_plan<moe_layer>::travels) {
+    // Memory that peers address is as large everywhere, whatever a container makes of its experts.
+    for (int r = 0; r < placement.num_ranks(); ++r) {
+      const layer_sizes other = detail::sizes_of(layer_plan<moe_layer>(sizes_of, placement, r, chosen));
+      bytes.saved_bytes = std::max(bytes.saved_bytes, other.saved_bytes);
+      bytes.deferred_bytes = std::max(bytes.deferred_bytes, other.deferred_bytes);
+      bytes.workspace_bytes = std::max(bytes.workspace_bytes, other.workspace_bytes);
+      bytes.eval_workspace_bytes = std::max(bytes.eval_workspace_bytes, other.eval_workspace_bytes);
+      bytes.state_bytes = std::max(bytes.state_bytes, other.state_bytes);
+    }
+  }
+  return bytes;
 }
 
 TESSERA_LAYER_TEMPLATE
@@ -92,6 +112,7 @@ TESSERA_LAYER::moe_layer(const shape& sizes_of, const router_options& routing, c
   TESSERA_EXPECTS(placement.num_ranks() == comm.size(), "the layout places experts on "
                                                             << placement.num_ranks() << " ranks, the communicator has "
                                                             << comm.size());
+  detail::check_spread<moe_layer>(shape_, chosen, comm);
   const layer_sizes needed = sizes(sizes_of, placement, comm.rank(), chosen);
   TESSERA_EXPECTS(state.bytes >= needed.state_bytes,
                   "state memory has " << state.bytes << " bytes, " << needed.state_bytes << " are needed");

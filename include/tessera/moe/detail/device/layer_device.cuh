@@ -53,10 +53,12 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
   const auto& state = layer.state();
   const std::int64_t num_tokens = in.x.rows;
   check_forward(layer, in, params, y);
+  check_exchange(layer, {saved_bytes.data, workspace.data}, in.x, y);
 
   const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   memory_builder scratch_builder(workspace, "workspace");
   memory_builder saved_builder(saved_bytes, "saved memory");
+  const layer_forward_window<Layer> window(scratch_builder, plan);
   const layer_saved<Layer> saved(mode == pass::eval ? scratch_builder : saved_builder, plan);
   layer_forward_scratch<Layer> scratch(scratch_builder, plan);
   share_tile_counters(state, scratch.experts, scratch.shared);
@@ -69,7 +71,7 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
   const routing<A> chosen = saved.chosen(num_tokens, s);
   const bool counting = mode != pass::eval;
   const layer_exchange<Layer> exchange(stream, layer, plan);
-  const std::int64_t* own_counts = exchange.route(routing_inputs, chosen, counting, saved, scratch);
+  const std::int64_t* own_counts = exchange.route(routing_inputs, chosen, counting, saved, window, scratch);
   exchange.send_rows(saved, x, saved.received);
 
   if (plan.has_shared())
@@ -84,7 +86,7 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
   matrix_view<const S> plus{};
   if (plan.has_shared()) plus = {scratch.shared_out, num_tokens, s.hidden};
   exchange.combine(saved, matrix_view<const A>(chosen.weights), plan.weights_on == weight_on::output,
-                   matrix_view<const S>(pairs), scratch.returned, plus, y);
+                   matrix_view<const S>(pairs), window.returned, plus, y);
 
   if (!counting) return;
   if constexpr (Layer::num_losses > 0) {
@@ -106,6 +108,7 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   const shape& s = layer.dims();
   const std::int64_t num_tokens = in.x.rows;
   check_backward_input(layer, in, dy, params, dx);
+  check_exchange(layer, {saved_bytes.data, deferred_bytes.data, workspace.data}, in.x, dy, dx);
 
   const layer_plan<Layer> plan(s, layer.placement(), layer.comm().rank(), layer.get_options());
   memory_builder saved_builder(saved_bytes, "saved memory");

@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include <tessera/comm/self.cuh>
@@ -21,6 +23,20 @@ namespace detail {
 template <class Layer>
 inline constexpr bool layer_is_alone = std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>;
 
+// What a layer between GPUs refuses before anything is enqueued that other ranks would wait for.
+template <class Layer, class... Rows>
+void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> memories, const Rows&... rows) {
+  if constexpr (!layer_is_alone<Layer>) {
+    for (const std::byte* memory : memories) {
+      TESSERA_EXPECTS(
+          memory == nullptr || layer.comm().contains(memory),
+          "moe_layer: saved, deferred and workspace memory between GPUs is memory of the communicator: take "
+          "it from comm::symmetric::allocate");
+    }
+    (symmetric::expect_bulk_rows(rows, "moe_layer: tokens and gradients between GPUs"), ...);
+  }
+}
+
 // The steps of one layer's call. `Layer` gives types, `plan` the sizes; every step enqueues on `stream`.
 template <class Layer, bool Alone = layer_is_alone<Layer>>
 class layer_exchange;
@@ -38,14 +54,14 @@ class layer_exchange<Layer, true> {
   // Chooses experts and makes the lists. @return counts of this rank.
   template <class Inputs>
   const std::int64_t* route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                            const layer_forward_scratch<Layer>& scratch) const {
+                            const layer_forward_window<Layer>&, const layer_forward_scratch<Layer>& scratch) const {
     const int num_experts = layer_.dims().num_experts;
     const auto& state = layer_.state();
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
     const router_workspace sort{state.barrier, scratch.block_counts};
     set_totals(stream_, saved.handle.total, chosen.expert_ids.rows);
     if (plan_.dispatch.capacity_factor > 0) {
-      layer_.get_router().route(stream_, in, chosen, counts);
+      choose(in, chosen, counts);
       exchange_routing(stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
                        sort);
     } else {
@@ -57,6 +73,13 @@ class layer_exchange<Layer, true> {
   }
 
   void sum_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>&) const {}
+
+  // Without lists, which a capacity changes.
+  template <class Inputs>
+  void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) const {
+    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
+                    layer_.state().status);
+  }
 
   void send_rows(const layer_saved<Layer>&, matrix_view<const S>, S*) const {}
   matrix_view<const S> await_rows(matrix_view<const S> rows, S*) const { return rows; }
@@ -98,13 +121,15 @@ class layer_exchange<Layer, false> {
 
   template <class Inputs>
   const std::int64_t* route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
+                            const layer_forward_window<Layer>& window,
                             const layer_forward_scratch<Layer>& scratch) const {
     const int num_experts = layer_.dims().num_experts;
     const balance_counts counts = counting ? balance_counts(scratch.counts, num_experts) : balance_counts{};
-    layer_.get_router().route(stream_, in, chosen, counts);
+    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
+                    layer_.state().status);
     exchange_routing_begin(
         stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-        symmetric_routing_workspace<A>{scratch.tables, {layer_.state().barrier, scratch.block_counts}});
+        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}});
     return scratch.counts;
   }
 
