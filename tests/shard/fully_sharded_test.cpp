@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <tessera/comm/self.hpp>
@@ -560,6 +562,7 @@ TEST_CASE("a rank that fails while gathers are under way ends the others at once
 }
 
 TEST_CASE("after a failure that every rank survives, the step is abandoned and the next one works") {
+  std::atomic<int> expecting{0};  // ranks that are where the failure is caught
   ts::comm::threads::run(3, [&](ts::comm::threads& comm) {
     ts::comm::threads gather = comm.split(0, comm.rank());
     auto groups = weights(&comm);
@@ -567,10 +570,12 @@ TEST_CASE("after a failure that every rank survives, the step is abandoned and t
     owned<ts::precision::fp32, float, ts::reduction::ordered, ts::comm::threads> all(groups);
     for (int round = 0; round < 2; ++round) {
       if (comm.rank() == 2) {
+        while (expecting.load() < 2 * (round + 1)) std::this_thread::yield();
         all.model.begin_gather(0);
         comm.fail("a test");
       } else {
         comm_checks::caught<ts::comm_error>([&] {
+          ++expecting;
           while (true) all.model.forward([](int) {});
         });
       }
