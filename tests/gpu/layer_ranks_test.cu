@@ -5,17 +5,12 @@
 // numbers, and against the layer on one GPU. With one GPU the communicator has one rank. Without a GPU or without NCCL
 // it exits with 77, which CTest reports as skipped.
 
-#include <cstdio>
-
-#if !__has_include(<nccl.h>)
-int main() {
-  std::printf("skipped: NCCL's header was not found\n");
-  return 77;
-}
-#else
-
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
+
+#include "nccl_fixture.cuh"
+
+#if __has_include(<nccl.h>)
 
 #include <algorithm>
 #include <cmath>
@@ -29,12 +24,12 @@ int main() {
 #include <tessera/moe/moe_layer.cuh>
 
 #include "../support/layer_fixture.hpp"
-#include "device_fixture.cuh"
 
 namespace {
 
 using namespace tessera_test;
 using device_test::buffer;
+using device_test::on_ranks;
 using device_test::require;
 using S = ts::bfloat16;
 
@@ -231,11 +226,7 @@ outcome join(const std::vector<outcome>& ranks) {
   return all;
 }
 
-int num_gpus() {
-  int count = 0;
-  require(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-  return std::min(count, 4);
-}
+int num_ranks() { return (std::min)(device_test::num_gpus(), 4); }
 
 ts::comm::symmetric_options window(std::size_t mib) {
   ts::comm::symmetric_options options;
@@ -244,20 +235,10 @@ ts::comm::symmetric_options window(std::size_t mib) {
   return options;
 }
 
-template <class F>
-void on_ranks(int ranks, F f) {
-  ts::comm::threads::run(ranks,
-                         [&](ts::comm::threads& t) {
-                           require(cudaSetDevice(t.rank()), "cudaSetDevice");
-                           f(t);
-                         },
-                         {.timeout = std::chrono::milliseconds(120000)});
-}
-
 layer_problem make_ranks_problem() {
   auto p = make_problem({.num_experts = 32, .top_k = 6, .hidden = 192, .intermediate = 64, .num_shared_experts = 1},
                         500, true, 17, true);
-  const auto offsets = split_of(500, num_gpus());
+  const auto offsets = split_of(500, num_ranks());
   p.sequence_offsets = {0};
   for (std::size_t r = 1; r < offsets.size(); ++r) p.sequence_offsets.push_back(static_cast<std::int32_t>(offsets[r]));
   return p;
@@ -284,7 +265,7 @@ bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
 }  // namespace
 
 TEST_CASE("the layer spread over GPUs follows the host in double, and has the weight gradients of one GPU bit by bit") {
-  const int ranks = num_gpus();
+  const int ranks = num_ranks();
   const auto p = make_ranks_problem();
   const auto offsets = split_of(p.num_tokens, ranks);
   std::vector<outcome> parts(static_cast<std::size_t>(ranks));
@@ -343,7 +324,7 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
 }
 
 TEST_CASE("a token that is not a number is reported by its rank") {
-  const int ranks = num_gpus();
+  const int ranks = num_ranks();
   const auto p = make_ranks_problem();
   const auto offsets = split_of(p.num_tokens, ranks);
   CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
@@ -366,7 +347,7 @@ TEST_CASE("a token that is not a number is reported by its rank") {
 }
 
 TEST_CASE("a graph of a whole step is replayed, with the same tokens and with others") {
-  const int ranks = num_gpus();
+  const int ranks = num_ranks();
   const auto p = make_ranks_problem();
   const auto offsets = split_of(p.num_tokens, ranks);
   CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {

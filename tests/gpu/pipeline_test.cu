@@ -6,18 +6,12 @@
 // With one GPU the parts that need two are left out. Without a GPU or without NCCL it says so and exits with 77, which
 // CTest reports as skipped.
 
-#include <cstdio>
-
-#if !__has_include(<nccl.h>)
-int main() {
-  std::printf("skipped: NCCL's header was not found\n");
-  return 77;
-}
-#else
-
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
-#undef DOCTEST_CONFIG_IMPLEMENT  // the main function is the one below
+
+#include "nccl_fixture.cuh"
+
+#if __has_include(<nccl.h>)
 
 #include <algorithm>
 #include <chrono>
@@ -39,13 +33,14 @@ int main() {
 #include <tessera/pipeline/schedules.hpp>
 
 #include "../support/comm_checks.hpp"
-#include "device_fixture.cuh"
 
 namespace {
 
 namespace ts = tessera;
 namespace pl = tessera::pipeline;
 using comm_checks::require;
+using device_test::num_gpus;
+using device_test::on_ranks;
 using nccl = ts::comm::nccl;
 using threads = ts::comm::threads;
 using self = ts::comm::self<ts::space::device>;
@@ -54,21 +49,6 @@ using std::chrono::milliseconds;
 constexpr std::int64_t width = 48;
 constexpr std::int64_t max_rows = 70;
 constexpr std::int64_t num_parameters = width * width;
-
-int num_gpus() {
-  int count = 0;
-  device_test::require(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-  return count;
-}
-
-void on_ranks(int ranks, const std::function<void(threads&)>& f) {
-  threads::run(ranks,
-               [&](threads& t) {
-                 device_test::require(cudaSetDevice(t.rank()), "cudaSetDevice");
-                 f(t);
-               },
-               {.timeout = milliseconds(120000)});
-}
 
 // Any number that looks random, the same everywhere.
 __device__ float noise(unsigned long long seed, unsigned long long i) {
@@ -448,20 +428,5 @@ TEST_CASE("a stage that throws ends the step on every rank, and a new communicat
 }
 
 }  // namespace
-
-int main(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return 77;
-  }
-  if (const std::string problem = ts::detail::nccl::version_problem(); !problem.empty()) {
-    std::printf("skipped: %s\n", problem.c_str());
-    return 77;
-  }
-  std::printf("%d GPUs\n", devices);
-  return doctest::Context(argc, argv).run();
-}
 
 #endif

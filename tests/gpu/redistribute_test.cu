@@ -5,18 +5,12 @@
 // there are (one thread each). Without a GPU or without NCCL it says so and exits with 77, which CTest reports as
 // skipped.
 
-#include <cstdio>
-
-#if !__has_include(<nccl.h>)
-int main() {
-  std::printf("skipped: NCCL's header was not found\n");
-  return 77;
-}
-#else
-
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
-#undef DOCTEST_CONFIG_IMPLEMENT  // the main function is the one below
+
+#include "nccl_fixture.cuh"
+
+#if __has_include(<nccl.h>)
 
 #include <algorithm>
 #include <chrono>
@@ -32,22 +26,16 @@ int main() {
 #include <tessera/mesh/redistribute.cuh>
 
 #include "../support/comm_checks.hpp"
-#include "device_fixture.cuh"
 
 namespace {
 
 namespace ts = tessera;
 using comm_checks::require;
+using device_test::num_gpus;
 using ts::placement;
 using ts::placements;
 using nccl = ts::comm::nccl;
 using threads = ts::comm::threads;
-
-int num_gpus() {
-  int count = 0;
-  device_test::require(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-  return count;
-}
 
 const std::vector<placement> choices = {placement::replicate(),
                                         placement::shard(0),
@@ -146,20 +134,5 @@ TEST_CASE("pairs of placements on two axes") {
 }
 
 }  // namespace
-
-int main(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return 77;
-  }
-  if (const std::string problem = ts::detail::nccl::version_problem(); !problem.empty()) {
-    std::printf("skipped: %s\n", problem.c_str());
-    return 77;
-  }
-  std::printf("%d GPUs\n", devices);
-  return doctest::Context(argc, argv).run();
-}
 
 #endif

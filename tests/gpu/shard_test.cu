@@ -5,18 +5,12 @@
 // gathers, ordered sums, divisions and norms bit for bit, AdamW within rounding. With one GPU the parts that need two
 // are left out. Without a GPU or without NCCL it says so and exits with 77, which CTest reports as skipped.
 
-#include <cstdio>
-
-#if !__has_include(<nccl.h>)
-int main() {
-  std::printf("skipped: NCCL's header was not found\n");
-  return 77;
-}
-#else
-
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
-#undef DOCTEST_CONFIG_IMPLEMENT  // the main function is the one below
+
+#include "nccl_fixture.cuh"
+
+#if __has_include(<nccl.h>)
 
 #include <algorithm>
 #include <chrono>
@@ -37,13 +31,14 @@ int main() {
 #include <tessera/shard/shard.hpp>
 
 #include "../support/comm_checks.hpp"
-#include "device_fixture.cuh"
 
 namespace {
 
 namespace ts = tessera;
 namespace sh = tessera::shard;
 using comm_checks::require;
+using device_test::num_gpus;
+using device_test::on_ranks;
 using nccl = ts::comm::nccl;
 using threads = ts::comm::threads;
 using self = ts::comm::self<ts::space::device>;
@@ -51,21 +46,6 @@ using self = ts::comm::self<ts::space::device>;
 // Kernels are loaded before GPUs wait for each other, and streams do not wait for each other by chance.
 const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 const int connections = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
-
-int num_gpus() {
-  int count = 0;
-  device_test::require(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-  return count;
-}
-
-void on_ranks(int ranks, const std::function<void(threads&)>& f) {
-  threads::run(ranks,
-               [&](threads& t) {
-                 device_test::require(cudaSetDevice(t.rank()), "cudaSetDevice");
-                 f(t);
-               },
-               {.timeout = std::chrono::milliseconds(120000)});
-}
 
 template <class T>
 std::vector<T> fetch(cudaStream_t stream, const T* from, std::int64_t count) {
@@ -681,20 +661,5 @@ TEST_CASE("wrong arguments throw before anything is enqueued") {
 }
 
 }  // namespace
-
-int main(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return 77;
-  }
-  if (const std::string problem = ts::detail::nccl::version_problem(); !problem.empty()) {
-    std::printf("skipped: %s\n", problem.c_str());
-    return 77;
-  }
-  std::printf("%d GPUs\n", devices);
-  return doctest::Context(argc, argv).run();
-}
 
 #endif

@@ -24,13 +24,13 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail::symmetric {
 
-inline constexpr int send_warps = 8;
-inline constexpr int home_warps = 8;
+inline constexpr int send_warps = 6;
+inline constexpr int home_warps = 6;
 inline constexpr int sums_threads = (send_warps + home_warps) * warp_size;
 inline constexpr int sum_vectors = 8;  // 16 bytes of each row that a lane adds up at a time
 inline constexpr int sum_piece_bytes = sum_vectors * warp_size * 16;
-inline constexpr int sum_slots = 2;    // pieces that a warp has under way from memory
-inline constexpr int sum_buffers = 1;  // pieces of a sending warp that are being stored
+inline constexpr int sum_slots = 3;    // pieces that a warp has under way from memory
+inline constexpr int sum_buffers = 2;  // pieces of a sending warp that are being stored
 
 // The unit of work of a warp, and what one flag stands for: some pieces of the rows of a few neighbouring tokens. The
 // same on all ranks, whatever their blocks.
