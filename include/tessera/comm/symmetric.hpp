@@ -61,8 +61,7 @@ struct symmetric_options {
 /// **Failure.** A kernel that waits for another rank longer than the timeout writes down whom it waited for and ends;
 /// later operations of this rank do nothing. `failure` looks without waiting, `check` throws, `wait` does so for a
 /// stream. When all ranks are back, `reset` makes the communicator usable again. A failure of NCCL is final, see
-/// `comm::nccl`; memory stays valid then, too. Balance losses of a layer are summed by NCCL, so a layer with losses
-/// recovers from a rank that is late for less than NCCL's timeout only. What a call that failed has written, lists and
+/// `comm::nccl`; memory stays valid then, too. What a call that failed has written, lists and
 /// saved memory included, must not be used.
 ///
 /// Handles are copies that share all of this, used by one thread at a time; destroy CUDA graphs of operations first.

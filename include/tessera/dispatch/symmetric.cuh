@@ -92,11 +92,14 @@ inline void launch_await(device_stream stream, const comm::symmetric_view& view)
 /// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert.
 /// @param handle    From `dispatch_handle::layout_device`, written.
 /// @param workspace Scratch, kept until `exchange_routing_end`; its sort's barrier was 0 before its first use.
+/// @param counts    Counts of this rank's pairs, as a router makes them, to be added up over all ranks; without data
+/// nothing is. They are read here. @param sums Where the sums go, ready with the lists; 0 after a failure.
 /// @throws invalid_argument if shapes, bounds, options or memory do not fit.
 template <peer_communicator Comm, class Layout, class A>
 void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layout, const dispatch_bounds& bounds,
                             const dispatch_options& options, const routing<A>& chosen, const dispatch_handle<A>& handle,
-                            const symmetric_routing_workspace<A>& workspace) {
+                            const symmetric_routing_workspace<A>& workspace, balance_counts counts = {},
+                            balance_counts sums = {}) {
   using namespace detail::symmetric;
   const std::int64_t num_tokens = chosen.expert_ids.rows;
   TESSERA_EXPECTS(bounds.num_ranks == comm.size(),
@@ -127,10 +130,11 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                             layout,
                             chosen.expert_ids,
                             chosen.weights,
-                            nullptr,
                             bounds.max_tokens,
                             workspace.tables,
-                            handle.destinations};
+                            handle.destinations,
+                            counts.data,
+                            routing_tables<A>::counts_per_rank(bounds)};
   const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
   const auto blocks = static_cast<unsigned>(
       std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
@@ -160,7 +164,10 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                        bounds.max_tokens,
                        bounds.max_pairs,
                        options.overflow == overflow_policy::drop,
-                       handle.total};
+                       handle.total,
+                       workspace.tables.expert_counts,
+                       sums.data,
+                       routing_tables<A>::counts_per_rank(bounds)};
   detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
                              "sort_arrivals_kernel");
   detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");

@@ -39,10 +39,14 @@ template <class A>
 struct routing_tables {
   static constexpr int max_blocks = 32;  ///< Most thread blocks that push a routing.
 
-  std::int32_t* slots = nullptr;         ///< `[R * max_tokens, K]` slots of this rank's experts; negative: not here.
-  A* weights = nullptr;                  ///< `[R * max_tokens, K]`.
-  std::int32_t* counts = nullptr;        ///< `[R, R]` pairs from each rank to each.
-  std::int32_t* block_counts = nullptr;  ///< `[max_blocks, max_symmetric_ranks]` scratch.
+  std::int32_t* slots = nullptr;          ///< `[R * max_tokens, K]` slots of this rank's experts; negative: not here.
+  A* weights = nullptr;                   ///< `[R * max_tokens, K]`.
+  std::int32_t* counts = nullptr;         ///< `[R, R]` pairs from each rank to each.
+  std::int64_t* expert_counts = nullptr;  ///< `[R, E + 2]` counts of balance losses.
+  std::int32_t* block_counts = nullptr;   ///< `[max_blocks, max_symmetric_ranks]` scratch.
+
+  /// Counts that a rank tells the others. @param bounds Of the dispatch.
+  static constexpr int counts_per_rank(const dispatch_bounds& bounds) { return bounds.num_experts + 2; }
 
   /// Takes the arrays from `builder`. @param builder Counting or carving. @param bounds Of the dispatch.
   static routing_tables layout(memory_builder& builder, const dispatch_bounds& bounds) {
@@ -51,6 +55,8 @@ struct routing_tables {
     tables.slots = builder.take<std::int32_t>("slots of all ranks", pairs);
     tables.weights = builder.take<A>("weights of all ranks", pairs);
     tables.counts = builder.take<std::int32_t>("pairs between ranks", bounds.num_ranks * bounds.num_ranks);
+    tables.expert_counts =
+        builder.take<std::int64_t>("expert counts of all ranks", bounds.num_ranks * counts_per_rank(bounds));
     tables.block_counts = builder.take<std::int32_t>("pairs of blocks", max_blocks * comm::max_symmetric_ranks);
     return tables;
   }

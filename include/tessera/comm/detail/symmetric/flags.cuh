@@ -60,6 +60,12 @@ __device__ __forceinline__ bool failed(const symmetric_view& view) {
   return *static_cast<volatile std::uint32_t*>(&view.failure->state) != 0;
 }
 
+/// The same, and one answer for all threads of the block: another kernel of this rank may see a failure meanwhile, and
+/// a block whose first warp had left would not wait for anybody.
+__device__ __forceinline__ bool block_failed(const symmetric_view& view) {
+  return __syncthreads_or(failed(view) ? 1 : 0) != 0;
+}
+
 /// Writes the first failure down, here and where the host sees it.
 __device__ __forceinline__ void record(const symmetric_view& view, int peer, symmetric_step step,
                                        std::uint32_t generation) {
@@ -79,9 +85,9 @@ __device__ __forceinline__ void record(const symmetric_view& view, int peer, sym
 /// timeout, which is a failure, or when another thread has seen one.
 __device__ __forceinline__ bool await(const symmetric_view& view, const std::uint32_t* flag, std::uint32_t generation,
                                       int peer, symmetric_step step) {
-  constexpr int polls_between_looks = 64;
+  constexpr unsigned polls_between_looks = 64;
   std::uint64_t deadline = 0;
-  for (int poll = 1;; ++poll) {
+  for (unsigned poll = 1;; ++poll) {
     if (reached(peek(flag), generation)) return true;
     if (poll % polls_between_looks != 0) continue;
     if (failed(view)) return false;

@@ -34,25 +34,24 @@ struct push_task {
   Layout layout;
   matrix_view<const std::int32_t> ids;  // [T, K]
   matrix_view<const A> weights;         // [T, K]
-  const std::int32_t* kept;             // [T, K] negative: dropped by the capacity; null: nothing is
   std::int64_t max_tokens;
   routing_tables<A> tables;
-  std::uint32_t* destinations;  // [T] bit r: rank r owns an expert of the token
+  std::uint32_t* destinations;        // [T] bit r: rank r owns an expert of the token
+  const std::int64_t* expert_counts;  // [num_counts] of this rank; null: nobody asks
+  int num_counts;
 };
 
 template <class A, class Layout>
 __device__ __forceinline__ slot_ref owner_of(const push_task<A, Layout>& task, std::int64_t token, int k) {
   const std::int32_t id = task.ids.row(token)[k];
-  const bool none =
-      id < 0 || id >= task.layout.num_experts() || (task.kept != nullptr && task.kept[token * task.ids.cols + k] < 0);
-  if (none) return {-1, no_slot};
+  if (id < 0 || id >= task.layout.num_experts()) return {-1, no_slot};
   return task.layout.owner(id, choose_replica(task.layout, id, token));
 }
 
 template <class A, class Layout>
 __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_constant__ push_task<A, Layout> task) {
   const comm::symmetric_view& view = task.view;
-  if (failed(view)) return;
+  if (block_failed(view)) return;
   __shared__ int counts[comm::max_symmetric_ranks];
   const int tid = static_cast<int>(threadIdx.x);
   const std::uint32_t generation = next_generation(view);
@@ -107,6 +106,13 @@ __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_
       sum += __ldcg(task.tables.block_counts + b * comm::max_symmetric_ranks + tid);
     for (int r = 0; r < view.size; ++r) *at_peer(view, task.tables.counts + view.rank * view.size + tid, r) = sum;
   }
+  if (task.expert_counts != nullptr) {
+    std::int64_t* const own = task.tables.expert_counts + view.rank * task.num_counts;
+    for (int i = tid; i < task.num_counts; i += push_threads) {
+      const std::int64_t count = task.expert_counts[i];
+      for (int r = 0; r < view.size; ++r) *at_peer(view, own + i, r) = count;
+    }
+  }
   __syncthreads();
   if (tid < view.size) post(at_peer(view, view.arrived + view.rank, tid), generation);
   if (tid == 0) finish(view, generation);
@@ -126,6 +132,9 @@ struct arrival_task {
   std::int64_t max_pairs;  // of every rank
   bool drops;              // beyond max_pairs; otherwise that is a failure
   typename dispatch_handle<A>::totals* total;
+  const std::int64_t* expert_counts;  // [R, num_counts] of all ranks
+  std::int64_t* sum_of_counts;        // [num_counts], written; null: nobody asks
+  int num_counts;
 };
 
 // Pairs that rank `to` would receive.
@@ -140,7 +149,6 @@ __device__ __forceinline__ std::int64_t pairs_to(const comm::symmetric_view& vie
 template <class A>
 __device__ void drop_over_bound(const arrival_task<A>& task) {
   __shared__ std::int64_t before;  // pairs of earlier tokens
-  const auto& view = task.view;
   const int top_k = static_cast<int>(task.lists.ids.cols);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * task.plan.tokens_per_block * top_k;
   const std::int64_t all = task.lists.ids.rows * top_k;
@@ -164,11 +172,10 @@ __device__ void drop_over_bound(const arrival_task<A>& task) {
       const bool is_mine = pair < end && pair < all && mine(pair);
       const unsigned ballot = __ballot_sync(full_warp, is_mine);
       const std::int64_t place = admitted + __popc(ballot & ((1u << threadIdx.x) - 1u));
-      if (is_mine && place >= task.max_pairs) task.slots[pair] = -2 - task.slots[pair];
+      if (is_mine && place >= task.max_pairs) task.slots[pair] = dropped_row - task.slots[pair];
       admitted += __popc(ballot);
     }
   }
-  static_cast<void>(view);
   __syncthreads();
 }
 
@@ -204,7 +211,23 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __g
     }
   }
   auto lists = task.lists;
-  if (!usable) lists.ids.rows = 0;
+  if (!usable) {
+    // no pair of this block's tokens is here
+    const std::int64_t pairs = static_cast<std::int64_t>(task.plan.tokens_per_block) * lists.ids.cols;
+    const std::int64_t end = lists.ids.rows * lists.ids.cols;
+    const std::int64_t begin = pairs * blockIdx.x;
+    for (std::int64_t pair = begin + tid; pair < begin + pairs && pair < end; pair += list_threads) {
+      lists.lists.expert_row_of[pair] = no_slot;
+    }
+    lists.ids.rows = 0;
+  }
+  if (blockIdx.x == 0 && task.sum_of_counts != nullptr) {
+    for (int i = tid; i < task.num_counts; i += list_threads) {
+      std::int64_t sum = 0;
+      for (int r = 0; usable && r < view.size; ++r) sum += __ldcg(task.expert_counts + r * task.num_counts + i);
+      task.sum_of_counts[i] = sum;
+    }
+  }
   mark_pairs(task.plan, lists, shared);
   if (blockIdx.x == 0 && tid == 0) {
     task.total->num_tokens = task.max_tokens;

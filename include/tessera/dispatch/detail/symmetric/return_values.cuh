@@ -34,7 +34,7 @@ struct values_task {
 template <class A>
 __launch_bounds__(values_threads) TESSERA_KERNEL return_values_kernel(const __grid_constant__ values_task<A> task) {
   const comm::symmetric_view& view = task.view;
-  if (failed(view)) return;
+  if (block_failed(view)) return;
   const std::uint32_t generation = next_generation(view);
   if (blockIdx.x == 0 && threadIdx.x < warp_size) announce(view, generation);
   if (!all_entered(view, generation)) return;

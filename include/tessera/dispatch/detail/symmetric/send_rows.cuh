@@ -67,7 +67,7 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
-  if (failed(view)) return;
+  if (block_failed(view)) return;
   const int warps = static_cast<int>(blockDim.x) / warp_size;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;

@@ -335,6 +335,7 @@ __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std:
                            symmetric_step::chunk);
           }
           usable = __all_sync(full_warp, usable) != 0;
+          __syncwarp();                                     // one lane has seen the flag, another reads
           asm volatile("fence.proxy.async;" ::: "memory");  // what peers wrote is read by the copy engine
         }
         if (!usable) return false;
@@ -366,7 +367,7 @@ template <class S, class A, class Out>
 __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_constant__ sums_task<S, A, Out> task) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const comm::symmetric_view& view = task.view;
-  if (failed(view)) return;
+  if (block_failed(view)) return;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const std::uint32_t generation = next_generation(view);

@@ -90,12 +90,11 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
 
   if (!counting) return;
   if constexpr (Layer::num_losses > 0) {
-    exchange.sum_counts(saved, scratch);
     layer.get_router().losses(
         stream, routing_inputs, const_balance_counts(saved.counts, s.num_experts), state.coefficients,
         plan.chunk_tokens, matrix_view<A>{state.losses, num_chunks(num_tokens, plan.chunk_tokens), Layer::num_losses});
   }
-  if (mode == pass::train) count_step(stream, state, own_counts, saved.handle);
+  if (mode == pass::train) count_step(stream, state, own_counts, saved.handle, exchange.failure());
 }
 
 template <class Layer>

@@ -72,7 +72,7 @@ class layer_exchange<Layer, true> {
     return saved.counts;
   }
 
-  void sum_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>&) const {}
+  const comm::symmetric_failure* failure() const { return nullptr; }
 
   // Without lists, which a capacity changes.
   template <class Inputs>
@@ -129,14 +129,12 @@ class layer_exchange<Layer, false> {
                     layer_.state().status);
     exchange_routing_begin(
         stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}});
+        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}}, counts,
+        counting && Layer::num_losses > 0 ? balance_counts(saved.counts, num_experts) : balance_counts{});
     return scratch.counts;
   }
-
-  // Adds up the counts of all ranks, which the losses are made of.
-  void sum_counts(const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>& scratch) const {
-    layer_.comm().all_reduce(stream_, scratch.counts, saved.counts, balance_counts::size(layer_.dims().num_experts));
-  }
+  // After a failure nothing is counted.
+  const comm::symmetric_failure* failure() const { return layer_.comm().view(comm::symmetric_channel::tables).failure; }
 
   void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
     dispatch_begin(stream_, layer_.comm(), saved.handle, rows, view(received));

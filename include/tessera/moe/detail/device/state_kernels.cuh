@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include <tessera/comm/symmetric_view.hpp>
 #include <tessera/core/chunks.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
@@ -52,7 +53,9 @@ void set_totals(device_stream stream, Totals* total, std::int64_t num_tokens) {
 
 // One training pass: the load of its tokens, its drops and its size.
 template <class A>
-__global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, dispatch_handle<A> handle) {
+__global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, dispatch_handle<A> handle,
+                                  const comm::symmetric_failure* failure) {
+  if (failure != nullptr && *static_cast<const volatile std::uint32_t*>(&failure->state) != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x))
     state.load[e] += counts[e];
   if (threadIdx.x != 0) return;
@@ -64,8 +67,8 @@ __global__ void count_step_kernel(layer_state<A> state, const std::int64_t* coun
 
 template <class A>
 void count_step(device_stream stream, const layer_state<A>& state, const std::int64_t* counts,
-                const dispatch_handle<A>& handle) {
-  count_step_kernel<<<1, state_threads, 0, stream.get()>>>(state, counts, handle);
+                const dispatch_handle<A>& handle, const comm::symmetric_failure* failure) {
+  count_step_kernel<<<1, state_threads, 0, stream.get()>>>(state, counts, handle, failure);
   expect_state_launch("count_step_kernel");
 }
 
