@@ -89,7 +89,7 @@ struct routing {
 struct product {
   hp::problem bounds;
   double flops;
-  std::function<void(cudaStream_t, const hp::launch_options&)> run;
+  std::function<void(cudaStream_t, const hp::all_kernels_options&)> run;
   std::function<void(cudaStream_t)> before = {};  // untimed
 };
 
@@ -110,7 +110,7 @@ constexpr variant variants[] = {
 };
 
 void measure(benchmark::State& state, const bench_options& o, const hp::device& d, product p, const variant& v) {
-  hp::launch_options launch;
+  hp::all_kernels_options launch;
   launch.sm_budget = o.sm_budget;
   p.bounds.num_multiprocessors = d.num_multiprocessors;
   if (o.sm_budget > 0 && o.sm_budget < d.num_multiprocessors) p.bounds.num_multiprocessors = o.sm_budget;
@@ -170,7 +170,7 @@ struct plain_case {
   product grouped(const hp::device& d) const {
     hp::problem p;
     p.max_rows = s.rows, p.num_groups = s.E, p.n = s.N, p.k = s.K, p.b_along_k = true;
-    return {p, flops(), [this, d](cudaStream_t stream, const hp::launch_options& launch) {
+    return {p, flops(), [this, d](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_m<contiguous::k, gathered::none>(
                   stream, d, routed.groups(), s.N, s.K, {a.data(), s.K, nullptr}, {b.data(), s.N * s.K, s.K, 1},
                   nullptr, ts::matrix_view<bfloat16>(c.data(), s.rows, s.N), ts::write::overwrite, launch);
@@ -263,7 +263,7 @@ struct layer_products {
 
   product up() const {
     return {sums_of_k(U, s.d, hp::epilogue_kind::activation, true), 2 * unit(),
-            [this](cudaStream_t stream, const hp::launch_options& launch) {
+            [this](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_m_activation<contiguous::k, gathered::a, swiglu, false>(
                   stream, device, routed.groups(), s.n, s.d, tokens(), {w1.data(), U * s.d, s.d, 1}, nullptr,
                   {h.data(), P, U}, {act.data(), P, s.n}, {}, launch);
@@ -271,7 +271,7 @@ struct layer_products {
   }
   product down() const {
     return {sums_of_k(s.d, s.n, hp::epilogue_kind::store, true), unit(),
-            [this](cudaStream_t stream, const hp::launch_options& launch) {
+            [this](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_m<contiguous::k, gathered::none>(stream, device, routed.groups(), s.d, s.n, activation(),
                                                             {w2.data(), s.d * s.n, s.n, 1}, nullptr, rows_of_y(),
                                                             ts::write::overwrite, launch);
@@ -280,7 +280,7 @@ struct layer_products {
   // It writes over H, so H is N(0, 1) again ahead of each.
   product dH() const {
     return {sums_of_k(s.n, s.d, hp::epilogue_kind::activation_backward, false), unit(),
-            [this](cudaStream_t stream, const hp::launch_options& launch) {
+            [this](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_m_activation_backward<contiguous::mn, gathered::a, swiglu, false>(
                   stream, device, routed.groups(), s.n, s.d, gradients(), {w2.data(), s.d * s.n, 1, s.n},
                   weights.data(), {h.data(), P, U}, {act.data(), P, s.n}, parts.data(), {}, launch);
@@ -289,21 +289,21 @@ struct layer_products {
   }
   product dX() const {
     return {sums_of_k(s.d, U, hp::epilogue_kind::store, false), 2 * unit(),
-            [this](cudaStream_t stream, const hp::launch_options& launch) {
+            [this](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_m<contiguous::mn, gathered::none>(stream, device, routed.groups(), s.d, U, hidden(),
                                                              {w1.data(), U * s.d, 1, s.d}, nullptr, rows_of_y(),
                                                              ts::write::overwrite, launch);
             }};
   }
   product dW1() const {
-    return {sums_of_rows(U, s.d), 2 * unit(), [this](cudaStream_t stream, const hp::launch_options& launch) {
+    return {sums_of_rows(U, s.d), 2 * unit(), [this](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_k<gathered::b>(stream, device, routed.groups(), U, s.d, hidden(), tokens(),
                                           ts::gemm::group_operand<bfloat16>{dw.data(), U * s.d, s.d, 1},
                                           ts::write::overwrite, launch);
             }};
   }
   product dW2() const {
-    return {sums_of_rows(s.d, s.n), unit(), [this](cudaStream_t stream, const hp::launch_options& launch) {
+    return {sums_of_rows(s.d, s.n), unit(), [this](cudaStream_t stream, const hp::all_kernels_options& launch) {
               hp::variable_k<gathered::a>(stream, device, routed.groups(), s.d, s.n, gradients(), activation(),
                                           ts::gemm::group_operand<bfloat16>{dw.data(), s.d * s.n, s.n, 1},
                                           ts::write::overwrite, launch);
@@ -322,7 +322,7 @@ struct layer_products {
 void measure_all(benchmark::State& state, const bench_options& o, const std::vector<product>& products) {
   const device_array<std::int32_t> counter(2);
   counter.set_bytes(0);
-  hp::launch_options launch;
+  hp::all_kernels_options launch;
   launch.sm_budget = o.sm_budget;
   launch.tile_counter = counter.data();
   double flops = 0;

@@ -14,7 +14,7 @@ using namespace grouped_test;
 
 struct hopper {
   using device = hp::device;
-  using launch_options = hp::launch_options;
+  using launch_options = hp::all_kernels_options;
 
   // The kernels of an epilogue that has one for clusters, or not.
   static std::vector<hp::config> variants(bool clusters) {

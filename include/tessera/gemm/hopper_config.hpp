@@ -44,6 +44,7 @@ struct problem {
   bool gathered = false;                          ///< Whether one operand's rows are gathered.
   bool b_along_k = false;                         ///< Whether B is contiguous along the sum.
   int num_multiprocessors = 132;                  ///< Multiprocessors that may be used.
+  bool ping_pong = true;                          ///< Whether the program has the ping-pong kernels.
 };
 
 /// A kernel and its grid.
@@ -76,7 +77,7 @@ constexpr config choose(const problem& p) {
   const std::int64_t mean_rows = p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;
   // Shared memory feeds the matrix unit just fast enough for 128 x 256. Smaller tiles read more for each product, which
   // costs more than what they hide, unless half of the columns would be empty.
-  if (p.n <= 128) {
+  if (p.n <= 128 && p.ping_pong) {
     c.order = schedule::ping_pong;
     c.tile_n = 128;
   }

@@ -17,6 +17,7 @@ namespace detail::hopper {
 
 using gemm::group_operand;
 using gemm::row_operand;
+using gemm::hopper::all_kernels_options;
 using gemm::hopper::config;
 using gemm::hopper::device;
 using gemm::hopper::launch_options;
@@ -29,11 +30,16 @@ using product_checks::expect_sums;
 using product_checks::expect_variable_k;
 
 /// The configuration of a launch. @param d The device. @param p The problem. @param options What the caller asks for.
-inline config configure(const device& d, problem p, const launch_options& options) {
+template <class Options>
+config configure(const device& d, problem p, const Options& options) {
   TESSERA_EXPECTS(d.encode != nullptr, "the device is not filled in: use gemm::hopper::device::current()");
   p.num_multiprocessors = d.num_multiprocessors;
   if (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors) p.num_multiprocessors = options.sm_budget;
-  return options.forced != nullptr ? *options.forced : gemm::hopper::choose(p);
+  p.ping_pong = Options::ping_pong;
+  if constexpr (requires { options.forced; }) {
+    if (options.forced != nullptr) return *options.forced;
+  }
+  return gemm::hopper::choose(p);
 }
 
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
@@ -59,10 +65,10 @@ output_matrix<bfloat16> output_of_h(const device& d, const matrix_view<bfloat16>
 }
 
 /// Everything that the products with variable M have in common. @param fill Sets the epilogue's parameters.
-template <contiguous Order, gathered Rows, class Epilogue, int Parts = 1>
+template <contiguous Order, gathered Rows, class Epilogue, int Parts = 1, class Options>
 void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
                         std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
-                        const typename Epilogue::params& epilogue, const launch_options& options) {
+                        const typename Epilogue::params& epilogue, const Options& options) {
   const std::int64_t K = shape.k;
   expect_sums<Rows>(K, a);
   problem complete = shape;
@@ -93,7 +99,7 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
     launch<kernel_shape<product::variable_m, Order, Rows, 64 * Parts, 4, 1, false, Parts>, Epilogue>(stream, c, map_a,
                                                                                                      map_b, p);
   else
-    launch_configured<product::variable_m, Order, Rows, Epilogue>(stream, c, map_a, map_b, p);
+    launch_configured<product::variable_m, Order, Rows, Epilogue, Options::ping_pong>(stream, c, map_a, map_b, p);
 }
 
 }  // namespace detail::hopper
@@ -124,10 +130,10 @@ inline device device::current() {
   return d;
 }
 
-template <contiguous Order, gathered Rows, class TC>
+template <contiguous Order, gathered Rows, class TC, class Options>
 void variable_m(device_stream stream, const device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
                 row_operand<bfloat16> a, group_operand<const bfloat16> b, const bfloat16* bias, matrix_view<TC> c,
-                write mode, const launch_options& options) {
+                write mode, const Options& options) {
   using namespace tessera::detail::hopper;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
   if (!expect_result(groups, N, c)) return;
@@ -161,18 +167,18 @@ void product_with_parts(device_stream stream, const device& d, const row_groups&
   const int most =
       options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors ? options.sm_budget : d.num_multiprocessors;
   c_of_parts.grid = static_cast<int>(tiles < most ? tiles : most);
-  launch_options forced = options;
+  all_kernels_options forced{options};
   forced.forced = &c_of_parts;
   enqueue_variable_m<contiguous::k, gathered::none, parts_epilogue<Parts>, Parts>(
       stream, d, shape, rows, 0, a, {b, N * K, K, 1},
       {make_output(d.encode, c.data, N, rows.max_rows, c.stride, 1, 0, false, "c")}, forced);
 }
 
-template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved, class Options>
 void variable_m_activation(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
                            std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
                            const bfloat16* bias, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
-                           const typename Activation::options& activation, const launch_options& options) {
+                           const typename Activation::options& activation, const Options& options) {
   using namespace tessera::detail::hopper;
   using epilogue = activation_epilogue<Activation, Interleaved>;
   const std::int64_t U = Activation::gated ? 2 * n : n;
@@ -192,12 +198,12 @@ void variable_m_activation(device_stream stream, const device& d, const row_grou
       options);
 }
 
-template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved, class Options>
 void variable_m_activation_backward(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
                                     std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
                                     const float* weights, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
                                     float* parts, const typename Activation::options& activation,
-                                    const launch_options& options) {
+                                    const Options& options) {
   using namespace tessera::detail::hopper;
   if (!expect_activations(groups, n, Activation::gated ? 2 * n : n, h, out)) return;
   problem shape;
@@ -226,10 +232,10 @@ inline void sum_weight_parts(device_stream stream, const row_groups& groups, std
   tessera::detail::hopper::expect_cuda(cudaGetLastError(), "the launch of sum_partials_kernel");
 }
 
-template <gathered Rows, class TC>
+template <gathered Rows, class TC, class Options>
 void variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
                 row_operand<bfloat16> a, row_operand<bfloat16> b, group_operand<TC> c, write mode,
-                const launch_options& options) {
+                const Options& options) {
   using namespace tessera::detail::hopper;
   using epilogue = store_epilogue<TC>;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
@@ -258,7 +264,8 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
   p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
   p.epilogue = {make_output(d.encode, c.data, N, M, c.row_stride, groups.num_groups, c.group_stride, true, "c"),
                 mode == write::accumulate, nullptr};
-  launch_configured<product::variable_k, contiguous::mn, Rows, epilogue>(stream, chosen, map_a, map_b, p);
+  launch_configured<product::variable_k, contiguous::mn, Rows, epilogue, Options::ping_pong>(stream, chosen, map_a,
+                                                                                             map_b, p);
 }
 
 }  // namespace gemm::hopper
