@@ -27,7 +27,7 @@ namespace ts = tessera;
 using namespace tessera_bench;
 using ts::bfloat16;
 
-constexpr std::size_t window_bytes = std::size_t{6} << 30;
+constexpr std::size_t window_bytes = std::size_t{12} << 30;
 
 // The communicator of each GPU, made once.
 class gpu_ranks {
@@ -450,7 +450,7 @@ int main(int argc, char** argv) {
   }
   for (const layer_shape& s : {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
                                layer_shape{"30B_n1024_T8192", 8192, 4096, 1024, 64, 4},
-                               layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * 2, 8}}) {
+                               layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpu_ranks::all().size(), 8}}) {
     for (const bool backward : {false, true}) {
       add_case(std::string("layer/") + s.name + (backward ? "/backward" : "/forward"),
                [=](benchmark::State& state) { measure_layer(state, s, backward); });
