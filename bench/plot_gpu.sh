@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Draws TFLOPS of the whole layer against expert granularity d / n from bench/results/gpu_layer.json into
-# bench/results/gpu_layer.svg, and the bandwidth between GPUs against tokens and SMs from gpu_ranks.json into
-# gpu_ranks.svg. Needs python3 and gnuplot.
+# bench/results/gpu_layer.svg, and the bandwidth between GPUs against tokens and SMs from gpu_ranks_2.json and gpu_ranks_4.json
+# into gpu_ranks.svg. Needs python3 and gnuplot.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/results"
@@ -46,18 +46,15 @@ python3 - <<'PYTHON' >gpu_ranks.dat
 import json
 
 OPERATIONS = ("dispatch", "combine_expert_rows", "combine_summed_rows")
-cases = [case["name"].split("/iterations:")[0].split("/") + [case["wire_gb_per_s"]]
-         for case in json.load(open("gpu_ranks.json"))["benchmarks"] if "wire_gb_per_s" in case]
-for operation in OPERATIONS:
-    for name, tokens, *rest in cases:
-        if name == operation and len(rest) == 1:
-            print(tokens.removeprefix("T:"), rest[0])
-    print("\n")
-for operation in OPERATIONS:
-    for name, tokens, *rest in cases:
-        if name == operation and len(rest) == 2:
-            print(rest[0].removeprefix("sms:"), rest[1])
-    print("\n")
+for ranks in (2, 4):
+    cases = [case["name"].split("/iterations:")[0].split("/") + [case["wire_gb_per_s"]]
+             for case in json.load(open(f"gpu_ranks_{ranks}.json"))["benchmarks"] if "wire_gb_per_s" in case]
+    for fields in (1, 2):  # against tokens, against SMs
+        for operation in OPERATIONS:
+            for name, *at, rate in cases:
+                if name == operation and len(at) == fields:
+                    print(at[-1].split(":")[1], rate)
+            print("\n")
 PYTHON
 gnuplot <<'GNUPLOT'
 set terminal svg size 900,380 font "sans,12" background "white"
@@ -68,18 +65,24 @@ set yrange [0:400]
 set ylabel "GB/s sent by a rank"
 set key bottom right font "sans,10"
 set logscale x 2
-set xlabel "tokens of a rank (E 256, K 8, d 7168, 2 GPUs)"
+set xlabel "tokens of a rank (E 256, K 8, d 7168)"
 set xrange [100:10000]
 plot 370 with lines lc rgb "#888888" dt 2 title "what the link carries", \
-     "gpu_ranks.dat" index 0 with linespoints pt 7 ps 0.7 lc rgb "#1f77b4" title "dispatch", \
-     "" index 1 with linespoints pt 5 ps 0.7 lc rgb "#d62728" title "combine from expert rows", \
-     "" index 2 with linespoints pt 9 ps 0.7 lc rgb "#2ca02c" title "combine from summed rows"
+     "gpu_ranks.dat" index 0 with linespoints pt 7 ps 0.7 lc rgb "#1f77b4" title "dispatch, 2 GPUs", \
+     "" index 6 with linespoints pt 6 ps 0.7 lc rgb "#1f77b4" dt 3 title "4 GPUs", \
+     "" index 1 with linespoints pt 5 ps 0.7 lc rgb "#d62728" title "combine from expert rows, 2 GPUs", \
+     "" index 7 with linespoints pt 4 ps 0.7 lc rgb "#d62728" dt 3 title "4 GPUs", \
+     "" index 2 with linespoints pt 9 ps 0.7 lc rgb "#2ca02c" title "combine from summed rows, 2 GPUs", \
+     "" index 8 with linespoints pt 8 ps 0.7 lc rgb "#2ca02c" dt 3 title "4 GPUs"
 unset logscale x
 set xlabel "SMs, at 4096 tokens"
 set xrange [0:136]
 plot 370 with lines lc rgb "#888888" dt 2 notitle, \
      "gpu_ranks.dat" index 3 with linespoints pt 7 ps 0.7 lc rgb "#1f77b4" notitle, \
+     "" index 9 with linespoints pt 6 ps 0.7 lc rgb "#1f77b4" dt 3 notitle, \
      "" index 4 with linespoints pt 5 ps 0.7 lc rgb "#d62728" notitle, \
-     "" index 5 with linespoints pt 9 ps 0.7 lc rgb "#2ca02c" notitle
+     "" index 10 with linespoints pt 4 ps 0.7 lc rgb "#d62728" dt 3 notitle, \
+     "" index 5 with linespoints pt 9 ps 0.7 lc rgb "#2ca02c" notitle, \
+     "" index 11 with linespoints pt 8 ps 0.7 lc rgb "#2ca02c" dt 3 notitle
 GNUPLOT
 rm gpu_ranks.dat
