@@ -177,6 +177,7 @@ struct rank_memory {
   ts::symmetric_routing_workspace<float> workspace;
   bf16* received;
   bf16* returned;
+  ts::returned_rows<bf16> returned_pairs;
   float* home_values;
   ts::dispatch_handle<float> handle;
   std::int32_t* ids;
@@ -200,6 +201,7 @@ struct rank_memory {
     workspace.tables.counts = rank.take<std::int32_t>(rank.size() * rank.size());
     received = rank.take<bf16>(rows * c.hidden);
     returned = rank.take<bf16>(rows * c.hidden);
+    returned_pairs = {rank.take<bf16>(tokens * c.top_k * c.hidden), rank.take<std::int32_t>(tokens * c.top_k)};
     home_values = rank.take<float>(tokens * c.top_k);
     // from here on sizes differ by rank
     workspace.tables.block_counts = rank.take<std::int32_t>(32 * 8);
@@ -212,7 +214,7 @@ struct rank_memory {
     handle.expert_offsets = rank.take<std::int32_t>(std::max(slots, 1) + 1);
     handle.gather = rank.take<std::int32_t>(bounds.max_pairs);
     handle.pair_weights = rank.take<float>(bounds.max_pairs);
-    handle.num_local_experts = slots;
+    handle.set_sizes(bounds);
     ids = rank.take<std::int32_t>(tokens * c.top_k);
     weights = rank.take<float>(tokens * c.top_k);
     x = rank.take<bf16>(tokens * c.hidden);
@@ -344,6 +346,39 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
   ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs, returned,
                    c.top_k, nothing, y);
   check_sums("plain sum", false, false, false);
+
+  // pairs that are added at home, in the order of k
+  const auto check_pairs = [&](const char* what, bool weighted, bool with_plus) {
+    const auto sums = get(rank, m.y, static_cast<std::size_t>(tokens * c.hidden));
+    for (int t = 0; t < tokens; ++t) {
+      for (int j = 0; j < c.hidden; ++j) {
+        float sum = 0;
+        for (int k = 0; k < c.top_k; ++k) {
+          for (std::size_t r = 0; r < lists.size(); ++r) {
+            const auto pair = static_cast<std::size_t>((rank.rank() * c.max_tokens + t) * c.top_k + k);
+            const std::int32_t place = lists[r].expert_row_of[pair];
+            if (place < 0) continue;
+            const float weight = weighted ? data.weights[me][static_cast<std::size_t>(t * c.top_k + k)] : 1.0f;
+            const auto at = static_cast<std::size_t>(place) * static_cast<std::size_t>(c.hidden);
+            sum = std::fmaf(weight, as_float(outputs[r][at + static_cast<std::size_t>(j)]), sum);
+          }
+        }
+        const auto at = static_cast<std::size_t>(t * c.hidden + j);
+        if (with_plus) sum += as_float(data.plus[me][at]);
+        if (!same_bits(sums[at], bf16(sum))) {
+          found.add(rank.rank(), std::string(what) + " of token " + std::to_string(t) + " column " + std::to_string(j) +
+                                     ": " + std::to_string(as_float(sums[at])) + " for " + std::to_string(sum));
+          return;
+        }
+      }
+    }
+  };
+  ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs,
+                    ts::matrix_view<const float>{m.weights, tokens, c.top_k}, plus, y);
+  check_pairs("weighted sum of pairs", true, true);
+  ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs,
+                    ts::matrix_view<const float>{nullptr, tokens, c.top_k}, nothing, y);
+  check_pairs("plain sum of pairs", false, false);
 
   // rows that an engine has summed
   std::vector<bf16> sums(static_cast<std::size_t>(rows * c.hidden), bf16(99.0f));

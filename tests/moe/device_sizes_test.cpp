@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include <tessera/comm/self.hpp>
@@ -86,10 +87,11 @@ TEST_CASE("the workspace of a device layer holds one array of pairs for each of 
   }
 }
 
-TEST_CASE(
-    "what ranks write into each other's memory stands at the same place on all ranks, however uneven their experts") {
+TEST_CASE_TEMPLATE(
+    "what ranks write into each other's memory stands at the same place on all ranks, however uneven their experts",
+    Combine, ts::combine::reduced, ts::combine::ordered) {
   using layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16>, ts::layout::table,
-                              ts::comm::symmetric>;
+                              ts::comm::symmetric, Combine>;
   using namespace ts::detail;
   const ts::shape sizes{
       .num_experts = 260, .top_k = 3, .hidden = 128, .intermediate = 64, .max_tokens = 100, .num_shared_experts = 1};
@@ -100,7 +102,8 @@ TEST_CASE(
   const ts::layout::table placement = storage.view();
   // Carving looks at no memory, so an address that nobody has will do.
   constexpr std::size_t base = std::size_t{1} << 40;
-  std::vector<std::array<std::size_t, 10>> places;
+  constexpr bool ordered = std::is_same_v<Combine, ts::combine::ordered>;
+  std::vector<std::array<std::size_t, 13>> places;
   for (int rank = 0; rank < ranks; ++rank) {
     const layer_plan<layer> plan(sizes, placement, rank, {});
     const auto bytes = layer::sizes(sizes, placement, rank);
@@ -120,10 +123,18 @@ TEST_CASE(
     const layer_saved<layer> eval_saved(eval_memory, plan);
     const auto place = [](const void* p) { return reinterpret_cast<std::size_t>(p); };
     places.push_back({place(saved.received), place(deferred.dy_received), place(forward.tables.slots),
-                      place(forward.tables.counts), place(forward.returned), place(backward.returned),
+                      place(forward.tables.counts), place(forward.returned.rows), place(backward.returned.rows),
                       place(backward.dweights), place(eval_saved.received), place(eval.tables.slots),
-                      place(eval.returned)});
-    for (const std::size_t p : places.back()) CHECK(p >= base);  // all of them are there
+                      place(eval.returned.rows), place(forward.returned.places), place(backward.returned.places),
+                      place(eval.returned.places)});
+    for (std::size_t i = 0; i < places.back().size(); ++i) {  // all of them are there
+      if (i < 10 || ordered) CHECK(places.back()[i] >= base);
+      if (i >= 10 && !ordered) CHECK(places.back()[i] == 0);
+    }
+    if (ordered) {  // a row for each pair of this rank's tokens
+      CHECK(place(forward.returned.places) - place(forward.returned.rows) >=
+            static_cast<std::size_t>(sizes.max_tokens * sizes.top_k * sizes.hidden) * sizeof(ts::bfloat16));
+    }
     const auto first = layer::sizes(sizes, placement, 0);
     CHECK(bytes.saved_bytes == first.saved_bytes);
     CHECK(bytes.deferred_bytes == first.deferred_bytes);

@@ -55,7 +55,9 @@ struct dispatch_handle {
 
   std::uint32_t* destinations = nullptr;  ///< Device memory, several ranks: `[T]`, bit r: rank r owns an expert of t.
 
-  int num_local_experts = 0;  ///< Slots of this rank.
+  int num_local_experts = 0;    ///< Slots of this rank.
+  int top_k = 0;                ///< K of the bounds it was laid out with.
+  std::int64_t max_tokens = 0;  ///< Tokens of one rank at most, of the same.
 
   /// Takes the arrays from `builder`, sized by `bounds`.
   static dispatch_handle layout(memory_builder& builder, const dispatch_bounds& bounds) {
@@ -73,7 +75,7 @@ struct dispatch_handle {
     handle.expert_offsets = builder.take<std::int32_t>("expert offsets", bounds.num_local_experts + 1);
     handle.gather = builder.take<std::int32_t>("gather list", bounds.max_pairs);
     handle.pair_weights = builder.take<A>("pair weights", bounds.max_pairs);
-    handle.num_local_experts = bounds.num_local_experts;
+    handle.set_sizes(bounds);
     return handle;
   }
 
@@ -87,8 +89,15 @@ struct dispatch_handle {
     handle.expert_offsets = builder.take<std::int32_t>("expert offsets", bounds.num_experts + 1);
     handle.gather = builder.take<std::int32_t>("gather list", bounds.max_pairs);
     handle.pair_weights = builder.take<A>("pair weights", bounds.max_pairs);
-    handle.num_local_experts = bounds.num_local_experts;
+    handle.set_sizes(bounds);
     return handle;
+  }
+
+  /// Notes the numbers of `bounds`, which operations hold the arrays they are given against.
+  void set_sizes(const dispatch_bounds& bounds) {
+    num_local_experts = bounds.num_local_experts;
+    top_k = bounds.top_k;
+    max_tokens = bounds.max_tokens;
   }
 
   /// What the experts need.

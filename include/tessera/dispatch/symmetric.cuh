@@ -28,6 +28,7 @@
 #include <tessera/dispatch/combine.hpp>
 #include <tessera/dispatch/detail/symmetric/push_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/return_values.cuh>
+#include <tessera/dispatch/detail/symmetric/send_pairs.cuh>
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
 #include <tessera/dispatch/detail/symmetric/send_sums.cuh>
 #include <tessera/dispatch/dispatch.cuh>
@@ -65,6 +66,18 @@ inline std::int64_t tokens_of(std::int64_t rows, int ranks, const char* what) {
   TESSERA_EXPECTS(rows % ranks == 0,
                   what << " has " << rows << " rows, it needs max_tokens for each of " << ranks << " ranks");
   return rows / ranks;
+}
+
+// What a handle was laid out for, against what an operation is given.
+template <class A>
+void expect_tokens(const dispatch_handle<A>& handle, std::int64_t max_tokens, const char* what) {
+  TESSERA_EXPECTS(max_tokens == handle.max_tokens,
+                  what << " has room for " << max_tokens
+                       << " tokens of a rank, the handle is of max_tokens = " << handle.max_tokens);
+}
+template <class A>
+void expect_top_k(const dispatch_handle<A>& handle, std::int64_t top_k) {
+  TESSERA_EXPECTS(top_k == handle.top_k, "top_k = " << top_k << ", the handle is of top_k = " << handle.top_k);
 }
 
 template <class Kernel>
@@ -297,6 +310,62 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
   send_sums_kernel<S, A, Out><<<static_cast<unsigned>(blocks), sums_threads, sums_shared_bytes, stream.get()>>>(task);
   detail::check_cuda(cudaGetLastError(), "send_sums_kernel");
+}
+
+/// Brings the output of every expert home and adds it up there in the order of k: `combine::ordered`. The bits of a
+/// token are those that one GPU computes. A token without pairs becomes what is added to it, or zeros.
+/// @param stream   Where the work is enqueued.
+/// @param comm     R ranks; its budget of SMs, or 64, are used.
+/// @param handle   From `exchange_routing`.
+/// @param pairs    `[received_pairs, d]` outputs of experts in the order of the handle's rows; d, the rows' distance
+/// and the address are multiples of 16 bytes.
+/// @param returned From `returned_rows::layout` with `combine::ordered`: scratch that peers write.
+/// @param weights  `[T, K]` routing weights of this rank's tokens; without data every weight is 1, and K is its number
+/// of columns all the same.
+/// @param plus     `[T, d]` added in the end; without data nothing is added.
+/// @param y        `[T, d]`, overwritten.
+template <peer_communicator Comm, class A, class S, class Out>
+void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> pairs,
+                   const returned_rows<S>& returned, std::type_identity_t<matrix_view<const A>> weights,
+                   std::type_identity_t<matrix_view<const S>> plus, matrix_view<Out> y) {
+  using namespace detail::symmetric;
+  const std::int64_t pairs_per_rank = handle.max_tokens * handle.top_k;
+  expect_matrix(pairs, -1, y.cols, "rows to combine");
+  expect_bulk_rows(pairs, "rows to combine");
+  TESSERA_EXPECTS(y.rows <= handle.max_tokens,
+                  y.rows << " tokens, the handle is of max_tokens = " << handle.max_tokens << " of each rank");
+  expect_top_k(handle, weights.cols);
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
+  TESSERA_EXPECTS(row_bytes <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
+  expect_window(comm, returned.rows, pairs_per_rank * y.cols, "returned_rows::rows");
+  expect_window(comm, returned.places, pairs_per_rank, "returned_rows::places");
+  const int num_sms = expect_sm90("combine");
+  const auto view = comm.view(comm::symmetric_channel::sums);
+
+  detail::check_cuda(cudaMemsetAsync(returned.places, 0xff,
+                                     static_cast<std::size_t>(pairs_per_rank) * sizeof(std::int32_t), stream.get()),
+                     "cudaMemsetAsync");
+  const auto plan = send_plan::make(static_cast<int>(row_bytes));
+  const pairs_task task{view,
+                        reinterpret_cast<const std::byte*>(pairs.data),
+                        pairs.stride * static_cast<std::int64_t>(sizeof(S)),
+                        handle.expert_row_of,
+                        reinterpret_cast<std::byte*>(returned.rows),
+                        returned.places,
+                        pairs_per_rank,
+                        static_cast<int>(row_bytes),
+                        plan.piece_bytes,
+                        plan.pieces,
+                        plan.stage_bytes()};
+  allow_shared_memory(send_pairs_kernel, plan.shared_bytes());
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
+  send_pairs_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
+                      static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
+  detail::check_cuda(cudaGetLastError(), "send_pairs_kernel");
+  launch_await(stream, view);
+  combine_rows(stream, matrix_view<const S>{returned.rows, pairs_per_rank, y.cols}, returned.places, weights,
+               combine_addends<S, A>{plus, {}}, y);
 }
 
 /// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/core/memory.hpp>
@@ -70,12 +71,33 @@ struct symmetric_routing_workspace {
   router_workspace sort;     ///< Scratch of the sort; local memory.
 };
 
+/// Where rows come home: memory of the window, at the same offset on all ranks, scratch of one combine.
+/// @tparam S Type of rows.
+template <class S>
+struct returned_rows {
+  S* rows = nullptr;  ///< `combine::reduced`: `[R * max_tokens, d]`, one of each rank and token; `combine::ordered`:
+                      ///< `[max_tokens * K, d]`, one of each pair.
+  std::int32_t* places = nullptr;  ///< `combine::ordered`: `[max_tokens, K]`, the row of each pair that has come.
+
+  /// Takes the arrays from `builder`. @param builder Counting or carving. @param bounds Of the dispatch.
+  /// @param hidden d.
+  template <combine_policy Combine>
+  static returned_rows layout(memory_builder& builder, const dispatch_bounds& bounds, std::int64_t hidden, Combine) {
+    constexpr bool ordered = std::is_same_v<Combine, combine::ordered>;
+    const std::int64_t rows_home = ordered ? bounds.max_sent_pairs() : bounds.addressed_rows();
+    returned_rows returned;
+    returned.rows = builder.take<S>("returned rows", rows_home * hidden);
+    returned.places = builder.take<std::int32_t>("places of returned rows", ordered ? rows_home : 0);
+    return returned;
+  }
+};
+
 /// SMs that operations take. Their kernels wait for those of other ranks, so all that run at once must find room at
 /// once: the budgets of slots that overlap, each with its lists, add up to no more than the device has. Between two
 /// H200 with nothing else running, 16 SMs dispatch at 95 % of the best rate and combine needs all of them
 /// (bench/README.md).
 struct symmetric_sms {
-  int rows;   ///< Of `dispatch_begin`.
+  int rows;   ///< Of `dispatch_begin` and `combine_pairs`.
   int lists;  ///< Of `exchange_routing`, beside `rows`.
   int sums;   ///< Of `combine_rows`.
 

@@ -104,12 +104,12 @@ struct layer_saved {
 template <class Layer>
 struct layer_forward_window {
   routing_tables<typename Layer::accumulate> tables;
-  typename Layer::storage* returned = nullptr;  // [received rows, d]
+  returned_rows<typename Layer::storage> returned;
 
   layer_forward_window(memory_builder& b, const layer_plan<Layer>& p) {
     if (!p.travels) return;
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
-    returned = b.take<typename Layer::storage>("returned rows", p.received_rows() * p.sizes.hidden);
+    returned = decltype(returned)::layout(b, p.bounds, p.sizes.hidden, typename Layer::combine_type{});
   }
 };
 
@@ -197,7 +197,7 @@ struct layer_backward_scratch {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  S* returned;                 // [received rows, d] on a device; null at one rank
+  returned_rows<S> returned;   // on a device; nothing at one rank
   A* dweights;                 // [T, K]
   dispatch_workspace<S> rows;  // on the host, as are the next packed values and sums
   S* dpairs;                   // [max pairs, d]
@@ -214,7 +214,7 @@ struct layer_backward_scratch {
 
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    returned = b.take<S>("returned rows", p.travels ? p.received_rows() * s.hidden : 0);
+    if (p.travels) returned = returned_rows<S>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
     dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);

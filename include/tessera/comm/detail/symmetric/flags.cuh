@@ -132,8 +132,10 @@ __device__ __forceinline__ bool last_block(const symmetric_view& view) {
   return true;
 }
 
-/// Ends the operation on this rank. One thread of the last block calls.
+/// Ends the operation on this rank: counters that blocks shared work by are 0 again. One thread of the last block
+/// calls.
 __device__ __forceinline__ void finish(const symmetric_view& view, std::uint32_t generation) {
+  for (int i = 1; i < 4; ++i) view.tickets[i] = 0;
   *view.generation = generation;
 }
 

@@ -87,7 +87,7 @@ class layer_exchange<Layer, true> {
 
   // y = sums of the tokens' expert rows, and `plus`.
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
-               S* /*returned*/, matrix_view<const S> plus, matrix_view<S> y) const {
+               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) const {
     if (!weighted) weights.data = nullptr;
     combine_addends<S, A> addends{};
     addends.rows = plus;
@@ -113,8 +113,6 @@ class layer_exchange<Layer, false> {
   static_assert(peer_communicator<typename Layer::communicator_type>,
                 "moe_layer: the device half needs a communicator that it can dispatch over. Models: "
                 "comm::self<space::device>, comm::symmetric");
-  static_assert(std::is_same_v<typename Layer::combine_type, combine::reduced>,
-                "moe_layer: between GPUs rows are added with combine::reduced");
 
   layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan)
       : stream_(stream), layer_(layer), plan_(plan) {}
@@ -144,10 +142,15 @@ class layer_exchange<Layer, false> {
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
-  void combine(const layer_saved<Layer>& saved, matrix_view<const A>, bool weighted, matrix_view<const S> pairs,
-               S* returned, matrix_view<const S> plus, matrix_view<S> y) const {
-    combine_rows(stream_, layer_.comm(), saved.handle, weighted ? combine_weights::routing : combine_weights::none,
-                 combine_source::expert_rows, pairs, view(returned), layer_.dims().top_k, plus, y);
+  void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
+               const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) const {
+    if constexpr (std::is_same_v<typename Layer::combine_type, combine::ordered>) {
+      if (!weighted) weights.data = nullptr;
+      combine_pairs(stream_, layer_.comm(), saved.handle, pairs, returned, weights, plus, y);
+    } else {
+      combine_rows(stream_, layer_.comm(), saved.handle, weighted ? combine_weights::routing : combine_weights::none,
+                   combine_source::expert_rows, pairs, view(returned.rows), layer_.dims().top_k, plus, y);
+    }
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
