@@ -16,6 +16,8 @@ namespace comm {
 
 /// Most ranks of a communicator of shared memory: the GPUs of one host.
 inline constexpr int max_symmetric_ranks = 8;
+/// Most sets of flags of a communicator of shared memory: operations that overlap.
+inline constexpr int max_symmetric_slots = 8;
 /// Flags that an operation may post per peer while it goes on.
 inline constexpr int max_symmetric_chunks = 2048;
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include <tessera/comm/symmetric_view.hpp>
 #include <tessera/core/device_status.hpp>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/memory.hpp>
@@ -24,7 +25,17 @@ struct named_array {
   void* data;              ///< `rows * cols` elements in the communicator's space; null when there are none.
 };
 
+/// Words that kernels of one call share their work by; 0 between calls. Calls of a layer that run at the same time, as
+/// two micro-batches on two slots do, have their own.
+struct alignas(128) call_counters {
+  std::uint32_t barrier;          ///< Of the kernel that sorts a routing.
+  std::int32_t tile_counters[4];  ///< Of products: two of routed and two of shared experts.
+};
+
 /// The state of one layer: a view of caller-owned memory in the communicator's space.
+///
+/// Two micro-batches that overlap are two layers over two slots of a communicator with the same state memory: what
+/// counts over a step adds up over both; `losses` are those of the last pass, and a mixture where passes overlap.
 /// @tparam A Type of losses.
 template <class A>
 struct layer_state {
@@ -43,9 +54,10 @@ struct layer_state {
 
   device_status* status =
       nullptr;  ///< One: what a kernel found wrong since `reset_state`; see `expect_ok`. Host: stays clear.
-  std::uint32_t* barrier = nullptr;       ///< One: belongs to the router's kernels; 0 after `reset_state`.
-  std::int32_t* tile_counters = nullptr;  ///< Two for routed and two for shared experts: belong to their products'
-                                          ///< kernels; 0 after `reset_state`.
+  call_counters* counters = nullptr;      ///< `[comm::max_symmetric_slots]`, one of each slot; 0 after `reset_state`.
+  std::uint32_t* barrier = nullptr;       ///< One of this slot: belongs to the router's kernels.
+  std::int32_t* tile_counters = nullptr;  ///< Two for routed and two for shared experts, of this slot: belong to their
+                                          ///< products' kernels.
 
   int num_experts = 0;          ///< E.
   int num_losses = 0;           ///< Balances that are losses.
@@ -67,12 +79,19 @@ struct layer_state {
     s.dropped_by_bound = builder.take<std::int64_t>("dropped_by_bound", 1);
     s.most_received_pairs = builder.take<std::int64_t>("most_received_pairs", 1);
     s.status = builder.take<device_status>("status", 1);
-    s.barrier = builder.take<std::uint32_t>("barrier", 1);
-    s.tile_counters = builder.take<std::int32_t>("tile_counters", 4);
+    s.counters = builder.take<call_counters>("counters of calls", comm::max_symmetric_slots);
+    s.use_slot(0);
     s.num_experts = num_experts;
     s.num_losses = num_losses;
     s.max_chunks = max_chunks;
     return s;
+  }
+
+  /// Takes the counters of a slot. @param slot Of the communicator, in `[0, comm::max_symmetric_slots)`.
+  void use_slot(int slot) {
+    if (counters == nullptr) return;  // sizes are being counted
+    barrier = &counters[slot].barrier;
+    tile_counters = counters[slot].tile_counters;
   }
 
   /// The arrays of checkpoints and metrics, with their names.

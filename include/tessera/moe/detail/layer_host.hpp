@@ -248,8 +248,7 @@ void layer_reset_state(host_stream, const Layer& layer) {
   *state.dropped_by_bound = 0;
   *state.most_received_pairs = 0;
   *state.status = {};
-  *state.barrier = 0;
-  std::fill_n(state.tile_counters, 4, 0);
+  std::fill_n(state.counters, comm::max_symmetric_slots, call_counters{});
 }
 
 template <class Layer>

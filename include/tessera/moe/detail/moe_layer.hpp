@@ -119,6 +119,7 @@ TESSERA_LAYER::moe_layer(const shape& sizes_of, const router_options& routing, c
   memory_builder builder(state, "state memory");
   state_ = state_type::layout(builder, shape_.num_experts, Router::has_bias, num_losses,
                               num_chunks(shape_.max_tokens, chosen.chunk_tokens));
+  if constexpr (requires { comm.slot(); }) state_.use_slot(comm.slot());
 }
 
 TESSERA_LAYER_TEMPLATE

@@ -93,8 +93,8 @@ inline std::string problem_of(const comm::symmetric_options& options) {
   std::ostringstream text;
   if (options.window_bytes < 1 || options.window_bytes > most_bytes) {
     text << "window_bytes = " << options.window_bytes << ", it must be 1 to " << most_bytes;
-  } else if (options.slots < 1 || options.slots > 8) {
-    text << "slots = " << options.slots << ", it must be 1 to 8";
+  } else if (options.slots < 1 || options.slots > comm::max_symmetric_slots) {
+    text << "slots = " << options.slots << ", it must be 1 to " << comm::max_symmetric_slots;
   } else if (options.timeout.count() < 1) {
     text << "the timeout is " << options.timeout.count() << " ms, it must be at least 1 ms";
   } else if (options.num_sms < 0) {

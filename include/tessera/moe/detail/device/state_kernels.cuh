@@ -51,18 +51,22 @@ void set_totals(device_stream stream, Totals* total, std::int64_t num_tokens) {
   expect_state_launch("totals_kernel");
 }
 
-// One training pass: the load of its tokens, its drops and its size.
+__device__ __forceinline__ void add_count(std::int64_t* sum, std::int64_t count) {
+  if (count != 0) atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(count));
+}
+
+// One training pass: the load of its tokens, its drops and its size. That of another slot may run at the same time.
 template <class A>
 __global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, dispatch_handle<A> handle,
                                   const comm::symmetric_failure* failure) {
   if (failure != nullptr && *static_cast<const volatile std::uint32_t*>(&failure->state) != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x))
-    state.load[e] += counts[e];
+    add_count(state.load + e, counts[e]);
   if (threadIdx.x != 0) return;
-  *state.dropped_by_capacity += handle.total->capacity_drops;
-  *state.dropped_by_bound += handle.total->overflow_drops;
-  const std::int64_t pairs = handle.expert_offsets[handle.num_local_experts];
-  if (pairs > *state.most_received_pairs) *state.most_received_pairs = pairs;
+  add_count(state.dropped_by_capacity, handle.total->capacity_drops);
+  add_count(state.dropped_by_bound, handle.total->overflow_drops);
+  atomicMax(reinterpret_cast<long long*>(state.most_received_pairs),
+            static_cast<long long>(handle.expert_offsets[handle.num_local_experts]));
 }
 
 template <class A>
@@ -94,8 +98,7 @@ __global__ void reset_state_kernel(layer_state<A> state, initial_state<NumLosses
   *state.dropped_by_bound = 0;
   *state.most_received_pairs = 0;
   *state.status = device_status{};
-  *state.barrier = 0;
-  for (int i = 0; i < 4; ++i) state.tile_counters[i] = 0;
+  for (int slot = 0; slot < comm::max_symmetric_slots; ++slot) state.counters[slot] = call_counters{};
 }
 
 template <class A, int NumLosses>
