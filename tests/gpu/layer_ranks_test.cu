@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // The layer with its experts spread over GPUs, one thread a GPU, against the host half in double on the same bf16
-// numbers, and against the layer on one GPU. With one GPU the communicator has one rank. Without a GPU or without NCCL
-// it exits with 77, which CTest reports as skipped.
+// numbers, and against the layer on one GPU; two micro-batches at once; experts and tokens spread unevenly. With one
+// GPU the communicator has one rank. Without a GPU or without NCCL it exits with 77, which CTest reports as skipped.
 
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
@@ -15,12 +15,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include <tessera/comm/symmetric.cuh>
 #include <tessera/comm/threads.hpp>
+#include <tessera/layout/table.hpp>
 #include <tessera/moe/moe_layer.cuh>
 
 #include "../support/layer_fixture.hpp"
@@ -33,19 +35,26 @@ using device_test::on_ranks;
 using device_test::require;
 using S = ts::bfloat16;
 
-// Kernels are loaded before GPUs wait for each other.
+// Kernels are loaded before GPUs wait for each other, and streams do not wait for each other by chance.
 const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+const int connections = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
 
-template <class Router, class WeightLayout, class Comm>
-using layer_over = ts::moe_layer<Router, ts::experts<ts::activation::swiglu, ts::precision::bf16, WeightLayout>,
-                                 ts::layout::block, Comm>;
+template <class Router, class WeightLayout, class Comm, class Combine = ts::combine::reduced,
+          class Layout = ts::layout::block>
+using layer_over = ts::moe_layer<Router, ts::experts<ts::activation::swiglu, ts::precision::bf16, WeightLayout>, Layout,
+                                 Comm, Combine>;
 template <class Router, class WeightLayout>
 struct policies {
   using router = Router;
   using spread = layer_over<Router, WeightLayout, ts::comm::symmetric>;
+  using ordered = layer_over<Router, WeightLayout, ts::comm::symmetric, ts::combine::ordered>;
+  using uneven = layer_over<Router, WeightLayout, ts::comm::symmetric, ts::combine::ordered, ts::layout::table>;
   using alone = layer_over<Router, WeightLayout, ts::comm::self<ts::space::device>>;
-  using host_layer = ts::moe_layer<Router, ts::experts<ts::activation::swiglu, ts::precision::fp64, WeightLayout>,
-                                   ts::layout::block, ts::comm::threads, ts::combine::ordered>;
+  template <class Layout>
+  using host_over = ts::moe_layer<Router, ts::experts<ts::activation::swiglu, ts::precision::fp64, WeightLayout>,
+                                  Layout, ts::comm::threads, ts::combine::ordered>;
+  using host_layer = host_over<ts::layout::block>;
+  using uneven_host_layer = host_over<ts::layout::table>;
 };
 using deepseek_like = policies<ts::router<ts::score::sigmoid, ts::select::group_limited<>, ts::weigh::normalized,
                                           ts::balance::bias, ts::balance::sequence_loss, ts::balance::z_loss>,
@@ -69,20 +78,33 @@ struct outcome {
   std::vector<float> gate, up, down, shared_up, losses;
   std::vector<std::int64_t> load;
   std::vector<float> bias;
+  std::int64_t dropped = 0;
 };
+
+template <class Layer>
+typename Layer::options full_bound() {
+  typename Layer::options options;
+  options.dispatch.row_bound = ts::dispatch_options::full_row_bound;
+  return options;
+}
 
 // One rank's layer and its memory.
 template <class Layer>
 class rank_layer {
  public:
   using comm_type = typename Layer::communicator_type;
+  using layout_type = typename Layer::layout_type;
+  using state_buffer = std::shared_ptr<buffer<std::byte>>;
   rank_layer(comm_type& comm, const layer_problem& p, typename Layer::router_options routing, std::int64_t first,
              std::int64_t last, std::int64_t max_tokens)
-      : comm_(comm), sizes_(p.sizes), tokens_(last - first) {
+      : rank_layer(comm, p, routing, first, last, max_tokens, layout_type(p.sizes.num_experts, comm.size()),
+                   full_bound<Layer>()) {}
+  // @param state Of a layer that this one shares it with; null: its own, reset.
+  rank_layer(comm_type& comm, const layer_problem& p, typename Layer::router_options routing, std::int64_t first,
+             std::int64_t last, std::int64_t max_tokens, const layout_type& placement,
+             const typename Layer::options& options, state_buffer state = nullptr)
+      : comm_(comm), sizes_(p.sizes), tokens_(last - first), state_(std::move(state)) {
     sizes_.max_tokens = max_tokens;
-    const ts::layout::block placement(sizes_.num_experts, comm.size());
-    typename Layer::options options;
-    options.dispatch.row_bound = ts::dispatch_options::full_row_bound;
     const auto bytes = Layer::sizes(sizes_, placement, comm.rank(), options);
     const auto take = [&](std::size_t n) -> std::byte* {
       if constexpr (requires { comm.allocate(n); }) {
@@ -97,20 +119,20 @@ class rank_layer {
     deferred_ = {take(bytes.deferred_bytes), bytes.deferred_bytes};
     const std::size_t scratch = std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes);
     workspace_ = {take(scratch), scratch};
-    state_.emplace(bytes.state_bytes);
+    const bool own_state = state_ == nullptr;
+    if (own_state) state_ = std::make_shared<buffer<std::byte>>(bytes.state_bytes);
     moe_.emplace(sizes_, routing, placement, comm, ts::state_memory(state_->data(), state_->size()), options);
     stream_ = device_test::make_stream();
-    moe_->reset_state(stream_);
-    require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-    const auto bias = cast<float>(p.bias);
-    require(cudaMemcpy(moe_->state().bias, bias.data(), bias.size() * sizeof(float), cudaMemcpyHostToDevice), "copy");
+    if (own_state) {
+      moe_->reset_state(stream_);
+      require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+      const auto bias = cast<float>(p.bias);
+      require(cudaMemcpy(moe_->state().bias, bias.data(), bias.size() * sizeof(float), cudaMemcpyHostToDevice), "copy");
+    }
 
     const std::int64_t d = sizes_.hidden;
-    const int slots = placement.num_slots(comm.rank());
-    const int before = placement.expert_at(comm.rank(), 0);
     const auto of_experts = [&](const std::vector<double>& all) {
-      const auto each = static_cast<std::int64_t>(all.size()) / sizes_.num_experts;
-      return cast<S>(part(all, before * each, (before + slots) * each));
+      return local_rows<S>(all, static_cast<std::int64_t>(all.size()) / sizes_.num_experts, placement, comm.rank());
     };
     x_.emplace(cast<S>(part(p.x, first * d, last * d)));
     dy_.emplace(cast<S>(part(p.dy, first * d, last * d)));
@@ -173,10 +195,16 @@ class rank_layer {
     ts::expect_ok(status);
   }
   cudaStream_t stream() const { return stream_; }
+  const state_buffer& state() const { return state_; }
 
   outcome results() const {
-    outcome o{y_->get(), dx_->get(), gate_grad_->get(), up_grad_->get(), down_grad_->get(), shared_up_grad_->get(), {},
-              {},        {}};
+    outcome o;
+    o.y = y_->get();
+    o.dx = dx_->get();
+    o.gate = gate_grad_->get();
+    o.up = up_grad_->get();
+    o.down = down_grad_->get();
+    o.shared_up = shared_up_grad_->get();
     o.load.resize(static_cast<std::size_t>(sizes_.num_experts));
     o.bias.resize(o.load.size());
     o.losses.resize(Layer::num_losses);
@@ -187,6 +215,7 @@ class rank_layer {
     get(o.load, state.global_load);
     get(o.bias, state.bias);
     get(o.losses, state.losses);
+    require(cudaMemcpy(&o.dropped, state.dropped_by_bound, sizeof(o.dropped), cudaMemcpyDeviceToHost), "copy");
     return o;
   }
 
@@ -198,7 +227,7 @@ class rank_layer {
   ts::saved_memory saved_;
   ts::deferred_memory deferred_;
   ts::workspace_memory workspace_;
-  std::optional<buffer<std::byte>> state_;
+  state_buffer state_;
   std::optional<Layer> moe_;
   std::optional<buffer<S>> x_, dy_, y_, dx_, up_, down_, shared_up_, shared_down_;
   std::optional<buffer<float>> gate_, gate_grad_, up_grad_, down_grad_, shared_up_grad_, shared_down_grad_;
@@ -220,6 +249,7 @@ outcome join(const std::vector<outcome>& ranks) {
     add(all.gate, ranks[r].gate);
     add(all.shared_up, ranks[r].shared_up);
     add(all.losses, ranks[r].losses);
+    all.dropped += ranks[r].dropped;
     CHECK(all.load == ranks[r].load);
     CHECK(all.bias == ranks[r].bias);
   }
@@ -383,6 +413,195 @@ TEST_CASE("a graph of a whole step is replayed, with the same tokens and with ot
     layer.sync();
     compare(other, layer.results());
     require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+    t.barrier({});
+  }));
+}
+
+TEST_CASE("with combine::ordered every number of GPUs computes the bits of one") {
+  auto p = make_ranks_problem();
+  const std::vector<std::int64_t> quarters{0, 97, 180, 313, p.num_tokens};
+  p.sequence_offsets.assign(quarters.begin(), quarters.end());  // a sequence stays whole on one rank
+  require(cudaSetDevice(0), "cudaSetDevice");
+  ts::comm::self<ts::space::device> self;
+  rank_layer<deepseek_like::alone> one(self, p, router_options(), 0, p.num_tokens, p.num_tokens);
+  one.step(ts::pass::train);
+  one.sync();
+  const outcome alone = one.results();
+  for (const int ranks : {1, 2, 4}) {
+    if (ranks > num_ranks()) continue;
+    CAPTURE(ranks);
+    std::vector<outcome> parts(static_cast<std::size_t>(ranks));
+    CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+      auto comm = ts::comm::symmetric::create(t, window(64));
+      const auto r = static_cast<std::size_t>(t.rank());
+      const auto width = static_cast<std::size_t>(4 / ranks);
+      rank_layer<deepseek_like::ordered> layer(comm, p, router_options(), quarters[r * width],
+                                               quarters[(r + 1) * width], ranks == 1 ? p.num_tokens : 330);
+      layer.step(ts::pass::train);
+      layer.sync();
+      layer.poison();
+      layer.step(ts::pass::recompute);  // memory that has been used
+      layer.sync();
+      parts[r] = layer.results();
+      layer.poison();
+      layer.step(ts::pass::eval);
+      layer.sync();
+      CHECK(same_bits(layer.results().y, parts[r].y));
+      t.barrier({});
+    }));
+    const outcome got = join(parts);
+    CHECK(same_bits(got.y, alone.y));
+    CHECK(same_bits(got.dx, alone.dx));
+    CHECK(got.up == alone.up);
+    CHECK(got.down == alone.down);
+  }
+}
+
+TEST_CASE("ranks without tokens, ranks with few experts or none, and pairs beyond the bound, follow the host") {
+  const int ranks = num_ranks();
+  const auto p = make_ranks_problem();
+  const int experts = p.sizes.num_experts;
+  const std::int64_t tokens = p.num_tokens;
+  const std::vector<std::int64_t> offsets = ranks == 1   ? std::vector<std::int64_t>{0, tokens}
+                                            : ranks == 2 ? std::vector<std::int64_t>{0, 0, tokens}
+                                            : ranks == 3 ? std::vector<std::int64_t>{0, 211, 211, tokens}
+                                                         : std::vector<std::int64_t>{0, 101, 101, 290, tokens};
+  layer_problem q = p;
+  q.sequence_offsets.clear();
+  for (const std::int64_t o : offsets) {
+    if (q.sequence_offsets.empty() || o > q.sequence_offsets.back())
+      q.sequence_offsets.push_back(static_cast<std::int32_t>(o));
+  }
+  // expert e stands on the rank of e's place in this order: most on one rank, none on the last of four
+  std::vector<std::vector<std::int32_t>> placed(static_cast<std::size_t>(ranks));
+  for (int e = 0; e < experts; ++e) {
+    const int rank = e % 8 < 5 ? 0 : (e % 8 < 7 ? 1 : 2);
+    placed[static_cast<std::size_t>(std::min(rank, ranks - 1))].push_back(experts - 1 - e);
+  }
+  const ts::layout::table_storage storage(experts, placed);
+  std::int64_t most = 0;
+  for (std::size_t r = 1; r < offsets.size(); ++r) most = std::max(most, offsets[r] - offsets[r - 1]);
+
+  for (const bool drops : {false, true}) {
+    CAPTURE(drops);
+    ts::dispatch_options dispatch;
+    dispatch.row_bound = drops ? tokens * q.sizes.top_k / 2 : ts::dispatch_options::full_row_bound;
+    dispatch.overflow = drops ? ts::overflow_policy::drop : ts::overflow_policy::error;
+    if (drops && ranks == 1) continue;  // one rank keeps all of its pairs
+    std::vector<outcome> parts(static_cast<std::size_t>(ranks));
+    CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+      auto comm = ts::comm::symmetric::create(t, window(96));
+      const auto r = static_cast<std::size_t>(t.rank());
+      std::int32_t* both_read = nullptr;
+      require(cudaMallocHost(&both_read, storage.packed().size_bytes()), "cudaMallocHost");  // as long as the program
+      std::copy(storage.packed().begin(), storage.packed().end(), both_read);
+      deepseek_like::uneven::options options;
+      options.dispatch = dispatch;
+      rank_layer<deepseek_like::uneven> layer(comm, q, router_options(), offsets[r], offsets[r + 1], most,
+                                              storage.view_at(both_read), options);
+      layer.step(ts::pass::train);
+      layer.sync();
+      layer.end_step();
+      layer.sync();
+      parts[r] = layer.results();
+      t.barrier({});
+    }));
+    deepseek_like::uneven_host_layer::options options;
+    options.dispatch = dispatch;
+    const auto expected =
+        run_problem<deepseek_like::uneven_host_layer>(q, storage.view(), offsets, router_options(), options);
+    outcome got = parts[0];
+    std::vector<double> up(expected.up.size());
+    std::vector<double> down(expected.down.size());
+    got.y.clear();
+    got.dx.clear();
+    got.dropped = 0;
+    for (int r = 0; r < ranks; ++r) {
+      const outcome& part = parts[static_cast<std::size_t>(r)];
+      got.y.insert(got.y.end(), part.y.begin(), part.y.end());
+      got.dx.insert(got.dx.end(), part.dx.begin(), part.dx.end());
+      got.dropped += part.dropped;
+      put_rows(up, part.up, static_cast<std::int64_t>(up.size()) / experts, storage.view(), r);
+      put_rows(down, part.down, static_cast<std::int64_t>(down.size()) / experts, storage.view(), r);
+      CHECK(part.load == expected.load);
+    }
+    CHECK(device_test::relative_error(widened(got.y), expected.y) <= 1e-2);
+    CHECK(device_test::relative_error(widened(got.dx), expected.dx) <= 1e-2);
+    CHECK(device_test::relative_error(up, expected.up) <= 1e-2);
+    CHECK(device_test::relative_error(down, expected.down) <= 1e-2);
+    CHECK((got.dropped > 0) == drops);
+  }
+}
+
+TEST_CASE("two micro-batches at once on two slots give what each gives alone, and count what both chose") {
+  const int ranks = num_ranks();
+  const int rounds = 200;
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  auto reversed = p;  // the other micro-batch
+  std::reverse(reversed.x.begin(), reversed.x.end());
+  std::reverse(reversed.dy.begin(), reversed.dy.end());
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto options = window(128);
+    options.slots = 2;
+    auto comm = ts::comm::symmetric::create(t, options);
+    auto beside = comm.on_slot(1);
+    const auto r = static_cast<std::size_t>(t.rank());
+    const std::int64_t max_tokens = 300 + 200 / ranks;
+    using layer_type = rank_layer<deepseek_like::spread>;
+    const ts::layout::block placement(p.sizes.num_experts, ranks);
+    const auto bound = full_bound<deepseek_like::spread>();
+    layer_type first(comm, p, router_options(), offsets[r], offsets[r + 1], max_tokens, placement, bound);
+    layer_type second(beside, reversed, router_options(), offsets[r], offsets[r + 1], max_tokens, placement, bound,
+                      first.state());
+    std::vector<outcome> alone;
+    for (layer_type* layer : {&first, &second}) {
+      layer->step(ts::pass::train);
+      layer->sync();
+      alone.push_back(layer->results());
+    }
+    first.end_step();
+    first.sync();
+    const auto load_of_both = first.results().load;
+    const auto compare = [](const outcome& a, const outcome& b) {
+      CHECK(same_bits(a.y, b.y));
+      CHECK(same_bits(a.dx, b.dx));
+      CHECK(a.up == b.up);
+      CHECK(a.down == b.down);
+    };
+    // the bias has moved: what each gives alone from here on, without counting
+    alone.clear();
+    for (layer_type* layer : {&first, &second}) {
+      layer->step(ts::pass::recompute);
+      layer->sync();
+      alone.push_back(layer->results());
+    }
+    for (int round = 0; round < rounds; ++round) {
+      if (round % 50 == 0) {
+        first.poison();
+        second.poison();
+        t.barrier({});
+      }
+      // each rank begins with another one now and then
+      layer_type* order[] = {&first, &second};
+      if ((round / 3 + t.rank()) % 2 != 0) std::swap(order[0], order[1]);
+      for (layer_type* layer : order) layer->step(ts::pass::train);
+      if (round % 50 != 49) continue;
+      for (layer_type* layer : order) layer->sync();
+      compare(first.results(), alone[0]);
+      compare(second.results(), alone[1]);
+    }
+    first.end_step();
+    first.sync();
+    // the routing changed with the bias, its number of pairs did not; and every round counts the same
+    std::int64_t pairs = 0;
+    for (const std::int64_t load : first.results().load) {
+      CHECK(load % rounds == 0);
+      pairs += load;
+    }
+    std::int64_t pairs_of_both = 0;
+    for (const std::int64_t load : load_of_both) pairs_of_both += load;
+    CHECK(pairs == rounds * pairs_of_both);
     t.barrier({});
   }));
 }
