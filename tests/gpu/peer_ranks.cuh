@@ -131,8 +131,8 @@ class peer_ranks {
       require(cudaMemset(window, 0xff, window_bytes), "cudaMemset");
       require(cudaMemset(window, 0, peer_rank::flag_bytes), "cudaMemset");
       windows.push_back(window);
-      require(cudaMalloc(&rank.local_, 1024), "cudaMalloc");
-      require(cudaMemset(rank.local_, 0, 1024), "cudaMemset");
+      require(cudaMalloc(&rank.local_, local_bytes), "cudaMalloc");
+      require(cudaMemset(rank.local_, 0, local_bytes), "cudaMemset");
       rank.stream_ = make_stream();
       rank.side_ = make_stream();
       require(cudaEventCreateWithFlags(&rank.fork_, cudaEventDisableTiming), "cudaEventCreate");
@@ -156,6 +156,20 @@ class peer_ranks {
     }
   }
 
+  /// Flags and counts as they were at the start, no failure: what `comm::symmetric::reset` does when all are back.
+  void reset() {
+    for (auto& rank : ranks_) {
+      require(cudaSetDevice(rank.device_), "cudaSetDevice");
+      require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    }
+    for (auto& rank : ranks_) {
+      require(cudaSetDevice(rank.device_), "cudaSetDevice");
+      require(cudaMemset(rank.window_[static_cast<std::size_t>(rank.rank_)], 0, peer_rank::flag_bytes), "cudaMemset");
+      require(cudaMemset(rank.local_, 0, local_bytes), "cudaMemset");
+      require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    }
+  }
+
   peer_rank& operator[](int r) { return ranks_[static_cast<std::size_t>(r)]; }
   int size() const { return static_cast<int>(ranks_.size()); }
 
@@ -172,6 +186,7 @@ class peer_ranks {
   }
 
  private:
+  static constexpr std::size_t local_bytes = 1024;
   std::vector<peer_rank> ranks_;
 };
 
