@@ -43,7 +43,7 @@ const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 constexpr int num_experts = 16;  // a power of two, so that steps of odd length visit different experts
 constexpr int top_k = 4;
 constexpr int hidden = 136;
-constexpr int max_tokens = 96;
+constexpr int max_tokens = 288;  // sorted by more blocks than wait by themselves
 
 __host__ __device__ constexpr std::uint32_t mix(std::uint32_t round, int a, int b) {
   std::uint32_t x = round * 0x9e3779b9u + static_cast<std::uint32_t>(a) * 0x85ebca6bu + static_cast<std::uint32_t>(b);

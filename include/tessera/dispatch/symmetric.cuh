@@ -181,6 +181,8 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                        workspace.tables.expert_counts,
                        sums.data,
                        routing_tables<A>::counts_per_rank(bounds)};
+  // Tables may be long in coming: blocks that would wait for them on many SMs are launched when they are there.
+  if (sort.plan.num_blocks > most_waiting_blocks) launch_await(side, view);
   detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
                              "sort_arrivals_kernel");
   detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");

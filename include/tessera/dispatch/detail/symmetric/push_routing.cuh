@@ -27,6 +27,9 @@ inline constexpr int no_slot = -1;  // in tables and lists: another rank's pair,
 inline constexpr int dropped_row =
     -2;  // in lists: a pair of this rank's beyond its bound; tables: ~slot - 1, which is less
 inline constexpr int push_threads = 512;
+// Blocks of a sort that wait for tables by themselves; more would keep SMs from other work, and fewer would wait for a
+// launch that few tokens notice.
+inline constexpr int most_waiting_blocks = 16;
 
 template <class A, class Layout>
 struct push_task {
