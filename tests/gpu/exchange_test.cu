@@ -503,6 +503,63 @@ TEST_CASE("an uneven table with replicas") {
   });
 }
 
+TEST_CASE("arrays that are not of the handle's sizes are refused with both numbers, and nothing is enqueued") {
+  peer_ranks ranks(2, window_bytes);
+  const ts::layout::block layout(8, 2);
+  const routing_case c{{30, 28}, 30, 64, 8, 4, routing_kind::uniform};
+  peer_rank& rank = ranks[0];
+  require(cudaSetDevice(rank.device()), "cudaSetDevice");
+  const ts::dispatch_options options;
+  rank_memory m(rank, c, options, 4);
+  const auto stream = rank.stream();
+  const auto refused = [](const std::string& part, const auto& f) {
+    try {
+      f();
+      FAIL_CHECK("nothing was thrown: " << part);
+    } catch (const ts::invalid_argument& e) {
+      const std::string text = e.what();
+      INFO(text);
+      CHECK(text.find(part) != std::string::npos);
+    }
+  };
+  const ts::matrix_view<const bf16> x{m.x, 28, c.hidden};
+  const ts::matrix_view<const bf16> pairs{m.pairs, m.bounds.max_pairs, c.hidden};
+  const ts::matrix_view<bf16> y{m.y, 28, c.hidden};
+  const ts::matrix_view<const bf16> nothing{};
+  const ts::matrix_view<bf16> fewer{m.received, 58, c.hidden};
+  const ts::matrix_view<bf16> fitting{m.returned, 60, c.hidden};
+  refused("received has room for 29 tokens of a rank, the handle is of max_tokens = 30",
+          [&] { ts::dispatch_begin(stream, rank, m.handle, x, fewer); });
+  const auto combine = [&](ts::matrix_view<bf16> returned, int top_k) {
+    ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs,
+                     returned, top_k, nothing, y);
+  };
+  refused("returned has room for 29 tokens", [&] { combine(fewer, c.top_k); });
+  refused("top_k = 3, the handle is of top_k = 4", [&] { combine(fitting, 3); });
+  refused("top_k = 5, the handle is of top_k = 4", [&] {
+    ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs, ts::matrix_view<const float>{nullptr, 28, 5},
+                      nothing, y);
+  });
+  refused("31 tokens, the handle is of max_tokens = 30", [&] {
+    ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs, ts::matrix_view<const float>{nullptr, 31, 4},
+                      nothing, ts::matrix_view<bf16>{m.y, 31, c.hidden});
+  });
+  refused("home has room for 28 tokens", [&] {
+    ts::return_pair_values(stream, rank, m.handle, m.values, ts::matrix_view<float>{m.home_values, 28, c.top_k});
+  });
+  refused("top_k = 2, the handle is of top_k = 4", [&] {
+    ts::return_pair_values(stream, rank, m.handle, m.values, ts::matrix_view<float>{m.home_values, c.max_tokens, 2});
+  });
+  auto other = m.bounds;
+  other.max_tokens = 29;
+  refused("the routing of these bounds has room for 29 tokens", [&] {
+    ts::exchange_routing(stream, rank, layout, other, options,
+                         ts::routing<float>{{m.ids, 28, c.top_k}, {m.weights, 28, c.top_k}}, m.handle, m.workspace);
+  });
+  require(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+  CHECK(rank.failure().state == 0);
+}
+
 TEST_CASE("pairs beyond the bound are dropped in the order of source, token and slot") {
   peer_ranks ranks(2, window_bytes);
   const ts::layout::block layout(8, 2);

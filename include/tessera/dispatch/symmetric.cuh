@@ -123,6 +123,8 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                   "capacity_factor = " << options.capacity_factor << ": comm::symmetric has no capacity, use 0");
   TESSERA_EXPECTS(bounds.num_local_experts <= max_experts,
                   bounds.num_local_experts << " local experts, expected at most " << max_experts);
+  expect_tokens(handle, bounds.max_tokens, "the routing of these bounds");
+  expect_top_k(handle, bounds.top_k);
   expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
   expect_matrix(chosen.weights, num_tokens, bounds.top_k, "weights");
   TESSERA_EXPECTS(layout.num_ranks() == comm.size(), "the layout places experts on " << layout.num_ranks()
@@ -217,6 +219,7 @@ void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& 
   const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
   expect_matrix(x, -1, received.cols, "rows to dispatch");
   TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  expect_tokens(handle, max_tokens, "received");
   expect_bulk_rows(x, "rows to dispatch");
   expect_bulk_rows(received, "received");
   TESSERA_EXPECTS(received.stride == received.cols,
@@ -284,6 +287,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
   TESSERA_EXPECTS(source == combine_source::expert_rows || rows.rows == returned.rows,
                   "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
   TESSERA_EXPECTS(top_k >= 1 && top_k <= detail::warp_size, "top_k = " << top_k << ", expected 1 to 32");
+  expect_tokens(handle, max_tokens, "returned");
+  expect_top_k(handle, top_k);
   if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
   expect_bulk_rows(rows, "rows to combine");
   expect_bulk_rows(returned, "returned");
@@ -381,6 +386,8 @@ template <peer_communicator Comm, class A>
 void return_pair_values(device_stream stream, Comm& comm, const dispatch_handle<A>& handle,
                         const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home) {
   using namespace detail::symmetric;
+  expect_tokens(handle, home.rows, "home");
+  expect_top_k(handle, home.cols);
   expect_window(comm, home.data, home.rows * home.cols, "home");
   TESSERA_EXPECTS(home.stride == home.cols,
                   "pair values are " << home.stride << " elements apart, they must be packed");
