@@ -5,6 +5,7 @@
 /// @file
 /// All rooms with their device halves, for `.cu` files.
 
+#include <tessera/comm/load_kernels.cuh>
 #include <tessera/comm/ordered_reduce.cuh>
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>

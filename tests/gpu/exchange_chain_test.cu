@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include <tessera/comm/load_kernels.cuh>
 #include <tessera/core/dtype.hpp>
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/layout/block.hpp>
@@ -37,8 +38,8 @@ using ts::comm::symmetric_step;
 
 // Streams of ranks that share a GPU must not wait for each other by chance.
 const int connections = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
-// Loading a kernel when it is first launched may wait for kernels that wait for other ranks of the same GPU.
-const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+// Kernels are loaded by `load_kernels` alone, unless the environment says otherwise.
+const int loading = setenv("CUDA_MODULE_LOADING", "LAZY", 0);
 
 constexpr int num_experts = 16;  // a power of two, so that steps of odd length visit different experts
 constexpr int top_k = 4;
@@ -316,8 +317,10 @@ constexpr std::size_t window_bytes = std::size_t{16} << 20;
 
 std::vector<std::unique_ptr<rank_chain>> make_chains(peer_ranks& ranks) {
   std::vector<std::unique_ptr<rank_chain>> chains(static_cast<std::size_t>(ranks.size()));
-  ranks.run(
-      [&](peer_rank& rank) { chains[static_cast<std::size_t>(rank.rank())] = std::make_unique<rank_chain>(rank); });
+  ranks.run([&](peer_rank& rank) {
+    CHECK(ts::load_kernels() > 8);
+    chains[static_cast<std::size_t>(rank.rank())] = std::make_unique<rank_chain>(rank);
+  });
   return chains;
 }
 

@@ -35,8 +35,9 @@ using device_test::on_ranks;
 using device_test::require;
 using S = ts::bfloat16;
 
-// Kernels are loaded before GPUs wait for each other, and streams do not wait for each other by chance.
-const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+// Layers load their kernels by themselves, unless the environment says otherwise; and streams do not wait for each
+// other by chance.
+const int loading = setenv("CUDA_MODULE_LOADING", "LAZY", 0);
 const int connections = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
 
 template <class Router, class WeightLayout, class Comm, class Combine = ts::combine::reduced,

@@ -55,8 +55,9 @@ struct symmetric_options {
 /// overlap. Kernels of overlapping slots wait for those of other ranks at the same time, so their SMs must add up to no
 /// more than the device has: the library's choice shares them among the slots, see `symmetric_sms`. Streams that share
 /// a hardware queue wait for each other: with slots that overlap, or with more streams than eight, set
-/// CUDA_DEVICE_MAX_CONNECTIONS=32. With a thread per GPU set CUDA_MODULE_LOADING=EAGER: loading a kernel when it is
-/// first launched may wait for kernels that wait for another rank's.
+/// CUDA_DEVICE_MAX_CONNECTIONS=32. Loading a kernel when it is first launched may wait for kernels that wait for
+/// another rank's: a layer loads its kernels when it is made, and engines with kernels of their own call `load_kernels`
+/// (`comm/load_kernels.cuh`) in their files, or set CUDA_MODULE_LOADING=EAGER.
 ///
 /// **Failure.** A kernel that waits for another rank longer than the timeout writes down whom it waited for and ends;
 /// later operations of this rank do nothing. `failure` looks without waiting, `check` throws, `wait` does so for a

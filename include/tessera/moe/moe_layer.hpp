@@ -118,6 +118,8 @@ class moe_layer {
   /// kept: call
   ///                   `reset_state` for a new layer, or load a checkpoint.
   /// @param chosen     The rest.
+  /// Between GPUs the kernels of the file that instantiates the layer are loaded onto the current device, which is the
+  /// communicator's: no rank has work enqueued that waits for another one's.
   /// @throws invalid_argument if sizes, options, placement and communicator do not fit each other, or the state is too
   /// small.
   moe_layer(const shape& sizes_of, const router_options& routing, const Layout& placement, Comm& comm,

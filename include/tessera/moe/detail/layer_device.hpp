@@ -30,6 +30,10 @@ void layer_backward_weights(device_stream stream, const Layer& layer, const type
                             matrix_view<const typename Layer::storage> dy, saved_memory saved, deferred_memory deferred,
                             const typename Layer::gradients& grads, write mode);
 
+// Loads the kernels of a layer between GPUs onto the current device.
+template <class Layer>
+void layer_load_kernels();
+
 template <class Layer>
 void layer_reset_state(device_stream stream, const Layer& layer);
 

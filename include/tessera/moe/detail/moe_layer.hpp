@@ -120,6 +120,7 @@ TESSERA_LAYER::moe_layer(const shape& sizes_of, const router_options& routing, c
   state_ = state_type::layout(builder, shape_.num_experts, Router::has_bias, num_losses,
                               num_chunks(shape_.max_tokens, chosen.chunk_tokens));
   if constexpr (requires { comm.slot(); }) state_.use_slot(comm.slot());
+  if constexpr (detail::layer_plan<moe_layer>::travels) detail::layer_load_kernels<moe_layer>();
 }
 
 TESSERA_LAYER_TEMPLATE

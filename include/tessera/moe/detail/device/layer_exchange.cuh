@@ -7,10 +7,12 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include <tessera/comm/load_kernels.cuh>
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
+#include <tessera/moe/detail/layer_device.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/router/router.cuh>
 
@@ -22,6 +24,11 @@ namespace detail {
 
 template <class Layer>
 inline constexpr bool layer_is_alone = std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>;
+
+template <class Layer>
+void layer_load_kernels() {
+  static_cast<void>(load_kernels());
+}
 
 // What a layer between GPUs refuses before anything is enqueued that other ranks would wait for.
 template <class Layer, class... Rows>
