@@ -607,4 +607,55 @@ TEST_CASE("two micro-batches at once on two slots give what each gives alone, an
   }));
 }
 
+TEST_CASE("a rank that misses a step is named by the others, which count nothing of it; after reset steps are right") {
+  const int ranks = num_ranks();
+  if (ranks == 1) {
+    MESSAGE("needs 2 GPUs");
+    return;
+  }
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  const int missing = ranks - 1;
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto options = window(64);
+    options.timeout = std::chrono::milliseconds(500);
+    auto comm = ts::comm::symmetric::create(t, options);
+    const auto r = static_cast<std::size_t>(t.rank());
+    rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks);
+    t.barrier({});
+    layer.step(ts::pass::train);
+    layer.sync();
+    const outcome plain = layer.results();
+    t.barrier({});
+    if (t.rank() != missing) {
+      layer.step(ts::pass::train);
+      int peer = -1;
+      try {
+        layer.sync();
+      } catch (const ts::comm_error& e) {
+        peer = e.peer();
+      }
+      CHECK(peer == missing);
+    }
+    t.barrier({});
+    comm.reset(layer.stream());
+    layer.poison();
+    t.barrier({});
+    layer.step(ts::pass::train);
+    layer.sync();
+    const outcome again = layer.results();
+    CHECK(same_bits(again.y, plain.y));
+    CHECK(same_bits(again.dx, plain.dx));
+    CHECK(again.gate == plain.gate);
+    CHECK(again.up == plain.up);
+    CHECK(again.down == plain.down);
+    layer.end_step();
+    layer.sync();
+    std::int64_t pairs = 0;
+    for (const std::int64_t load : layer.results().load) pairs += load;
+    CHECK(pairs == 2 * p.num_tokens * p.sizes.top_k);
+    t.barrier({});
+  }));
+}
+
 #endif
