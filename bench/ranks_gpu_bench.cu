@@ -139,6 +139,7 @@ double slowest_median_us(int times, Make make) {
 struct exchange_shape {
   std::int64_t T, d;
   int E, K;
+  bool ordered = false;  // rows are added with combine::ordered
 };
 
 // One rank's memory, with uniform random routing.
@@ -172,7 +173,13 @@ struct exchange_case {
         if (std::find(chosen.begin() + static_cast<std::ptrdiff_t>(begin), chosen.end(), id) != chosen.end()) continue;
         chosen.push_back(id);
         w.push_back(1.0f / static_cast<float>(s.K));
-        remote |= 1u << layout.owner(id).rank;
+        const int owner = layout.owner(id).rank;
+        if (s.ordered) {
+          ++rows_sent;
+          rows_to_others += owner != comm.rank();
+        } else {
+          remote |= 1u << owner;
+        }
       }
       for (int r = 0; r < comm.size(); ++r) {
         if (((remote >> r) & 1u) == 0) continue;
@@ -189,7 +196,10 @@ struct exchange_case {
     const std::int64_t rows = bounds.addressed_rows();
     workspace.tables = ts::routing_tables<float>::layout(b, bounds);
     received = {b.take<bfloat16>("received", rows * shape.d), rows, shape.d};
-    returned = {b.take<bfloat16>("returned", rows * shape.d), rows, shape.d};
+    returned = {b.take<bfloat16>("returned", shape.ordered ? 0 : rows * shape.d), rows, shape.d};
+    if (shape.ordered) {
+      returned_pairs = ts::returned_rows<bfloat16>::layout(b, bounds, shape.d, ts::combine::ordered{});
+    }
     handle = ts::dispatch_handle<float>::layout_device(b, bounds, true);
     sort_barrier = b.take<std::uint32_t>("barrier", 1);
     workspace.sort = ts::router_workspace::layout(b, shape.E, sort_barrier);
@@ -210,6 +220,12 @@ struct exchange_case {
     ts::dispatch_end(stream, comm, received);
   }
   void combine(cudaStream_t stream, ts::combine_source source) {
+    if (shape.ordered) {
+      ts::combine_pairs(stream, comm, handle, ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d},
+                        returned_pairs, ts::matrix_view<const float>{weights.data(), shape.T, shape.K},
+                        ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d});
+      return;
+    }
     const auto from = source == ts::combine_source::expert_rows
                           ? ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d}
                           : ts::matrix_view<const bfloat16>(received);
@@ -224,6 +240,7 @@ struct exchange_case {
   ts::dispatch_bounds bounds;
   ts::symmetric_routing_workspace<float> workspace;
   ts::matrix_view<bfloat16> received, returned;
+  ts::returned_rows<bfloat16> returned_pairs;
   ts::dispatch_handle<float> handle;
   std::uint32_t* sort_barrier = nullptr;
   device_array<bfloat16> pairs, x, y;
@@ -431,6 +448,9 @@ int main(int argc, char** argv) {
     exchange("combine_expert_rows", at(T), operation::combine_rows, 0);
     exchange("combine_summed_rows", at(T), operation::combine_sums, 0);
     exchange("pair", at(T), operation::pair, 0);
+  }
+  for (const std::int64_t T : {128, 4096}) {
+    exchange("combine_ordered", {T, 7168, 256, 8, true}, operation::combine_rows, 0);
   }
   exchange("lists", at(4096), operation::lists, 0);
   for (const int sms : {4, 8, 12, 16, 24, 32, 48, 64, 96, 132}) {
