@@ -9,7 +9,8 @@
 /// Token t of rank s stands in row `s * max_tokens + t` of what arrives, whatever the routing, so that a row needs no
 /// slot and a rank at most `R * max_tokens` rows. A row travels once to each rank that owns one of its experts; the
 /// owner's gather list finds it there. On the way home an owner adds up its rows of a token in fp32 in the order of k,
-/// rounds the sum once and stores it at home, where it is added to home's own rows in the order of ranks.
+/// rounds the sum once and stores it at home, where it is added to home's own rows in the order of ranks
+/// (`combine_rows`); or every row goes home and all are added there (`combine_pairs`).
 ///
 /// Every operation is a collective of the communicator: all ranks enqueue the same operations of a slot in the same
 /// order, on one stream. They do not synchronise, do not allocate, and can be captured in a CUDA graph; a replay sees

@@ -56,6 +56,9 @@ struct layer_sizes {
 /// memory that host and device read. A row bound that is exceeded is found by `comm::symmetric::check`, not by the
 /// call.
 ///
+/// Two micro-batches at once are two layers over two slots of a communicator, with the same state memory and otherwise
+/// memory of their own, each on one stream. Calls on one GPU that share a state are enqueued in one order.
+///
 /// If a call throws, state is unchanged; outputs, saved, deferred and workspace memory are undefined.
 ///
 /// The host half is defined with this header, the device half in `moe_layer.cuh`: which of them is used follows from
