@@ -82,7 +82,7 @@ class peer_rank {
     return f;
   }
 
-  static constexpr std::size_t flag_bytes = 128 * 1024;
+  static constexpr std::size_t flag_bytes = 256 * 1024;
   std::size_t window_bytes = 0;
   std::uint64_t timeout_ns = 10'000'000'000ull;
 

@@ -19,7 +19,7 @@ inline constexpr int max_symmetric_ranks = 8;
 /// Most sets of flags of a communicator of shared memory: operations that overlap.
 inline constexpr int max_symmetric_slots = 8;
 /// Flags that an operation may post per peer while it goes on.
-inline constexpr int max_symmetric_chunks = 2048;
+inline constexpr int max_symmetric_chunks = 4096;
 
 /// Kinds of operations of a slot. Each has flags of its own, so that one may follow the other without a barrier.
 enum class symmetric_channel : int {

@@ -142,24 +142,30 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   const int num_sms = expect_sm90("exchange_routing");
   const auto view = comm.view(comm::symmetric_channel::tables);
 
+  // Rows wait for their destinations only; tables and lists take the side stream.
+  const device_stream side = comm.side_stream();
+  detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
+  detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+  if (num_tokens > 0) {
+    find_destinations_kernel<Layout>
+        <<<static_cast<unsigned>((num_tokens + push_threads - 1) / push_threads), push_threads, 0, stream.get()>>>(
+            layout, chosen.expert_ids, handle.destinations);
+    detail::check_cuda(cudaGetLastError(), "find_destinations_kernel");
+  }
   push_task<A, Layout> push{view,
                             layout,
                             chosen.expert_ids,
                             chosen.weights,
                             bounds.max_tokens,
                             workspace.tables,
-                            handle.destinations,
                             counts.data,
                             routing_tables<A>::counts_per_rank(bounds)};
   const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
   const auto blocks = static_cast<unsigned>(
       std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
-  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, stream.get()>>>(push);
+  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
   detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
 
-  const device_stream side = comm.side_stream();
-  detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
-  detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
   const std::int64_t rows = bounds.addressed_rows();
   const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
   const int slots = std::max(bounds.num_local_experts, 1);
@@ -301,6 +307,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
   expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
   const int num_sms = expect_sm90("combine");
   TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
+  const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
+  const auto plan = sums_plan::make(max_tokens, row_bytes);
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
                                   rows,
                                   handle.expert_row_of,
@@ -310,7 +318,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   static_cast<int>(y.rows),
                                   static_cast<int>(max_tokens),
                                   top_k,
-                                  sums_plan::make(max_tokens, y.cols * static_cast<std::int64_t>(sizeof(S))),
+                                  plan,
+                                  plan.at_home(row_bytes),
                                   source == combine_source::summed_rows,
                                   plus,
                                   y};

@@ -67,8 +67,8 @@ __device__ __forceinline__ bool block_failed(const symmetric_view& view) {
 }
 
 /// Writes the first failure down, here and where the host sees it.
-__device__ __forceinline__ void record(const symmetric_view& view, int peer, symmetric_step step,
-                                       std::uint32_t generation) {
+static __device__ __noinline__ void record(const symmetric_view& view, int peer, symmetric_step step,
+                                           std::uint32_t generation) {
   if (atomicCAS(&view.failure->state, 0u, 1u) != 0u) return;
   for (comm::symmetric_failure* copy : {view.failure, view.host_failure}) {
     if (copy == nullptr) continue;

@@ -56,6 +56,24 @@ __device__ __forceinline__ void store_elements(T* to, const elements<T, Count>& 
   }
 }
 
+// Sums rounded once. Pairs of bf16 are rounded by one instruction.
+template <class T, class A, int Count>
+__device__ __forceinline__ elements<T, Count> round_elements(const A (&sum)[Count]) {
+  elements<T, Count> result;
+  if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<A, float> && Count % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < Count; i += 2) {
+      std::uint32_t pair;
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(sum[i + 1]), "f"(sum[i]));
+      *reinterpret_cast<std::uint32_t*>(result.value + i) = pair;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) result.value[i] = static_cast<T>(sum[i]);
+  }
+  return result;
+}
+
 // How rows of `vectors` pieces are spread over blocks: `parts` blocks along a row, several rows in a block.
 struct row_plan {
   int vectors;

@@ -39,16 +39,31 @@ struct push_task {
   matrix_view<const A> weights;         // [T, K]
   std::int64_t max_tokens;
   routing_tables<A> tables;
-  std::uint32_t* destinations;        // [T] bit r: rank r owns an expert of the token
   const std::int64_t* expert_counts;  // [num_counts] of this rank; null: nobody asks
   int num_counts;
 };
 
-template <class A, class Layout>
-__device__ __forceinline__ slot_ref owner_of(const push_task<A, Layout>& task, std::int64_t token, int k) {
-  const std::int32_t id = task.ids.row(token)[k];
-  if (id < 0 || id >= task.layout.num_experts()) return {-1, no_slot};
-  return task.layout.owner(id, choose_replica(task.layout, id, token));
+template <class Layout>
+__device__ __forceinline__ slot_ref owner_of(const Layout& layout, const matrix_view<const std::int32_t>& ids,
+                                             std::int64_t token, int k) {
+  const std::int32_t id = ids.row(token)[k];
+  if (id < 0 || id >= layout.num_experts()) return {-1, no_slot};
+  return layout.owner(id, choose_replica(layout, id, token));
+}
+
+// [T] bit r: rank r owns an expert of the token. All that rows wait for before they leave.
+template <class Layout>
+__launch_bounds__(push_threads) TESSERA_KERNEL
+    find_destinations_kernel(const __grid_constant__ Layout layout,
+                             const __grid_constant__ matrix_view<const std::int32_t> ids, std::uint32_t* destinations) {
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * push_threads + threadIdx.x;
+  if (token >= ids.rows) return;
+  std::uint32_t mask = 0;
+  for (int k = 0; k < static_cast<int>(ids.cols); ++k) {
+    const auto owner = owner_of(layout, ids, token, k);
+    if (owner.rank >= 0) mask |= 1u << owner.rank;
+  }
+  destinations[token] = mask;
 }
 
 template <class A, class Layout>
@@ -66,14 +81,10 @@ __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * push_threads + tid;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * push_threads;
   for (std::int64_t token = index; token < task.ids.rows; token += threads) {
-    std::uint32_t mask = 0;
     for (int k = 0; k < top_k; ++k) {
-      const auto owner = owner_of(task, token, k);
-      if (owner.rank < 0) continue;
-      mask |= 1u << owner.rank;
-      atomicAdd(counts + owner.rank, 1);
+      const auto owner = owner_of(task.layout, task.ids, token, k);
+      if (owner.rank >= 0) atomicAdd(counts + owner.rank, 1);
     }
-    task.destinations[token] = mask;
   }
   __syncthreads();
   if (tid < view.size) task.tables.block_counts[blockIdx.x * comm::max_symmetric_ranks + tid] = counts[tid];
@@ -89,7 +100,7 @@ __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_
     slot_ref owner{-1, no_slot};
     A weight = A(0);
     if (token < task.ids.rows) {
-      owner = owner_of(task, token, k);
+      owner = owner_of(task.layout, task.ids, token, k);
       weight = task.weights.row(token)[k];
     }
     for (int r = 0; r < view.size; ++r) {
