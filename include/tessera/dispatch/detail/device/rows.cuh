@@ -96,9 +96,8 @@ struct combine_task {
   matrix_view<const S> rows;
   const std::int32_t* expert_row_of;  // [T, K]
   int top_k;
-  matrix_view<const A> weights;   // no data: 1
-  matrix_view<const S> plus;      // no data: nothing
-  matrix_view<const A> plus_sum;  // no data: nothing
+  matrix_view<const A> weights;  // no data: 1
+  matrix_view<const S> plus;     // no data: nothing
   matrix_view<Out> y;
 };
 
@@ -138,10 +137,6 @@ __launch_bounds__(row_threads) TESSERA_KERNEL combine_kernel(const __grid_consta
     const auto plus = load_once<S, Width>(task.plus.row(t) + column);
 #pragma unroll
     for (int j = 0; j < Width; ++j) sum[j] += widen<A>(plus.value[j]);
-  }
-  if (task.plus_sum.data != nullptr) {
-#pragma unroll
-    for (int j = 0; j < Width; ++j) sum[j] += task.plus_sum.row(t)[column + j];
   }
   elements<Out, Width> out;
 #pragma unroll
