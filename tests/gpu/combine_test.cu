@@ -301,6 +301,41 @@ TEST_CASE("combine and permute are the host's for every width") {
   check_rows<ts::bfloat16, ts::bfloat16>(sorted_routing(1, 1, 1, false), 64, 64);
 }
 
+TEST_CASE("permute takes any gather list, however experts share the rows, and writes no row beyond them") {
+  std::mt19937 generator(7);
+  for (const int experts : {1, 5, 896}) {
+    for (const int most : {0, 40, 3000}) {
+      CAPTURE(experts);
+      CAPTURE(most);
+      // the experts' shares are anything between none and `most`
+      std::vector<std::int32_t> offsets{0}, gather;
+      for (int e = 0; e < experts; ++e) {
+        const auto rows = generator() % 3 == 0 ? 0 : generator() % static_cast<unsigned>(most + 1);
+        offsets.push_back(offsets.back() + static_cast<std::int32_t>(experts > 5 ? rows % 50 : rows));
+      }
+      constexpr int sources = 97, hidden = 24, unused = 33;
+      const auto rows = static_cast<std::size_t>(offsets.back());
+      for (std::size_t i = 0; i < rows; ++i) gather.push_back(static_cast<std::int32_t>(generator() % sources));
+      const auto x = random_rows<ts::bfloat16>(sources * hidden, 10);
+      buffer<ts::bfloat16> d_x(x), d_expanded((rows + unused) * hidden);
+      buffer<std::int32_t> d_offsets(offsets), d_gather(gather.size() + 1);
+      if (rows > 0)
+        device_test::require(cudaMemcpy(d_gather.data(), gather.data(), rows * 4, cudaMemcpyDefault), "copy");
+      std::vector<ts::bfloat16> expected((rows + unused) * hidden);
+      std::memset(static_cast<void*>(expected.data()), 0xff, expected.size() * 2);
+      for (std::size_t i = 0; i < rows; ++i)
+        std::copy_n(x.begin() + gather[i] * hidden, hidden, expected.begin() + static_cast<std::ptrdiff_t>(i) * hidden);
+      d_expanded.fill(0xff);
+      ts::permute(ts::device_stream(cudaStream_t{}), ts::matrix_view<const ts::bfloat16>(d_x.data(), sources, hidden),
+                  ts::expert_rows{experts, d_offsets.data(), d_gather.data()},
+                  ts::matrix_view<ts::bfloat16>(d_expanded.data(), static_cast<std::int64_t>(rows) + unused, hidden));
+      device_test::synchronize();
+      const auto got = d_expanded.get();
+      CHECK(std::memcmp(got.data(), expected.data(), expected.size() * 2) == 0);
+    }
+  }
+}
+
 TEST_CASE("dispatch moves nothing, and values of pairs come home") {
   const sorted_routing r(150, 12, 3, true);
   device_comm comm;
