@@ -184,8 +184,7 @@ void add_rows(const char* type, const size& s, int hidden) {
   };
   const auto combine = [=](cudaStream_t stream, const row_case<S>& c, const float* weights) {
     ts::combine_rows(stream, ts::matrix_view<const S>(c.pair_rows()), c.m.row_of.data(),
-                     ts::matrix_view<const float>(weights, s.tokens, s.k), ts::combine_addends<S, float>{},
-                     c.token_rows());
+                     ts::matrix_view<const float>(weights, s.tokens, s.k), ts::matrix_view<const S>{}, c.token_rows());
   };
   add("combine", [=](cudaStream_t stream, const row_case<S>& c) { combine(stream, c, c.m.weights.data()); });
   add("combine_unweighted", [=](cudaStream_t stream, const row_case<S>& c) { combine(stream, c, nullptr); });

@@ -209,7 +209,7 @@ void check_rows(const sorted_routing& r, int hidden, int stride) {
     ts::combine_rows(
         ts::device_stream(cudaStream_t{}), device_pairs, r.device.expert_row_of,
         use == ts::combine_weights::none ? ts::matrix_view<const float>(nullptr, r.tokens, r.k) : r.device_weights(),
-        ts::combine_addends<S, float>{}, device_y);
+        ts::matrix_view<const S>{}, device_y);
     device_test::synchronize();
     const auto again = d_y.get();
     CHECK(std::memcmp(again.data(), y.data(), y.size() * sizeof(Out)) == 0);
@@ -218,19 +218,16 @@ void check_rows(const sorted_routing& r, int hidden, int stride) {
   // what is added comes last
   if (stride == hidden) {
     const std::vector<S> plus = random_rows<S>(tokens * width, 8);
-    const std::vector<float> sums = device_test::normal(tokens * width, 9);
     buffer<S> d_plus(plus);
-    buffer<float> d_sums(sums);
     d_y.fill(0xff);
-    ts::combine_rows(
-        ts::device_stream(cudaStream_t{}), device_pairs, r.device.expert_row_of, r.device_weights(),
-        ts::combine_addends<S, float>{{d_plus.data(), r.tokens, hidden}, {d_sums.data(), r.tokens, hidden}}, device_y);
+    ts::combine_rows(ts::device_stream(cudaStream_t{}), device_pairs, r.device.expert_row_of, r.device_weights(),
+                     ts::matrix_view<const S>(d_plus.data(), r.tokens, hidden), device_y);
     std::vector<double> expected(tokens * width);
     ts::combine_end<ts::combine::ordered>(ts::host_stream{}, on_host, host, ts::combine_weights::routing, host_pairs,
                                           ts::matrix_view<const double>(weights.data(), r.tokens, r.k),
                                           ts::matrix_view<double>(expected.data(), r.tokens, hidden), wide);
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      expected[i] += static_cast<double>(static_cast<float>(plus[i])) + static_cast<double>(sums[i]);
+      expected[i] += static_cast<double>(static_cast<float>(plus[i]));
     }
     device_test::synchronize();
     CHECK(relative_error(d_y.get(), expected) <= tolerance<Out>);
@@ -302,6 +299,41 @@ TEST_CASE("combine and permute are the host's for every width") {
   check_rows<float, ts::bfloat16>(some, 36, 36);
   check_rows<ts::bfloat16, ts::bfloat16>(sorted_routing(0, 4, 2, false), 64, 64);
   check_rows<ts::bfloat16, ts::bfloat16>(sorted_routing(1, 1, 1, false), 64, 64);
+}
+
+TEST_CASE("permute takes any gather list, however experts share the rows, and writes no row beyond them") {
+  std::mt19937 generator(7);
+  for (const int experts : {1, 5, 896}) {
+    for (const int most : {0, 40, 3000}) {
+      CAPTURE(experts);
+      CAPTURE(most);
+      // the experts' shares are anything between none and `most`
+      std::vector<std::int32_t> offsets{0}, gather;
+      for (int e = 0; e < experts; ++e) {
+        const auto rows = generator() % 3 == 0 ? 0 : generator() % static_cast<unsigned>(most + 1);
+        offsets.push_back(offsets.back() + static_cast<std::int32_t>(experts > 5 ? rows % 50 : rows));
+      }
+      constexpr int sources = 97, hidden = 24, unused = 33;
+      const auto rows = static_cast<std::size_t>(offsets.back());
+      for (std::size_t i = 0; i < rows; ++i) gather.push_back(static_cast<std::int32_t>(generator() % sources));
+      const auto x = random_rows<ts::bfloat16>(sources * hidden, 10);
+      buffer<ts::bfloat16> d_x(x), d_expanded((rows + unused) * hidden);
+      buffer<std::int32_t> d_offsets(offsets), d_gather(gather.size() + 1);
+      if (rows > 0)
+        device_test::require(cudaMemcpy(d_gather.data(), gather.data(), rows * 4, cudaMemcpyDefault), "copy");
+      std::vector<ts::bfloat16> expected((rows + unused) * hidden);
+      std::memset(static_cast<void*>(expected.data()), 0xff, expected.size() * 2);
+      for (std::size_t i = 0; i < rows; ++i)
+        std::copy_n(x.begin() + gather[i] * hidden, hidden, expected.begin() + static_cast<std::ptrdiff_t>(i) * hidden);
+      d_expanded.fill(0xff);
+      ts::permute(ts::device_stream(cudaStream_t{}), ts::matrix_view<const ts::bfloat16>(d_x.data(), sources, hidden),
+                  ts::expert_rows{experts, d_offsets.data(), d_gather.data()},
+                  ts::matrix_view<ts::bfloat16>(d_expanded.data(), static_cast<std::int64_t>(rows) + unused, hidden));
+      device_test::synchronize();
+      const auto got = d_expanded.get();
+      CHECK(std::memcmp(got.data(), expected.data(), expected.size() * 2) == 0);
+    }
+  }
 }
 
 TEST_CASE("dispatch moves nothing, and values of pairs come home") {

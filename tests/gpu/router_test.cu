@@ -392,6 +392,10 @@ TEST_CASE("softmax before selection, with switch and z losses, is the host's") {
 TEST_CASE("softmax after selection with a bias is the host's") {
   check_shapes<ts::router<score::softmax_selected, select::top_k, weigh::raw, balance::bias, balance::switch_loss>>();
 }
+TEST_CASE("softmax before selection with a bias is the host's") {
+  using biased = ts::router<score::softmax, select::top_k, weigh::raw, balance::bias>;
+  for (const shape& s : {shape{300, 64, 6}, shape{700, 256, 8}, shape{400, 200, 1}}) check<biased>(s, 12);
+}
 TEST_CASE("group-limited sigmoid with bias and sequence loss is the host's") { check_shapes<deepseek>(true); }
 TEST_CASE("sigmoid after selection in groups by their maximum, weighing inputs, is the host's") {
   check_shapes<ts::router<score::sigmoid_selected, select::group_limited<select::group_score::max>,

@@ -24,14 +24,6 @@
 
 TESSERA_NAMESPACE_BEGIN
 
-/// What `combine_rows` adds to the sum of a token's rows, after them and in this order.
-/// @tparam S Type of rows. @tparam A Type of sums.
-template <class S, class A>
-struct combine_addends {
-  matrix_view<const S> rows;  ///< `[T, d]`, such as outputs of shared experts; without data nothing is added.
-  matrix_view<const A> sums;  ///< `[T, d]`; without data nothing is added.
-};
-
 /// Adds up the expert rows of each token in the order of k, in `A`, and rounds once to `Out`: forward combine with
 /// weights, backward of dispatch without. A token without rows becomes what is added, or zeros. Enqueues, does not
 /// synchronise.
@@ -39,19 +31,19 @@ struct combine_addends {
 /// @param pairs         `[>= row_offsets[E], d]` expert rows; rows that no token names are not read.
 /// @param expert_row_of `[T, K]`, -1 where there is no row.
 /// @param weights       `[T, K]`; without data every weight is 1, and K is its number of columns all the same.
-/// @param addends       What else is added.
+/// @param plus          `[T, d]`, added after a token's rows, such as outputs of shared experts; without data nothing
+/// is.
 /// @param y             `[T, d]`, overwritten.
 /// @throws invalid_argument if shapes do not fit.
 template <class S, class A, class Out>
 void combine_rows(device_stream stream, matrix_view<const S> pairs, const std::int32_t* expert_row_of,
-                  matrix_view<const A> weights, const combine_addends<S, A>& addends, matrix_view<Out> y) {
+                  matrix_view<const A> weights, matrix_view<const S> plus, matrix_view<Out> y) {
   TESSERA_EXPECTS(pairs.cols == y.cols, "expert rows have " << pairs.cols << " columns, combined rows have " << y.cols);
   TESSERA_EXPECTS(weights.data == nullptr || weights.rows == y.rows,
                   "routing weights are of " << weights.rows << " tokens, combined rows of " << y.rows);
-  if (addends.rows.data != nullptr) expect_matrix(addends.rows, y.rows, y.cols, "rows to add");
-  if (addends.sums.data != nullptr) expect_matrix(addends.sums, y.rows, y.cols, "sums to add");
-  detail::combine_on_device<S, A, Out>(
-      stream, {{}, pairs, expert_row_of, static_cast<int>(weights.cols), weights, addends.rows, addends.sums, y});
+  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
+  detail::combine_on_device<S, A, Out>(stream,
+                                       {{}, pairs, expert_row_of, static_cast<int>(weights.cols), weights, plus, y});
 }
 
 /// Expands tokens to expert rows through the inverse of the gather list: every token is read once. Enqueues, does not
@@ -76,25 +68,16 @@ void expand_rows(device_stream stream, matrix_view<const S> x, const std::int32_
   }
 }
 
-/// `permute` in device memory: enqueues, does not synchronise. `expand_rows` reads less where the inverse of the gather
-/// list is there.
+/// `permute` in device memory: enqueues, does not synchronise. Fast where the gather list of each expert ascends and
+/// experts are spread evenly over source rows, which holds for what dispatch makes; right for every list.
 /// @param stream   Where the work is enqueued.
 /// @param received `[received_rows, d]`.
-/// @param rows     Gather list and offsets, in device memory.
+/// @param rows     Gather list and offsets, in device memory; at most 6000 experts.
 /// @param expanded `[>= pairs, d]`; rows beyond `row_offsets[num_local_experts]` are not written.
 template <class S>
 void permute(device_stream stream, matrix_view<const S> received, const expert_rows& rows, matrix_view<S> expanded) {
   expect_matrix(expanded, -1, received.cols, "expanded rows");
-  constexpr int width = 16 / sizeof(S);
-  detail::permute_task<S> task{{}, received, rows.row_offsets + rows.num_local_experts, rows.gather, expanded};
-  const std::int64_t groups = (expanded.rows + 3) / 4;
-  if (detail::moves_vectors<S>(received.cols, received, expanded)) {
-    task.plan = detail::make_row_plan(received.cols, width);
-    detail::launch_rows(stream, detail::gather_rows_kernel<S, width>, task, groups, "gather_rows_kernel");
-  } else {
-    task.plan = detail::make_row_plan(received.cols, 1);
-    detail::launch_rows(stream, detail::gather_rows_kernel<S, 1>, task, groups, "gather_rows_kernel");
-  }
+  detail::permute_on_device(stream, received, rows, expanded);
 }
 
 /// The handle of lists that `route_sorted` wrote. `total` stays null. @param lists Of one rank. @param num_experts E.
@@ -156,7 +139,7 @@ void combine_end(device_stream stream, comm::self<space::device>&, const dispatc
                  combine_weights weights, matrix_view<const S> pairs, matrix_view<const A> routing_weights,
                  matrix_view<Out> y, const combine_workspace<S, A>&) {
   if (weights == combine_weights::none) routing_weights.data = nullptr;
-  combine_rows(stream, pairs, handle.expert_row_of, routing_weights, combine_addends<S, A>{}, y);
+  combine_rows(stream, pairs, handle.expert_row_of, routing_weights, matrix_view<const S>{}, y);
 }
 
 /// `return_pair_values` in device memory: enqueues, does not synchronise.

@@ -78,9 +78,9 @@ struct swiglu {
   /// Gradients with respect to `gate` and `up`, given that of the result, `dout`.
   template <accumulate_type A>
   TESSERA_HD static void backward(A gate, A up, A dout, A& dgate, A& dup, const options&) {
-    const A sigmoid = detail::sigmoid_of(gate);
-    dgate = dout * up * (sigmoid * (A(1) + gate * (A(1) - sigmoid)));
-    dup = dout * (gate * sigmoid);
+    const A sigmoid = detail::sigmoid_of(gate), silu = gate * sigmoid;
+    dgate = dout * up * (sigmoid + silu * (A(1) - sigmoid));
+    dup = dout * silu;
   }
 };
 

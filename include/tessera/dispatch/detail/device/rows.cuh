@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <tessera/core/expert_rows.hpp>
 #include <tessera/core/views.hpp>
 #include <tessera/router/detail/device/warp.cuh>
 
@@ -74,6 +75,16 @@ __device__ __forceinline__ elements<T, Count> round_elements(const A (&sum)[Coun
   return result;
 }
 
+// Writes what should make way for everything else in the second-level cache.
+template <class T, int Count>
+__device__ __forceinline__ void store_streaming(T* to, const elements<T, Count>& x) {
+  if constexpr (sizeof(x) == 16) {
+    __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&x));
+  } else {
+    store_elements(to, x);
+  }
+}
+
 // How rows of `vectors` pieces are spread over blocks: `parts` blocks along a row, several rows in a block.
 struct row_plan {
   int vectors;
@@ -114,9 +125,8 @@ struct combine_task {
   matrix_view<const S> rows;
   const std::int32_t* expert_row_of;  // [T, K]
   int top_k;
-  matrix_view<const A> weights;   // no data: 1
-  matrix_view<const S> plus;      // no data: nothing
-  matrix_view<const A> plus_sum;  // no data: nothing
+  matrix_view<const A> weights;  // no data: 1
+  matrix_view<const S> plus;     // no data: nothing
   matrix_view<Out> y;
 };
 
@@ -157,10 +167,6 @@ __launch_bounds__(row_threads) TESSERA_KERNEL combine_kernel(const __grid_consta
 #pragma unroll
     for (int j = 0; j < Width; ++j) sum[j] += widen<A>(plus.value[j]);
   }
-  if (task.plus_sum.data != nullptr) {
-#pragma unroll
-    for (int j = 0; j < Width; ++j) sum[j] += task.plus_sum.row(t)[column + j];
-  }
   elements<Out, Width> out;
 #pragma unroll
   for (int j = 0; j < Width; ++j) out.value[j] = static_cast<Out>(sum[j]);
@@ -171,31 +177,78 @@ template <class S>
 struct permute_task {
   row_plan plan;
   matrix_view<const S> source;
-  const std::int32_t* num_rows;  // rows to make; null: as many as `expanded` has
-  const std::int32_t* gather;    // null: row i is row i
+  const std::int32_t* row_offsets;  // [num_experts + 1]
+  int num_experts;
+  int slices_log2;
+  const std::int32_t* gather;  // null: row i is row i
   matrix_view<S> expanded;
+};
+
+inline constexpr int permute_slice_rows = 32;  // of all experts together, at most on average
+
+// A source row is read once per pair. Lists of experts ascend over the same tokens, so a block takes the same slice of
+// every expert's list, and neighbouring blocks neighbouring slices: readers of a row run at about the same time, and
+// all but one find it in the second-level cache. Nothing depends on the order of the lists but the speed.
+//
+// Of an expert with n rows, slice s of 2^l starts at (n * s + phase) >> l, with a phase of its own, so that experts
+// with few rows do not have them in the same slices. A slice has fewer than num_experts rows more than the average.
+struct permute_slice {
+  int slice;
+  int slices_log2;
+
+  __device__ int start(int expert, int rows, int which) const {
+    const unsigned phase = slices_log2 == 0 ? 0u : __brev(static_cast<unsigned>(expert)) >> (32 - slices_log2);
+    return static_cast<int>((static_cast<std::int64_t>(rows) * which + phase) >> slices_log2);
+  }
+  __device__ int begin(int expert, int rows) const { return start(expert, rows, slice); }
+  __device__ int end(int expert, int rows) const { return start(expert, rows, slice + 1); }
 };
 
 // expanded[i] = source[gather[i]].
 template <class S, int Width>
 __launch_bounds__(row_threads) TESSERA_KERNEL gather_rows_kernel(const __grid_constant__ permute_task<S> task) {
   constexpr int batch = 4;
+  extern __shared__ std::int32_t list[];
+  __shared__ int count;
+  std::int32_t* const sources = list;
+  std::int32_t* const targets = list + permute_slice_rows + task.num_experts;
+  const int tid = static_cast<int>(threadIdx.x);
+  if (tid == 0) count = 0;
+  __syncthreads();
+  const permute_slice slice{static_cast<int>(blockIdx.x), task.slices_log2};
+  for (int e = tid; e < task.num_experts; e += static_cast<int>(blockDim.x)) {
+    const int first = __ldg(task.row_offsets + e);
+    const int rows = __ldg(task.row_offsets + e + 1) - first;
+    const int begin = slice.begin(e, rows);
+    const int own = slice.end(e, rows) - begin;
+    if (own == 0) continue;
+    const int at = atomicAdd(&count, own);
+    for (int i = 0; i < own; ++i) targets[at + i] = first + begin + i;
+  }
+  __syncthreads();
+  const int rows = count;
+  for (int i = tid; i < rows; i += static_cast<int>(blockDim.x)) {
+    sources[i] = task.gather != nullptr ? __ldg(task.gather + targets[i]) : targets[i];
+  }
+  __syncthreads();
+
   const int vector = task.plan.column();
   if (vector >= task.plan.vectors) return;
   const std::int64_t column = static_cast<std::int64_t>(vector) * Width;
-  std::int64_t end = task.expanded.rows;
-  if (task.num_rows != nullptr && *task.num_rows < end) end = *task.num_rows;
-  const std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row()) * batch;
-  elements<S, Width> row[batch];
+  for (int first = task.plan.row(); first < rows; first += batch * task.plan.rows) {
+    elements<S, Width> row[batch];
 #pragma unroll
-  for (int i = 0; i < batch; ++i) {
-    if (first + i >= end) continue;
-    const std::int64_t from = task.gather != nullptr ? __ldg(task.gather + first + i) : first + i;
-    row[i] = load_once<S, Width>(task.source.row(from) + column);
-  }
+    for (int i = 0; i < batch; ++i) {
+      const int at = first + i * task.plan.rows;
+      if (at < rows) row[i] = load_once<S, Width>(task.source.row(sources[at]) + column);
+    }
 #pragma unroll
-  for (int i = 0; i < batch; ++i) {
-    if (first + i < end) store_elements(task.expanded.row(first + i) + column, row[i]);
+    for (int i = 0; i < batch; ++i) {
+      const int at = first + i * task.plan.rows;
+      if (at < rows && targets[at] < task.expanded.rows) {
+        store_streaming(task.expanded.row(targets[at]) + column, row[i]);
+      }
+    }
   }
 }
 
@@ -256,6 +309,27 @@ bool moves_vectors(std::int64_t hidden, const Views&... views) {
     return rows_are_aligned(view, std::min<std::size_t>(16, width * sizeof(*view.data)));
   };
   return hidden % static_cast<std::int64_t>(width) == 0 && (fits(views) && ...);
+}
+
+template <class S>
+void permute_on_device(device_stream stream, matrix_view<const S> source, const expert_rows& rows,
+                       matrix_view<S> expanded) {
+  constexpr int width = 16 / sizeof(S);
+  permute_task<S> task{{}, source, rows.row_offsets, rows.num_local_experts, 0, rows.gather, expanded};
+  if (expanded.rows == 0 || expanded.cols == 0) return;
+  TESSERA_EXPECTS(expanded.rows <= INT32_MAX, expanded.rows << " expert rows are too many for one call");
+  while ((std::int64_t{permute_slice_rows} << task.slices_log2) < expanded.rows) ++task.slices_log2;
+  const std::size_t shared_bytes =
+      2 * sizeof(std::int32_t) * (permute_slice_rows + static_cast<std::size_t>(rows.num_local_experts));
+  TESSERA_EXPECTS(shared_bytes <= 48 * 1024, rows.num_local_experts << " local experts are too many for permute");
+  const bool vectors = moves_vectors<S>(source.cols, source, expanded);
+  task.plan = make_row_plan(source.cols, vectors ? width : 1);
+  TESSERA_EXPECTS(task.plan.parts <= 65535, "rows of " << source.cols << " elements are too long for permute");
+  const dim3 grid(1u << task.slices_log2, static_cast<unsigned>(task.plan.parts));
+  const auto threads = static_cast<unsigned>(task.plan.per_row * task.plan.rows);
+  auto* const kernel = vectors ? gather_rows_kernel<S, width> : gather_rows_kernel<S, 1>;
+  kernel<<<grid, threads, shared_bytes, stream.get()>>>(task);
+  check_cuda(cudaGetLastError(), "gather_rows_kernel");
 }
 
 template <class S, class A, class Out>

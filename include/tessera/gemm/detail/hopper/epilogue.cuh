@@ -113,11 +113,21 @@ class warp_output {
   static __device__ __forceinline__ void read(uint4 (&v)[4], const bfloat16* matrix, std::int64_t stride, int first_row,
                                               int row_end, int column, int column_end) {
     const int at = column + unit() * 8;
-    const bfloat16* const source = matrix + (first_row + line(0)) * stride + at;
+    const auto* const source = reinterpret_cast<const unsigned char*>(matrix + (first_row + line(0)) * stride + at);
+    // of four rows; with 32 bits a row's address is one instruction
+    const auto step = static_cast<std::uint32_t>(4 * stride * static_cast<std::int64_t>(sizeof(bfloat16)));
+    const auto load = [&](int i) {
+      return *reinterpret_cast<const uint4*>(source + static_cast<std::uint64_t>(step) * static_cast<unsigned>(i));
+    };
+    if (first_row + 16 <= row_end && column + 64 <= column_end) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = first_row + line(i) < row_end && at < column_end;
-      v[i] = inside ? *reinterpret_cast<const uint4*>(source + 4 * i * stride) : uint4{0, 0, 0, 0};
+      for (int i = 0; i < 4; ++i) v[i] = load(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[i] = uint4{0, 0, 0, 0};
+        if (first_row + line(i) < row_end && at < column_end) v[i] = load(i);
+      }
     }
   }
   /// Puts what `read` has read.

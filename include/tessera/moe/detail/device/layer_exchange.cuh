@@ -96,9 +96,7 @@ class layer_exchange<Layer, true> {
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
                const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) const {
     if (!weighted) weights.data = nullptr;
-    combine_addends<S, A> addends{};
-    addends.rows = plus;
-    combine_rows(stream_, pairs, saved.handle.expert_row_of, weights, addends, y);
+    combine_rows(stream_, pairs, saved.handle.expert_row_of, weights, plus, y);
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {

@@ -51,7 +51,9 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
     if (per_lane != 0) task.groups.lanes_per_group = num_experts / groups / per_lane;
   }
   task.map = make_cell_map(num_experts, aligned, per_lane);
-  task.plan = make_list_plan(num_tokens, num_experts, num_sms, sizeof(list_scratch<A>));
+  const int stash_k = lists != nullptr ? options.top_k : 0;  // without lists nobody waits for anybody
+  constexpr std::size_t pair_bytes = sizeof(A) + sizeof(std::int32_t);
+  task.plan = make_list_plan(num_tokens, num_experts, num_sms, sizeof(list_scratch<A>), warp_size, stash_k, pair_bytes);
   task.logits = in.logits;
   task.bias = in.bias;
   task.token_ids = in.token_ids.data();
@@ -66,8 +68,8 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
     TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
                     "sorting on the device needs a router_workspace with a barrier and counts of blocks");
     task.has_lists = true;
-    task.lists = {out.expert_ids, out.weights, *lists,      workspace, counts.data,
-                  nullptr,        nullptr,     num_experts, INT32_MAX, same_slot{}};
+    task.lists = {out.expert_ids, out.weights, *lists,    workspace,   counts.data,    nullptr,
+                  nullptr,        num_experts, INT32_MAX, same_slot{}, out.expert_ids, out.weights};
   } else if (counts.data != nullptr) {
     check_cuda(
         cudaMemsetAsync(counts.data, 0, static_cast<std::size_t>(num_experts) * sizeof(std::int64_t), stream.get()),
@@ -77,17 +79,19 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
 
   const auto launch = [&](auto kernel, int threads) {
     if (lists != nullptr) {
-      launch_cooperative(stream, task.plan, threads, kernel, task, "route_kernel");
+      launch_cooperative(stream, task.plan, threads, kernel, task, "route_kernel", true);
     } else {
       kernel<<<static_cast<unsigned>(task.plan.num_blocks), static_cast<unsigned>(threads), task.plan.shared_bytes,
                stream.get()>>>(task);
       check_cuda(cudaGetLastError(), "route_kernel");
     }
   };
-  if constexpr (std::is_same_v<A, float> && (Select::by == select_by::key || Select::by == select_by::group)) {
+  if constexpr (std::is_same_v<A, float> && (Select::by == select_by::key || Select::by == select_by::group) &&
+                !(Score::over == score_over::all && score_selects_on_logits<Score>)) {
     if (fits_team<Select>(in, num_experts, options.top_k, task.groups)) {
       task.groups.lanes_per_group = task.groups.group_size / cell_width;
-      task.plan = make_list_plan(num_tokens, num_experts, num_sms, sizeof(team_scratch), team_warps * teams_per_warp);
+      task.plan = make_list_plan(num_tokens, num_experts, num_sms, sizeof(team_scratch), team_warps * teams_per_warp,
+                                 stash_k, pair_bytes);
       if (num_experts <= team_max_experts / 2) {
         launch(route_team_kernel<Score, Select, Weigh, router_type::has_bias, 2>, team_threads);
       } else {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <type_traits>
 
 #include <tessera/core/views.hpp>
 #include <tessera/router/detail/device/warp.cuh>
@@ -26,8 +27,9 @@ inline constexpr std::size_t max_static_shared_bytes = 48 * 1024;
 struct list_plan {
   int num_blocks;
   int tokens_per_block;
-  int mask_words;  // a tile is 32 * mask_words tokens
-  int experts32;   // E rounded up to 32
+  int mask_words;   // a tile is 32 * mask_words tokens
+  int experts32;    // E rounded up to 32
+  int stash_pairs;  // pairs that wait in shared memory until the counts are on their way; 0: they do not
   std::size_t shared_bytes;
 
   __host__ __device__ bool one_tile() const { return tokens_per_block <= warp_size * mask_words; }
@@ -38,12 +40,11 @@ struct list_plan {
 };
 
 // @param num_sms       Blocks that run at once.
-// @param scratch_bytes What the caller needs before the barrier, at least 16 bytes per thread; the partial sums take
-// its
-//                      place.
+// @param scratch_bytes What the caller needs before the barrier, at least 16 KiB; the partial sums take its place.
 // @param least_tokens  A block takes no fewer where there are so many.
+// @param top_k         Pairs of a token, where the caller has them for `list_stash`. @param pair_bytes Of one of them.
 inline list_plan make_list_plan(std::int64_t num_tokens, int num_experts, int num_sms, std::size_t scratch_bytes,
-                                int least_tokens = warp_size) {
+                                int least_tokens = warp_size, int top_k = 0, std::size_t pair_bytes = 0) {
   list_plan plan;
   const int most = std::max(1, std::min(num_sms, router_workspace::max_blocks));
   const std::int64_t per_block = std::max<std::int64_t>((num_tokens + most - 1) / most, least_tokens);
@@ -57,6 +58,13 @@ inline list_plan make_list_plan(std::int64_t num_tokens, int num_experts, int nu
   const auto room = static_cast<int>((max_static_shared_bytes - fixed) / mask_bytes);
   plan.mask_words = std::max(1, std::min({(plan.tokens_per_block + warp_size - 1) / warp_size, room, 8}));
   plan.shared_bytes = fixed + mask_bytes * static_cast<std::size_t>(plan.mask_words);
+  plan.stash_pairs = plan.tokens_per_block * top_k;
+  const std::size_t stash_bytes = static_cast<std::size_t>(plan.stash_pairs) * pair_bytes;
+  if (plan.shared_bytes + stash_bytes <= max_static_shared_bytes) {
+    plan.shared_bytes += stash_bytes;
+  } else {
+    plan.stash_pairs = 0;
+  }
   return plan;
 }
 
@@ -89,6 +97,7 @@ struct list_shared {
   }
   __device__ int count(const list_plan& plan, int expert) const {
     int sum = 0;
+#pragma unroll 2
     for (int w = 0; w < plan.mask_words; ++w) sum += __popc(masks[w * plan.experts32 + expert]);
     return sum;
   }
@@ -96,9 +105,22 @@ struct list_shared {
   __device__ int place(const list_plan& plan, int token, int expert) const {
     const int word = token / warp_size;
     int sum = __popc(masks[word * plan.experts32 + expert] & ((1u << (token % warp_size)) - 1u));
+#pragma unroll 2
     for (int w = 0; w < word; ++w) sum += __popc(masks[w * plan.experts32 + expert]);
     return sum;
   }
+};
+
+// Ids and weights of the block's pairs behind the masks, where the plan has room for them: they go to memory while the
+// block waits for the others, and not before it tells them its counts, which would have to wait for these writes.
+template <class A>
+struct list_stash {
+  A* weights;
+  std::int32_t* ids;
+
+  __device__ list_stash(const list_shared& shared, const list_plan& plan)
+      : weights(reinterpret_cast<A*>(shared.masks + plan.mask_words * plan.experts32)),
+        ids(reinterpret_cast<std::int32_t*>(weights + plan.stash_pairs)) {}
 };
 
 // What is sorted, and what for. `SlotOf` turns an expert id into the slot that the lists are sorted by.
@@ -114,6 +136,8 @@ struct list_task {
   int num_slots;
   int capacity;  // rows of an expert at most
   SlotOf slot_of;
+  matrix_view<std::int32_t> stashed_ids;  // where `list_stash` goes, if the plan has one
+  matrix_view<A> stashed_weights;
 };
 
 // Ids that are negative are no pairs. Lists have -1 in their place, and -2 for ids below -1, which say more to those
@@ -122,46 +146,71 @@ struct same_slot {
   __device__ int operator()(int expert) const { return expert; }
 };
 
-// Adds up the counts of all blocks, and of those before this one. A thread reads one word, 4 or 2 experts, in every
-// `slices`-th block; a warp reads whole lines. The sums of a slice go to `partial`, 4 words per thread.
+// Words of a row of counts that a thread adds up, 4 or 2 experts each; their sums take 16 bytes each of `partial`.
+template <int Threads>
+inline constexpr int count_words = Threads >= 1024 ? 1 : 2;
+
+__device__ __forceinline__ uint1 load_counts(const uint1* from) {
+  return {__ldcg(reinterpret_cast<const unsigned*>(from))};
+}
+__device__ __forceinline__ uint2 load_counts(const uint2* from) { return __ldcg(from); }
+
+// Adds up the counts of all blocks, and of those before this one. A thread does so for its words in every `slices`-th
+// block; a warp reads whole lines. The sums of a slice go to `partial`.
 template <int Threads, bool Narrow>
 __device__ __forceinline__ void add_block_counts(const list_plan& plan, const std::uint8_t* counts,
                                                  const list_shared& shared) {
-  constexpr int batch = Threads >= 1024 ? 10 : 18;  // with 256 experts and 132 blocks, all of a thread's loads
-  const int columns = plan.columns();
+  constexpr int words = count_words<Threads>;
+  constexpr int batch = 9;  // with 256 experts and 132 blocks, all of a thread's loads
+  constexpr int shift = Narrow ? 8 : 16;
+  using word_group = std::conditional_t<words == 2, uint2, uint1>;
+  const int columns = plan.columns() / words;
   const int slices = Threads / columns;
   const int slice = static_cast<int>(threadIdx.x) / columns;
   if (slice >= slices) return;
-  const int column = static_cast<int>(threadIdx.x) - slice * columns;
   const int num_blocks = static_cast<int>(gridDim.x);
   const int own = static_cast<int>(blockIdx.x);
-  const auto* const words = reinterpret_cast<const std::uint32_t*>(counts) + column;
+  const auto* const column =
+      reinterpret_cast<const word_group*>(counts) + (static_cast<int>(threadIdx.x) - slice * columns);
 
-  // narrow: experts 0 and 2, then 1 and 3, in the halves of a word, which hold 192 * 255
-  std::uint32_t total[2] = {};
-  std::uint32_t before[2] = {};
+  // Sums of words, and of their odd experts, from which those of the even ones follow. Narrow: experts 0 and 2, then 1
+  // and 3, in the halves of a word, which hold 192 * 255.
+  std::uint32_t total[2 * words] = {};
+  std::uint32_t before[2 * words] = {};
+  // every block starts with the row after its own, so that they do not all ask for the same line at once
+  int row = slice + own;
   for (int first = slice; first < num_blocks; first += batch * slices) {
-    std::uint32_t word[batch];
+    word_group group[batch];
+    bool earlier[batch];
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      // every block starts with the row after its own, so that they do not all ask for the same line at once
-      int row = first + i * slices;
-      const bool exists = row < num_blocks;
-      row = row + own < num_blocks ? row + own : row + own - num_blocks;
-      word[i] = exists ? __ldcg(words + static_cast<std::int64_t>(row) * columns) : 0u;
+      earlier[i] = row >= num_blocks;
+      const int wrapped = earlier[i] ? row - num_blocks : row;
+      group[i] = word_group{};
+      if (first + i * slices < num_blocks) group[i] = load_counts(column + static_cast<unsigned>(wrapped * columns));
+      row += slices;
     }
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
-      const bool earlier = first + i * slices + own >= num_blocks;
-      const std::uint32_t low = Narrow ? word[i] & 0x00ff00ffu : word[i] & 0xffffu;
-      const std::uint32_t high = Narrow ? (word[i] >> 8) & 0x00ff00ffu : word[i] >> 16;
-      total[0] += low;
-      total[1] += high;
-      before[0] += earlier ? low : 0u;
-      before[1] += earlier ? high : 0u;
+#pragma unroll
+      for (int w = 0; w < words; ++w) {
+        const std::uint32_t word = reinterpret_cast<const std::uint32_t*>(&group[i])[w];
+        const std::uint32_t odd = Narrow ? __byte_perm(word, 0, 0x4341) : word >> 16;
+        total[2 * w] += word;
+        total[2 * w + 1] += odd;
+        if (earlier[i]) {
+          before[2 * w] += word;
+          before[2 * w + 1] += odd;
+        }
+      }
     }
   }
-  reinterpret_cast<uint4*>(shared.partial)[threadIdx.x] = make_uint4(total[0], total[1], before[0], before[1]);
+  auto* const sums = reinterpret_cast<uint4*>(shared.partial) + words * threadIdx.x;
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    sums[w] = make_uint4(total[2 * w] - (total[2 * w + 1] << shift), total[2 * w + 1],
+                         before[2 * w] - (before[2 * w + 1] << shift), before[2 * w + 1]);
+  }
 }
 
 // The sums of one expert over the slices.
@@ -174,14 +223,16 @@ __device__ __forceinline__ void sum_slices(const list_plan& plan, const list_sha
   const int which = expert % 2;
   const int shift = narrow && expert % 4 >= 2 ? 16 : 0;
   const std::uint32_t keep = narrow ? 0xffffu : 0xffffffffu;
+  const auto* at = shared.partial + column * 4 + which;
   std::uint32_t sums[2] = {};
-  for (int slice = 0; slice < Threads / columns; ++slice) {
-    const int at = (slice * columns + column) * 4 + which;
-    sums[0] += (static_cast<std::uint32_t>(shared.partial[at]) >> shift) & keep;
-    sums[1] += (static_cast<std::uint32_t>(shared.partial[at + 2]) >> shift) & keep;
+  // halves do not carry: they hold the sums over all blocks
+#pragma unroll 4
+  for (int slice = Threads / (columns / count_words<Threads>); slice > 0; --slice, at += columns * 4) {
+    sums[0] += static_cast<std::uint32_t>(at[0]);
+    sums[1] += static_cast<std::uint32_t>(at[2]);
   }
-  total = static_cast<int>(sums[0]);
-  before = static_cast<int>(sums[1]);
+  total = static_cast<int>((sums[0] >> shift) & keep);
+  before = static_cast<int>((sums[1] >> shift) & keep);
 }
 
 // Everything after the pairs of this block have been marked. All threads of all blocks call; E <= Threads.
@@ -214,13 +265,14 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
   const bool others = gridDim.x > 1;
   if (others && tid == 0) barrier_arrive(task.workspace.barrier);
 
-  // the first pair of each thread is ready before the others are
+  const int pairs = tokens * top_k;
+  const list_stash<A> stash(shared, plan);
+  const bool stashed = plan.stash_pairs != 0;
   const auto load_pair = [&](int pair, int& slot, A& weight) {
     const int t = pair / top_k;
     const int k = pair - t * top_k;
-    const int id = task.ids.row(first + t)[k];
-    slot = task.slot_of(id);
-    weight = task.weights.row(first + t)[k];
+    slot = task.slot_of(stashed ? stash.ids[pair] : task.ids.row(first + t)[k]);
+    weight = stashed ? stash.weights[pair] : task.weights.row(first + t)[k];
     return t;
   };
   const auto write_pair = [&](int pair, int t, int slot, A weight, int place) {
@@ -236,11 +288,19 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
     }
     task.lists.expert_row_of[first * top_k + pair] = row;
   };
+  // what does not need the others: the first pair of each thread is ready before they are
+  if (stashed) {
+#pragma unroll 1
+    for (int pair = tid; pair < pairs; pair += Threads) {
+      const int t = pair / top_k;
+      task.stashed_ids.row(first + t)[pair - t * top_k] = stash.ids[pair];
+      task.stashed_weights.row(first + t)[pair - t * top_k] = stash.weights[pair];
+    }
+  }
   int ready_slot = -1;
   int ready_token = 0;
   int ready_place = 0;
   A ready_weight = A(0);
-  const int pairs = tokens * top_k;
   if (one_tile && tid < pairs) {
     ready_token = load_pair(tid, ready_slot, ready_weight);
     if (ready_slot >= 0) ready_place = shared.place(plan, ready_token, ready_slot);
@@ -301,6 +361,7 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
 
   if (one_tile) {
     if (tid < pairs) write_pair(tid, ready_token, ready_slot, ready_weight, ready_place);
+#pragma unroll 1
     for (int pair = tid + Threads; pair < pairs; pair += Threads) {
       int slot;
       A weight;
@@ -317,6 +378,7 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
     __syncthreads();
     int slot;
     A weight;
+#pragma unroll 1
     for (int pair = tile * top_k + tid; pair < tile_end * top_k; pair += Threads) {
       const int t = load_pair(pair, slot, weight) - tile;
       if (slot >= 0) {
@@ -324,6 +386,7 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int pair = tile * top_k + tid; pair < tile_end * top_k; pair += Threads) {
       const int t = load_pair(pair, slot, weight);
       write_pair(pair, t, slot, weight, slot < 0 ? 0 : shared.place(plan, t - tile, slot));

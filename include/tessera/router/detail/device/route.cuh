@@ -28,7 +28,7 @@ __device__ inline void report(device_status* status, device_fault fault, std::in
   status->expert = expert;
 }
 
-// Shared memory of the kernel before the barrier; the lists need 16 bytes per thread of it.
+// Shared memory of the kernel before the barrier; the lists need 16 KiB of it.
 template <class A>
 struct list_scratch {
   ranked_key<A> key[list_threads];
@@ -89,11 +89,26 @@ __device__ __forceinline__ chosen_expert take_given(const Task& task, std::int64
   return mine;
 }
 
+// One slot of a token's routing, to the stash or to memory.
+template <class Task, class A>
+__device__ __forceinline__ void keep_pair(const Task& task, const list_stash<A>& stash, std::int64_t t, int local,
+                                          int slot, std::int32_t id, A weight) {
+  if (task.plan.stash_pairs != 0) {
+    const int pair = local * static_cast<int>(task.ids.cols) + slot;
+    stash.ids[pair] = id;
+    stash.weights[pair] = weight;
+  } else {
+    task.ids.row(t)[slot] = id;
+    task.weights.row(t)[slot] = weight;
+  }
+}
+
 // Sequences with a token, by one warp.
 __device__ inline std::int64_t count_sequences(const std::int32_t* offsets, std::int64_t num_offsets,
                                                std::int64_t num_tokens) {
   if (num_offsets == 0) return num_tokens > 0 ? 1 : 0;
   int sum = 0;
+#pragma unroll 4
   for (std::int64_t s = 1 + threadIdx.x % warp_size; s < num_offsets; s += warp_size) {
     sum += offsets[s - 1] < offsets[s] ? 1 : 0;
   }
@@ -150,11 +165,13 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
   const std::int64_t block_end = first + task.plan.tokens_per_block;
   const std::int64_t end = block_end < task.logits.rows ? block_end : task.logits.rows;
 
+  const list_stash<A> stash(shared, task.plan);
+  shared.clear<list_threads>(task.plan);
+  start_early();
   const std::uint32_t phase = phase_of(task);
   cells<Chunks, A> next;
   std::int64_t t = first + warp;
   if (prefetches && t < end) load_cells<Chunks>(task.logits.row(t), map, lane, next);
-  shared.clear<list_threads>(task.plan);
   __syncthreads();
 
   for (; t < end; t += list_warps) {
@@ -218,8 +235,8 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
     A sum = A(0);
     if constexpr (!std::is_base_of_v<weigh::raw, Weigh>) sum = warp_sum(score);
     if (chosen) {
-      task.ids.row(t)[mine.rank] = mine.id;
-      task.weights.row(t)[mine.rank] = weigh_value<Weigh>(score, sum, task.weigh);
+      keep_pair(task, stash, t, static_cast<int>(t - first), mine.rank, mine.id,
+                weigh_value<Weigh>(score, sum, task.weigh));
       if (task.has_lists || task.counts != nullptr) {
         shared.mark(task.plan, static_cast<int>(t - first), mine.id);
       }
@@ -232,10 +249,7 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL
         unused = lane < k && lane >= __popc(used);
         if (finite && lane == 0) report(task.status, device_fault::too_few_experts, t, __popc(used));
       }
-      if (unused) {
-        task.ids.row(t)[lane] = no_expert;
-        task.weights.row(t)[lane] = A(0);
-      }
+      if (unused) keep_pair(task, stash, t, static_cast<int>(t - first), lane, no_expert, A(0));
     }
   }
 
@@ -273,19 +287,35 @@ inline int lanes_for_groups(int num_experts, int group_size) {
   return 0;
 }
 
+// @param starts_early The kernel calls `start_early`: on devices that can, it starts while the kernel before it ends.
 template <class Task>
 void launch_cooperative(device_stream stream, const list_plan& plan, int threads, void (*kernel)(Task),
-                        const Task& task, const char* what) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all of them run, or none
-  attribute.val.cooperative = 1;
+                        const Task& task, const char* what, bool starts_early = false) {
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (plan.num_blocks > 1) {
+    attributes[count].id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all of them run, or none
+    attributes[count++].val.cooperative = 1;
+  }
+#if defined(TESSERA_NO_EARLY_START)
+  starts_early = false;
+#endif
+  if (starts_early && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    // code for earlier devices, which runs on later ones too, does not wait for the kernel before it
+    cudaFuncAttributes compiled{};
+    check_cuda(cudaFuncGetAttributes(&compiled, kernel), what);
+    if (compiled.ptxVersion >= 90) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.num_blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream.get();
-  config.attrs = &attribute;
-  config.numAttrs = plan.num_blocks > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(count);
   check_cuda(cudaLaunchKernelEx(&config, kernel, task), what);
 }
 

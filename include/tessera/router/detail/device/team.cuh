@@ -6,10 +6,11 @@
 #include <type_traits>
 
 #include <tessera/router/detail/device/route.cuh>
+#include <tessera/router/detail/device/team_select.cuh>
 
 // The common case of the router's kernel: float, at most 256 experts and 8 per token. A team of 8 lanes holds a token,
 // so that a warp works on 4 tokens at once and what a token costs beside its experts is paid by a quarter of a warp.
-// Lane l of a team holds experts [8 l, 8 l + 8) of every 64.
+// What counts here is the number of instructions: a warp goes through all of them once, and a multiprocessor has 16.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
 #pragma nv_diagnostic push
@@ -19,128 +20,13 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
 
-inline constexpr int team_threads = 512;
-inline constexpr int team_warps = team_threads / warp_size;
-inline constexpr int team_size = 8;
-inline constexpr int teams_per_warp = warp_size / team_size;
-inline constexpr int team_max_k = 8;
-inline constexpr int team_max_experts = 256;
-inline constexpr int team_slots = 4;  // candidates of a lane
-inline constexpr int team_candidates = team_slots * team_size;
-
-struct team_scratch {
-  std::uint64_t word[team_threads / team_size][team_candidates];
-  float bias[team_max_experts];
-};
-
-__device__ __forceinline__ float team_max(float x) {
-#pragma unroll
-  for (int step = 1; step < team_size; step *= 2) x = fmaxf(x, __shfl_xor_sync(full_warp, x, step));
-  return x;
-}
-__device__ __forceinline__ float team_sum(float x) {
-#pragma unroll
-  for (int step = 1; step < team_size; step *= 2) x += __shfl_xor_sync(full_warp, x, step);
-  return x;
-}
-// Bit l: lane l of the own team.
-__device__ __forceinline__ unsigned team_ballot(bool x, int lane) {
-  return (__ballot_sync(full_warp, x) >> (lane & ~(team_size - 1))) & ((1u << team_size) - 1u);
-}
-
-__device__ __forceinline__ int team_expert(int cell, int member) {
-  return (cell / cell_width) * (team_size * cell_width) + member * cell_width + cell % cell_width;
-}
-
-__device__ __forceinline__ std::uint64_t key_word(float key, int id) {
-  return (static_cast<std::uint64_t>(ordered(key)) << 32) | static_cast<std::uint32_t>(~id);
-}
-
-// Sets the keys of experts of unselected groups to -inf. A group is whole lanes of a team, a power of two of them.
-template <class GroupScore, int Cells>
-__device__ __forceinline__ void mask_team_groups(float (&key)[Cells], const group_plan& plan, int num_experts, int lane,
-                                                 float* scratch) {
-  constexpr bool is_top2 = std::is_same_v<GroupScore, select::group_score::top2_sum>;
-  const int member = lane % team_size;
-#pragma unroll
-  for (int c = 0; c < Cells / cell_width; ++c) {
-    float first = minus_infinity<float>();
-    float second = minus_infinity<float>();
-#pragma unroll
-    for (int j = 0; j < cell_width; ++j) {
-      const float x = key[c * cell_width + j];
-      if constexpr (is_top2) second = fmaxf(second, fminf(x, first));
-      first = fmaxf(first, x);
-    }
-    for (int step = 1; step < plan.lanes_per_group; step *= 2) {
-      const float other = __shfl_xor_sync(full_warp, first, step);
-      if constexpr (is_top2) {
-        second = fmaxf(fmaxf(second, __shfl_xor_sync(full_warp, second, step)), fminf(first, other));
-      }
-      first = fmaxf(first, other);
-    }
-    const int cell = c * team_size + member;
-    if (cell * cell_width < num_experts && member % plan.lanes_per_group == 0) {
-      scratch[cell / plan.lanes_per_group] = is_top2 ? first + second : first;
-    }
-  }
-  __syncwarp();
-  // at most 32 groups: 4 per lane, and a bit for each in every lane
-  unsigned kept = 0;
-  for (int g = member; g < plan.groups; g += team_size) {
-    const float own = scratch[g];
-    int rank = 0;
-    for (int i = 0; i < plan.groups; ++i) {
-      const float other = scratch[i];
-      rank += other > own || (other == own && i < g) ? 1 : 0;
-    }
-    if (rank < plan.kept && own > minus_infinity<float>()) kept |= 1u << g;
-  }
-#pragma unroll
-  for (int step = 1; step < team_size; step *= 2) kept |= __shfl_xor_sync(full_warp, kept, step);
-  __syncwarp();
-#pragma unroll
-  for (int c = 0; c < Cells / cell_width; ++c) {
-    const bool keep = ((kept >> ((c * team_size + member) / plan.lanes_per_group)) & 1u) != 0;
-#pragma unroll
-    for (int j = 0; j < cell_width; ++j)
-      key[c * cell_width + j] = keep ? key[c * cell_width + j] : minus_infinity<float>();
-  }
-}
-
-// K rounds, each of which takes the largest key that is left; lane r of the team gets the expert of rank r, or -1.
-template <int Cells>
-__device__ __noinline__ int team_rounds(float (&key)[Cells], int lane, int k) {
-  const int member = lane % team_size;
-  int mine = no_expert;
-  for (int round = 0; round < k; ++round) {
-    std::uint64_t best = 0;
-    for (int i = 0; i < Cells; ++i) {
-      if (key[i] > minus_infinity<float>()) {
-        const std::uint64_t word = key_word(key[i], team_expert(i, member));
-        best = word > best ? word : best;
-      }
-    }
-    for (int step = 1; step < team_size; step *= 2) {
-      const std::uint64_t other = __shfl_xor_sync(full_warp, best, step);
-      best = other > best ? other : best;
-    }
-    if (best == 0) continue;
-    const int id = static_cast<int>(~static_cast<std::uint32_t>(best));
-    if (member == round) mine = id;
-    for (int i = 0; i < Cells; ++i) {
-      if (team_expert(i, member) == id) key[i] = minus_infinity<float>();
-    }
-  }
-  return mine;
-}
-
 // @tparam Chunks Of 64 experts.
 template <class Score, class Select, class Weigh, bool HasBias, int Chunks>
 __launch_bounds__(team_threads, 1) TESSERA_KERNEL
     route_team_kernel(const __grid_constant__ route_task<Score, Select, Weigh, float> task) {
   constexpr int cells = Chunks * cell_width;
   constexpr bool on_logits = score_selects_on_logits<Score>;
+  constexpr bool over_all = Score::over == score_over::all;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const list_shared shared(shared_bytes, sizeof(team_scratch), task.plan);
   auto& scratch = *reinterpret_cast<team_scratch*>(shared_bytes);
@@ -163,23 +49,26 @@ __launch_bounds__(team_threads, 1) TESSERA_KERNEL
     const int local = base + lane / team_size;
     return first + (local < tokens ? local : base);
   };
+  const auto exists = [&](int c) { return full || team_expert(c * cell_width, member) < num_experts; };
   const auto load = [&](int base) {
-    const float* const row = task.logits.row(token_of(base));
+    const float* const own = task.logits.row(token_of(base)) + member * cell_width;
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
-      const int expert = team_expert(c * cell_width, member);
       float4 low{};
       float4 high{};
-      if (full || expert < num_experts) {
-        low = __ldg(reinterpret_cast<const float4*>(row + expert));
-        high = __ldg(reinterpret_cast<const float4*>(row + expert + 4));
+      if (exists(c)) {
+        low = __ldg(reinterpret_cast<const float4*>(own + c * team_size * cell_width));
+        high = __ldg(reinterpret_cast<const float4*>(own + c * team_size * cell_width + 4));
       }
       float* const x = key + c * cell_width;
       x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
       x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
     }
   };
+  const list_stash<float> stash(shared, task.plan);
   int base = warp * teams_per_warp;
+  shared.clear<team_threads>(task.plan);
+  start_early();
   if (base < tokens) load(base);
 
   const std::uint32_t phase = phase_of(task);
@@ -187,12 +76,11 @@ __launch_bounds__(team_threads, 1) TESSERA_KERNEL
   if constexpr (HasBias) {
     for (int e = tid; e < team_max_experts; e += team_threads) {
       const float b = task.bias != nullptr && e < num_experts ? __ldg(task.bias + e) : 0.0f;
-      scratch.bias[e] = b;
+      scratch.bias[e] = b == b ? b : minus_infinity<float>();  // keys are numbers, whatever the bias
       bad_bias = bad_bias || !is_number(b * 0.0f);
     }
     if (bad_bias) report(task.status, device_fault::key_not_finite, 0, tid);
   }
-  shared.clear<team_threads>(task.plan);
   __syncthreads();
 
   for (; base < tokens;) {
@@ -200,37 +88,51 @@ __launch_bounds__(team_threads, 1) TESSERA_KERNEL
     const bool active = local < tokens;
     const std::int64_t t = token_of(base);
     const float* const row = task.logits.row(t);
-    float zero = 0.0f;
+    // four sums: one would be a chain as long as the keys
+    float zero[4] = {};
 #pragma unroll
-    for (int i = 0; i < cells; ++i) zero += key[i] * 0.0f;
-    const bool finite = team_ballot(!is_number(zero), lane) == 0;
+    for (int i = 0; i < cells; ++i) zero[i % 4] += key[i] * 0.0f;
+    const bool finite = team_ballot(!is_number((zero[0] + zero[1]) + (zero[2] + zero[3])), lane) == 0;
 
-    // keys
-    const auto fill = [&] {
-      if (full) return;
+    // keys, and the largest of each cell
+    const auto fill = [&](float(&x)[cells]) {
 #pragma unroll
-      for (int i = 0; i < cells; ++i) key[i] = team_expert(i, member) < num_experts ? key[i] : minus_infinity<float>();
+      for (int c = 0; c < Chunks; ++c) {
+        if (exists(c)) continue;
+#pragma unroll
+        for (int j = 0; j < cell_width; ++j) x[c * cell_width + j] = minus_infinity<float>();
+      }
     };
-    softmax_terms<float> terms;
+    float top[Chunks];
+    float scaled_max = 0.0f;
+    float inverse_sum = 1.0f;
+    // of the softmax over all experts, before it is divided by the sum
+    const auto exponential = [&](float value) { return fast_exp2(fmaf(value, log2_of_e, -scaled_max)); };
     if constexpr (!on_logits) {
 #pragma unroll
       for (int i = 0; i < cells; ++i) key[i] = score_value<Score>(key[i], task.score);
     }
-    if constexpr (Score::over == score_over::all) {
-      fill();
-      float max = minus_infinity<float>();
+    fill(key);
+    if constexpr (over_all) {
+      cell_maxima(key, top);
+      float max = top[0];
 #pragma unroll
-      for (int i = 0; i < cells; ++i) max = fmaxf(max, key[i]);
-      terms.max = team_max(max);
-      float sum = 0.0f;
+      for (int c = 1; c < Chunks; ++c) max = fmaxf(max, top[c]);
+      scaled_max = team_max(max) * log2_of_e;
+      float sum[4] = {};
 #pragma unroll
       for (int i = 0; i < cells; ++i) {
-        key[i] = fast_exp(key[i] - terms.max);
-        sum += key[i];
+        key[i] = exponential(key[i]);
+        sum[i % 4] += key[i];
       }
-      terms.inverse_sum = fast_reciprocal(team_sum(sum));
+      inverse_sum = fast_reciprocal(team_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      if constexpr (HasBias) {
 #pragma unroll
-      for (int i = 0; i < cells; ++i) key[i] *= terms.inverse_sum;
+        for (int i = 0; i < cells; ++i) key[i] *= inverse_sum;
+      } else {
+#pragma unroll
+        for (int c = 0; c < Chunks; ++c) top[c] = exists(c) ? exponential(top[c]) : minus_infinity<float>();
+      }
     }
     if constexpr (HasBias) {
 #pragma unroll
@@ -242,20 +144,14 @@ __launch_bounds__(team_threads, 1) TESSERA_KERNEL
         key[i + 3] = plain_sum(key[i + 3], b.w);
       }
     }
-    fill();
+    if constexpr (over_all) fill(key);
     if constexpr (Select::by == select_by::group) {
-      mask_team_groups<typename Select::group_score>(key, task.groups, num_experts, lane,
-                                                     reinterpret_cast<float*>(words));
+      mask_team_groups<typename Select::group_score>(key, top, task.groups, lane, reinterpret_cast<float*>(words));
+    } else if constexpr (!over_all || HasBias) {
+      cell_maxima(key, top);
     }
 
     // the K-th of the cells' maxima bounds the K-th key from below
-    float top[Chunks];
-#pragma unroll
-    for (int c = 0; c < Chunks; ++c) {
-      top[c] = key[c * cell_width];
-#pragma unroll
-      for (int j = 1; j < cell_width; ++j) top[c] = fmaxf(top[c], key[c * cell_width + j]);
-    }
 #pragma unroll
     for (int end = Chunks - 1; end > 0; --end) {
 #pragma unroll
@@ -265,20 +161,12 @@ __launch_bounds__(team_threads, 1) TESSERA_KERNEL
         top[c + 1] = low;
       }
     }
-    float bound = 0.0f;
-    for (int round = 0; round < k; ++round) {
-      bound = team_max(top[0]);
-      if (top[0] == bound) {
-#pragma unroll
-        for (int c = 0; c + 1 < Chunks; ++c) top[c] = top[c + 1];
-        top[Chunks - 1] = minus_infinity<float>();
-      }
-    }
-    bound = fmaxf(bound, -largest_number<float>());
+    const float bound = fmaxf(team_kth(top, lane, k), -largest_number<float>());
+    // bit cells - 1 - i: the sign of what key i has beyond the bound
     unsigned above = 0;
 #pragma unroll
-    for (int i = 0; i < cells; ++i) above |= key[i] >= bound ? 1u << i : 0u;
-    if (!finite) above = 0;
+    for (int i = 0; i < cells; ++i) above = __funnelshift_l(__float_as_uint(key[i] - bound), above, 1);
+    above = finite ? ~above & (0xffffffffu >> (32 - cells)) : 0u;
 
     // candidates of the team, in any order
     const int own = __popc(above);
@@ -289,156 +177,108 @@ __launch_bounds__(team_threads, 1) TESSERA_KERNEL
       if (member >= step) after += lower;
     }
     const int count = __shfl_sync(full_warp, after, team_size - 1, team_size);
-    int id[team_slots];
-    int rank[team_slots];
-    float score[team_slots];
-    bool chosen[team_slots];
-#pragma unroll
-    for (int s = 0; s < team_slots; ++s) {
-      id[s] = no_expert;
-      rank[s] = member;
-      score[s] = 0.0f;
-    }
-    const auto set_score = [&](int s) {
-      const float logit = __ldg(row + id[s]);
-      if constexpr (Score::over == score_over::selected) {
-        score[s] = score_value<Score>(logit, task.score);
-      } else {
-        score[s] = score_of<Score>(logit, task.score, terms);
-      }
-      return logit;
-    };
-    // slots that some team of the warp uses; most of the time no more than two
     const auto most = static_cast<int>(__reduce_max_sync(full_warp, static_cast<unsigned>(count)));
-    int slots = (most + team_size - 1) / team_size;
-    if (slots <= team_slots) {
+
+    // the score of a candidate, and the key that it was selected by, again
+    const auto score_again = [&](int expert, float& value) {
+      const float logit = __ldg(row + expert);
+      float score = score_value<Score>(logit, task.score);
+      value = on_logits ? logit : score;
+      if constexpr (over_all) {
+        value = exponential(score);
+        score = value * inverse_sum;
+        if constexpr (HasBias) value = score;
+      }
+      if constexpr (HasBias) value = plain_sum(value, scratch.bias[expert]);
+      return score;
+    };
+    // Lane r of a team leaves with the candidate of rank r.
+    struct ranked_score {
+      int id;
+      float score;
+    };
+    const auto rank_candidates = [&](auto slots) {
+      constexpr int most_slots = decltype(slots)::value;
+      int id[most_slots];
+      float score[most_slots];
+      std::uint64_t word[most_slots];
+#pragma unroll
+      for (int s = 0; s < most_slots; ++s) {
+        id[s] = member + s * team_size < count ? candidate_ids[member + s * team_size] : no_expert;
+      }
+#pragma unroll
+      for (int s = 0; s < most_slots; ++s) {
+        word[s] = 0;
+        score[s] = 0.0f;
+        if (id[s] == no_expert) continue;
+        float value;
+        score[s] = score_again(id[s], value);
+        word[s] = key_word(value, id[s]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int s = 0; s < most_slots; ++s) words[member + s * team_size] = word[s];
+      __syncwarp();
+      int rank[most_slots] = {};
+      for (int i = 0; i < most; i += 2) {
+        const ulonglong2 other = *reinterpret_cast<const ulonglong2*>(words + i);
+#pragma unroll
+        for (int s = 0; s < most_slots; ++s) {
+          if (other.x > word[s]) ++rank[s];
+          if (other.y > word[s]) ++rank[s];
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int s = 0; s < most_slots; ++s) {
+        if (id[s] != no_expert && rank[s] < k) reinterpret_cast<ranked_score*>(words)[rank[s]] = {id[s], score[s]};
+      }
+    };
+    int used = count < k ? count : k;
+    ranked_score mine{no_expert, 0.0f};
+    if (most <= team_candidates) {
       for (int at = after - own; above != 0; ++at) {
         const int bit = 31 - __clz(static_cast<int>(above));
         above ^= 1u << bit;
-        candidate_ids[at] = team_expert(bit, member);
+        candidate_ids[at] = team_expert(cells - 1 - bit, member);
       }
       __syncwarp();
-      std::uint64_t word[team_slots];
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) {
-        if (s < slots && member + s * team_size < count) id[s] = candidate_ids[member + s * team_size];
-      }
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) {
-        word[s] = 0;
-        if (id[s] != no_expert) {
-          const float logit = set_score(s);
-          float value = on_logits ? logit : score[s];
-          if constexpr (HasBias) value = plain_sum(value, scratch.bias[id[s]]);
-          word[s] = key_word(value, id[s]);
-        }
-      }
-      __syncwarp();
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) {
-        if (s < slots) {
-          reinterpret_cast<std::uint32_t*>(words)[member + s * team_size] = static_cast<std::uint32_t>(word[s] >> 32);
-        }
-        rank[s] = 0;
-      }
-      __syncwarp();
-      // Keys first; equal ones make the sum of the ranks too small, and then the ids count too.
-      const auto* const keys32 = reinterpret_cast<const std::uint32_t*>(words);
-      const auto add_ranks = [&](auto used_slots) {
-        std::uint32_t own_key[decltype(used_slots)::value];
-#pragma unroll
-        for (int s = 0; s < decltype(used_slots)::value; ++s) own_key[s] = static_cast<std::uint32_t>(word[s] >> 32);
-        for (int i = 0; i < most; i += 4) {
-          const uint4 other = *reinterpret_cast<const uint4*>(keys32 + i);
-#pragma unroll
-          for (int s = 0; s < decltype(used_slots)::value; ++s) {
-            if (other.x > own_key[s]) ++rank[s];
-            if (other.y > own_key[s]) ++rank[s];
-            if (other.z > own_key[s]) ++rank[s];
-            if (other.w > own_key[s]) ++rank[s];
-          }
-        }
-      };
-      if (slots <= 2) {
-        add_ranks(std::integral_constant<int, 2>{});
+      if (most <= team_candidates / 2) {
+        rank_candidates(std::integral_constant<int, team_most_slots / 2>{});
       } else {
-        add_ranks(std::integral_constant<int, team_slots>{});
+        rank_candidates(std::integral_constant<int, team_most_slots>{});
       }
-      int ranks = 0;
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) ranks += id[s] != no_expert ? rank[s] : 0;
-#pragma unroll
-      for (int step = 1; step < team_size; step *= 2) ranks += __shfl_xor_sync(full_warp, ranks, step);
-      if (__any_sync(full_warp, ranks != count * (count - 1) / 2)) {
-        __syncwarp();
-#pragma unroll
-        for (int s = 0; s < team_slots; ++s) {
-          if (s < slots) words[member + s * team_size] = word[s];
-          rank[s] = 0;
-        }
-        __syncwarp();
-        for (int i = 0; i < most; ++i) {
-          const std::uint64_t other = words[i];
-#pragma unroll
-          for (int s = 0; s < team_slots; ++s) rank[s] += other > word[s] ? 1 : 0;
-        }
-      }
+      __syncwarp();
+      if (member < used) mine = reinterpret_cast<const ranked_score*>(words)[member];
       __syncwarp();  // the next tokens write here
     } else {
       // more candidates than there is room for: many equal keys, or large ones in few lanes
-      slots = 1;
       float copy[cells];
 #pragma unroll
       for (int i = 0; i < cells; ++i) copy[i] = finite ? key[i] : minus_infinity<float>();
-      id[0] = team_rounds<cells>(copy, lane, k);
-      if (id[0] != no_expert) set_score(0);
+      mine.id = team_rounds<cells>(copy, lane, k);
+      float value;
+      if (mine.id != no_expert) mine.score = score_again(mine.id, value);
+      used = __popc(team_ballot(mine.id != no_expert, lane));
     }
 
-    float partial = 0.0f;
-    float largest_score = minus_infinity<float>();
-#pragma unroll
-    for (int s = 0; s < team_slots; ++s) {
-      chosen[s] = active && id[s] != no_expert && rank[s] < k;
-      if (chosen[s]) largest_score = fmaxf(largest_score, score[s]);
-    }
+    const bool chosen = mine.id != no_expert;
+    float score = mine.score;
     if constexpr (Score::over == score_over::selected) {
-      const float max = team_max(largest_score);
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) {
-        score[s] = fast_exp(score[s] - max);
-        partial += chosen[s] ? score[s] : 0.0f;
-      }
-      const float inverse = fast_reciprocal(team_sum(partial));
-      partial *= inverse;
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) score[s] *= inverse;
-    } else {
-#pragma unroll
-      for (int s = 0; s < team_slots; ++s) partial += chosen[s] ? score[s] : 0.0f;
+      const float max = team_max(chosen ? score : minus_infinity<float>());
+      score = chosen ? fast_exp(score - max) : 0.0f;
+      score *= fast_reciprocal(team_sum(score));
     }
     float sum = 0.0f;
-    if constexpr (!std::is_base_of_v<weigh::raw, Weigh>) sum = team_sum(partial);
-    const bool marks = task.has_lists || task.counts != nullptr;
-    std::int32_t* const ids_row = task.ids.row(t);
-    float* const weights_row = task.weights.row(t);
-    int used = 0;
-#pragma unroll
-    for (int s = 0; s < team_slots; ++s) {
-      if (s >= slots) continue;
-      used += __popc(team_ballot(chosen[s], lane));
-      if (!chosen[s]) continue;
-      ids_row[rank[s]] = id[s];
-      weights_row[rank[s]] = weigh_value<Weigh>(score[s], sum, task.weigh);
-      if (marks) shared.mark(task.plan, local, id[s]);
-    }
-    if (active && used < k) {
-      if (member == 0) {
+    if constexpr (!std::is_base_of_v<weigh::raw, Weigh>) sum = team_sum(score);
+    if (active && member < k) {
+      float weight = 0.0f;
+      if (chosen) weight = weigh_value<Weigh>(score, sum, task.weigh);
+      keep_pair(task, stash, t, local, member, mine.id, weight);
+      if (chosen && (task.has_lists || task.counts != nullptr)) shared.mark(task.plan, local, mine.id);
+      if (used < k && member == 0) {
         report(task.status, finite ? device_fault::too_few_experts : device_fault::logit_not_finite, t,
                finite ? used : 0);
-      }
-      if (member >= used && member < k) {
-        ids_row[member] = no_expert;
-        weights_row[member] = 0.0f;
       }
     }
     base += team_warps * teams_per_warp;

@@ -106,11 +106,14 @@ __device__ inline double smaller(double a, double b) { return fmin(a, b); }
 // Functions that are fast in float and exact in double. Errors in float stay below 6e-6 relative, of the argument's
 // rounding before the exponential, for every result that is a normal number.
 
-__device__ inline float fast_exp(float x) {
+inline constexpr float log2_of_e = 1.4426950408889634f;
+
+__device__ inline float fast_exp2(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ inline float fast_exp(float x) { return fast_exp2(x * log2_of_e); }
 __device__ inline double fast_exp(double x) { return ::exp(x); }
 __device__ inline float fast_reciprocal(float x) {
   float y;
@@ -131,6 +134,15 @@ __device__ inline bool is_number(A zero_sum) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks that wait for each other
+
+// For kernels that may be launched before the kernel ahead of them in the stream has ended: waits until it has, and its
+// writes can be read, and lets such a kernel behind this one be launched. Every thread calls it before it touches
+// memory that others write or read.
+__device__ __forceinline__ void start_early() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // The word's low bits count arrivals and come back to 0; its top bit flips once all have come, which this block knows
 // beforehand cannot be before itself. Only thread 0 calls.
