@@ -208,7 +208,7 @@ struct layer_backward_scratch {
   A* routed;                    // [T, d]; null on a device, as is the next
   A* gate;                      // [T, d]
   S* gate_parts;                // [3, E, d]; null on the host
-  S* shared_dx;                 // [T, d]; null on the host without shared experts
+  S* shared_dx;                 // [T, d]; null without shared experts
   std::int32_t* token_offsets;  // [2]
   typename Layer::shared_type::backward_input_scratch shared;
 
@@ -225,7 +225,7 @@ struct layer_backward_scratch {
     routed = b.take<A>("routed gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate = b.take<A>("gate's input gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
-    shared_dx = b.take<S>("replicated gradients", p.on_device || p.has_shared() ? s.max_tokens * s.hidden : 0);
+    shared_dx = b.take<S>("shared gradients", p.has_shared() ? s.max_tokens * s.hidden : 0);
     token_offsets = b.take<std::int32_t>("token offsets", 2);
     if (p.has_shared())
       shared = carve_backward_input<typename Layer::space>(p.shared, b, s.max_tokens, weight_on::output);

@@ -37,7 +37,8 @@ void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> 
   }
 }
 
-// The steps of one layer's call. `Layer` gives types, `plan` the sizes; every step enqueues on `stream`.
+// What the steps of a layer's call do with its communicator. `Layer` gives types, `plan` the sizes, `comm` the handle
+// whose slot and SMs are used; everything is enqueued on `stream`.
 template <class Layer, bool Alone = layer_is_alone<Layer>>
 class layer_exchange;
 
@@ -48,13 +49,15 @@ class layer_exchange<Layer, true> {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan)
-      : stream_(stream), layer_(layer), plan_(plan) {}
+  using comm_type = typename Layer::communicator_type;
 
-  // Chooses experts and makes the lists. @return counts of this rank.
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
+      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+
+  // Chooses experts and makes the lists.
   template <class Inputs>
-  const std::int64_t* route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                            const layer_forward_window<Layer>&, const layer_forward_scratch<Layer>& scratch) const {
+  void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
+             const layer_forward_scratch<Layer>& scratch) const {
     const int num_experts = layer_.dims().num_experts;
     const auto& state = layer_.state();
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
@@ -62,13 +65,19 @@ class layer_exchange<Layer, true> {
     set_totals(stream_, saved.handle.total, chosen.expert_ids.rows);
     if (plan_.dispatch.capacity_factor > 0) {
       choose(in, chosen, counts);
-      exchange_routing(stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-                       sort);
+      exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle, sort);
     } else {
       const router_lists<A> lists{saved.handle.expert_offsets, saved.handle.gather, saved.handle.expert_row_of,
                                   saved.handle.pair_weights};
       route_sorted(stream_, layer_.get_router(), in, chosen, counts, lists, sort, state.status);
     }
+  }
+  void send_routing(const routing<A>&, bool, const layer_saved<Layer>&, const layer_forward_window<Layer>&,
+                    const layer_forward_scratch<Layer>&) const {}
+  void await_lists() const {}
+
+  // Counts of this rank's pairs.
+  static const std::int64_t* own_counts(const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>&) {
     return saved.counts;
   }
 
@@ -95,13 +104,14 @@ class layer_exchange<Layer, true> {
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
-    return_pair_values(stream_, layer_.comm(), saved.handle, values, home, pair_values_workspace<A>{});
+    return_pair_values(stream_, comm_, saved.handle, values, home, pair_values_workspace<A>{});
   }
 
  private:
   device_stream stream_;
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
+  comm_type& comm_;
 };
 
 // Several GPUs that reach each other's memory.
@@ -116,58 +126,65 @@ class layer_exchange<Layer, false> {
   static_assert(std::is_same_v<typename Layer::combine_type, combine::reduced>,
                 "moe_layer: between GPUs rows are added with combine::reduced");
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan)
-      : stream_(stream), layer_(layer), plan_(plan) {}
+  using comm_type = typename Layer::communicator_type;
 
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
+      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+
+  // Chooses experts. The lists come with what other ranks send.
   template <class Inputs>
-  const std::int64_t* route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                            const layer_forward_window<Layer>& window,
-                            const layer_forward_scratch<Layer>& scratch) const {
-    const int num_experts = layer_.dims().num_experts;
-    const balance_counts counts = counting ? balance_counts(scratch.counts, num_experts) : balance_counts{};
-    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
+  void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
+             const layer_forward_scratch<Layer>& scratch) const {
+    route_on_device(stream_, layer_.get_router(), in, chosen, counts_of(counting, scratch), nullptr, router_workspace{},
                     layer_.state().status);
+  }
+  void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
+                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
     exchange_routing_begin(
-        stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}}, counts,
-        counting && Layer::num_losses > 0 ? balance_counts(saved.counts, num_experts) : balance_counts{});
+        stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
+        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}},
+        counts_of(counting, scratch),
+        counting && Layer::num_losses > 0 ? balance_counts(saved.counts, layer_.dims().num_experts) : balance_counts{});
+  }
+  // Waits for the lists, which experts need.
+  void await_lists() const { exchange_routing_end(stream_, comm_); }
+
+  static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
     return scratch.counts;
   }
   // After a failure nothing is counted.
-  const comm::symmetric_failure* failure() const { return layer_.comm().view(comm::symmetric_channel::tables).failure; }
+  const comm::symmetric_failure* failure() const { return comm_.view(comm::symmetric_channel::tables).failure; }
 
   void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
-    dispatch_begin(stream_, layer_.comm(), saved.handle, rows, view(received));
+    dispatch_begin(stream_, comm_, saved.handle, rows, view(received));
   }
   matrix_view<const S> await_rows(matrix_view<const S>, S* received) const {
-    return dispatch_end(stream_, layer_.comm(), view(received));
+    return dispatch_end(stream_, comm_, view(received));
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
   void combine(const layer_saved<Layer>& saved, matrix_view<const A>, bool weighted, matrix_view<const S> pairs,
                S* returned, matrix_view<const S> plus, matrix_view<S> y) const {
-    combine_rows(stream_, layer_.comm(), saved.handle, weighted ? combine_weights::routing : combine_weights::none,
+    combine_rows(stream_, comm_, saved.handle, weighted ? combine_weights::routing : combine_weights::none,
                  combine_source::expert_rows, pairs, view(returned), layer_.dims().top_k, plus, y);
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
-    return_pair_values(stream_, layer_.comm(), saved.handle, values,
+    return_pair_values(stream_, comm_, saved.handle, values,
                        matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols});
   }
 
  private:
   matrix_view<S> view(S* rows) const { return {rows, plan_.bounds.addressed_rows(), layer_.dims().hidden}; }
+  balance_counts counts_of(bool counting, const layer_forward_scratch<Layer>& scratch) const {
+    return counting ? balance_counts(scratch.counts, layer_.dims().num_experts) : balance_counts{};
+  }
 
   device_stream stream_;
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
+  comm_type& comm_;
 };
-
-// Waits for the lists of the routing, which experts need.
-template <class Layer>
-void await_lists(device_stream stream, const Layer& layer) {
-  if constexpr (!layer_is_alone<Layer>) exchange_routing_end(stream, layer.comm());
-}
 
 }  // namespace detail
 
