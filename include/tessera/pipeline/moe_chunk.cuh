@@ -15,6 +15,7 @@
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/dispatch/dispatch.cuh>
 #include <tessera/moe/moe_layer.cuh>
 #include <tessera/pipeline/moe_chunk.hpp>
 
@@ -24,15 +25,21 @@ namespace pipeline {
 
 namespace detail {
 
-// `y = round(h + y)`, summed in A.
-template <class A, class S>
-__global__ void __launch_bounds__(256) add_residual_kernel(const S* h, matrix_view<S> y) {
+// `y = round(h + y)`, summed in A, `Width` elements a thread.
+template <class A, class S, int Width>
+__global__ void __launch_bounds__(256) add_residual_kernel(matrix_view<const S> h, matrix_view<S> y) {
+  using tessera::detail::elements;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t count = y.rows * y.cols;
+  const std::int64_t per_row = y.cols / Width, count = y.rows * per_row;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const std::int64_t row = i / y.cols;
-    S& to = y(row, i - row * y.cols);
-    to = static_cast<S>(static_cast<A>(h[i]) + static_cast<A>(to));
+    const std::int64_t row = i / per_row, column = (i - row * per_row) * Width;
+    auto& to = *reinterpret_cast<elements<S, Width>*>(y.row(row) + column);
+    const auto from = *reinterpret_cast<const elements<S, Width>*>(h.row(row) + column);
+    elements<S, Width> sum = to;
+#pragma unroll
+    for (int j = 0; j < Width; ++j)
+      sum.value[j] = static_cast<S>(static_cast<A>(from.value[j]) + static_cast<A>(sum.value[j]));
+    to = sum;
   }
 }
 
@@ -47,11 +54,14 @@ Comm within(const Comm& comm, int num_sms) {
 }
 
 template <class A, class S>
-void add_residual(device_stream stream, const S* h, matrix_view<S> y) {
-  const std::int64_t count = y.rows * y.cols;
+void add_residual(device_stream stream, matrix_view<const S> h, matrix_view<S> y) {
+  constexpr int width = 16 / sizeof(S);
+  const bool by_lines = tessera::detail::moves_vectors<S>(y.cols, h, y);
+  const std::int64_t count = y.rows * (y.cols / (by_lines ? width : 1));
   if (count == 0) return;
   const auto blocks = static_cast<unsigned>((std::min<std::int64_t>)((count + 255) / 256, 2048));
-  add_residual_kernel<A, S><<<blocks, 256, 0, stream.get()>>>(h, y);
+  const auto kernel = by_lines ? add_residual_kernel<A, S, width> : add_residual_kernel<A, S, 1>;
+  kernel<<<blocks, 256, 0, stream.get()>>>(h, y);
   const cudaError_t launched = cudaGetLastError();
   TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
                      "the launch of add_residual_kernel: " << cudaGetErrorString(launched));
@@ -135,7 +145,7 @@ requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
   with_forward(call, [&](const auto& steps) {
     steps.combine(call.lane.stream, output(call));
-    detail::add_residual<accumulate, element>(call.lane.stream, residual_, output(call));
+    detail::add_residual<accumulate, element>(call.lane.stream, view(residual_, call.item.rows), output(call));
     steps.count(call.lane.stream);
   });
 }
