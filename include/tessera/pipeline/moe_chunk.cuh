@@ -43,16 +43,6 @@ __global__ void __launch_bounds__(256) add_residual_kernel(matrix_view<const S> 
   }
 }
 
-// A handle of the communicator that keeps to the multiprocessors of a phase, where it can.
-template <class Comm>
-Comm within(const Comm& comm, int num_sms) {
-  Comm result = comm;
-  if constexpr (requires { result.set_num_sms(num_sms); }) {
-    if (num_sms > 0) result.set_num_sms(num_sms);
-  }
-  return result;
-}
-
 template <class A, class S>
 void add_residual(device_stream stream, matrix_view<const S> h, matrix_view<S> y) {
   constexpr int width = 16 / sizeof(S);
@@ -75,7 +65,7 @@ template <class Step>
 void moe_chunk<Layer, Mixer>::with_forward(const forward_type& call, Step&& step) {
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
-  auto comm = detail::within(b.layer->comm(), call.lane.num_sms);
+  auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
   step(tessera::detail::layer_forward_steps<Layer>(*b.layer, comm, pass::train, inputs_of(call), b.weights,
                                                    memory_of(call.layer, call.item.slot).saved, forward_scratch_));
 }
@@ -87,7 +77,7 @@ void moe_chunk<Layer, Mixer>::with_backward(const backward_type& call, Step&& st
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
   const memory& m = memory_of(call.layer, call.item.slot);
-  auto comm = detail::within(b.layer->comm(), call.lane.num_sms);
+  auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
   step(tessera::detail::layer_backward_steps<Layer>(*b.layer, comm, inputs_of(call), output_gradient(call), b.weights,
                                                     m.saved, m.deferred, backward_scratch_));
 }
@@ -163,6 +153,7 @@ void moe_chunk<Layer, Mixer>::backward_combine(const backward_type& call) {
   with_backward(call, [&](const auto& steps) {
     steps.send(call.lane.stream);
     steps.receive(call.lane.stream);
+    steps.resend(call.lane.stream);
   });
 }
 

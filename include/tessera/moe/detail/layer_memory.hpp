@@ -13,6 +13,7 @@
 #include <tessera/dispatch/symmetric.hpp>
 #include <tessera/experts/experts.hpp>
 #include <tessera/moe/detail/gate_splits.hpp>
+#include <tessera/moe/saved_rows.hpp>
 #include <tessera/moe/shape.hpp>
 #include <tessera/router/lists.hpp>
 
@@ -30,6 +31,7 @@ struct layer_plan {
              const typename Layer::options& chosen)
       : sizes(s),
         chunk_tokens(chosen.chunk_tokens),
+        resends(chosen.rows == saved_rows::resend),
         dispatch(chosen.dispatch),
         bounds(dispatch_bounds::make(placement.num_ranks(), s.num_experts, placement.num_slots(rank), s.top_k,
                                      s.max_tokens, chosen.dispatch)),
@@ -47,12 +49,15 @@ struct layer_plan {
     if (on_device) return travels ? bounds.addressed_rows() : 0;
     return alone() ? 0 : bounds.max_received_rows();
   }
+  // Elements of such rows.
+  std::int64_t received_elements() const { return received_rows() * sizes.hidden; }
   gate_splits gate_gradient_splits() const {
     return gate_splits::make(sizes.max_tokens, chunk_tokens, sizes.num_experts, sizes.hidden);
   }
 
   shape sizes;
   std::int64_t chunk_tokens;
+  bool resends;
   dispatch_options dispatch;
   dispatch_bounds bounds;
   experts_type experts;
@@ -77,14 +82,14 @@ struct layer_saved {
   A* weights;                 // [T, K]
   std::int64_t* counts;       // [E + 2] of all ranks
   dispatch_handle<A> handle;  //
-  S* received;                // [received rows, d]; null at one rank
+  S* received;                // [received rows, d]; null at one rank and where x is sent again
   typename Layer::experts_type::saved_view experts;
   typename Layer::shared_type::saved_view shared;
 
   // What other ranks write comes first, here and below: its place may not depend on what differs between ranks.
   layer_saved(memory_builder& b, const layer_plan<Layer>& plan) {
     const shape& s = plan.sizes;
-    received = b.take<S>("received rows", plan.received_rows() * s.hidden);
+    received = b.take<S>("received rows", plan.resends ? 0 : plan.received_elements());
     logits = b.take<A>("logits", s.max_tokens * s.num_experts);
     expert_ids = b.take<std::int32_t>("expert ids", s.max_tokens * s.top_k);
     weights = b.take<A>("routing weights", s.max_tokens * s.top_k);
@@ -103,13 +108,15 @@ struct layer_saved {
 // What other ranks write during forward, which comes first in the workspace.
 template <class Layer>
 struct layer_forward_window {
-  routing_tables<typename Layer::accumulate> tables;
-  typename Layer::storage* returned = nullptr;  // [received rows, d]
+  typename Layer::storage* received;                  // [received rows, d] where x is sent again
+  routing_tables<typename Layer::accumulate> tables;  // null on the host, as is the next
+  typename Layer::storage* returned = nullptr;        // [received rows, d]
 
   layer_forward_window(memory_builder& b, const layer_plan<Layer>& p) {
+    received = b.take<typename Layer::storage>("received rows", p.resends ? p.received_elements() : 0);
     if (!p.travels) return;
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
-    returned = b.take<typename Layer::storage>("returned rows", p.received_rows() * p.sizes.hidden);
+    returned = b.take<typename Layer::storage>("returned rows", p.received_elements());
   }
 };
 
@@ -159,6 +166,7 @@ struct layer_deferred {
   std::int32_t* gate_split_offsets;  // [chunks * splits + 1]
   A* gate_partial;                   // [chunks * splits, 2 E, d]
   S* dy_received;                    // [received rows, d]; null at one rank
+  S* x_received;                     // [received rows, d] where x is sent again
   std::int32_t* chunk_offsets;       // [chunks + 1]
   typename Layer::experts_type::deferred_view experts;
   typename Layer::experts_type::backward_weights_scratch experts_scratch;
@@ -167,7 +175,8 @@ struct layer_deferred {
 
   layer_deferred(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    dy_received = b.take<S>("received gradients", p.received_rows() * s.hidden);
+    dy_received = b.take<S>("received gradients", p.received_elements());
+    x_received = b.take<S>("received rows", p.resends ? p.received_elements() : 0);
     dlogits = b.take<A>("logit gradients", s.max_tokens * s.num_experts);
     const std::int64_t splits = p.on_device ? p.max_chunks * p.gate_gradient_splits().per_chunk : 0;
     dlogit_parts = b.take<S>("parts of logit gradients", p.on_device ? s.max_tokens * 3 * s.num_experts : 0);
@@ -214,7 +223,7 @@ struct layer_backward_scratch {
 
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    returned = b.take<S>("returned rows", p.travels ? p.received_rows() * s.hidden : 0);
+    returned = b.take<S>("returned rows", p.travels ? p.received_elements() : 0);
     dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);
@@ -231,6 +240,18 @@ struct layer_backward_scratch {
       shared = carve_backward_input<typename Layer::space>(p.shared, b, s.max_tokens, weight_on::output);
   }
 };
+
+// The rows that other ranks sent, during forward and behind it; null at one rank.
+template <class Layer>
+typename Layer::storage* rows_of(const layer_plan<Layer>& plan, const layer_saved<Layer>& saved,
+                                 const layer_forward_window<Layer>& window) {
+  return plan.resends ? window.received : saved.received;
+}
+template <class Layer>
+typename Layer::storage* rows_of(const layer_plan<Layer>& plan, const layer_saved<Layer>& saved,
+                                 const layer_deferred<Layer>& deferred) {
+  return plan.resends ? deferred.x_received : saved.received;
+}
 
 // Bytes of slice sets one after another. @tparam Slices Of the above.
 template <class... Slices, class Layer>

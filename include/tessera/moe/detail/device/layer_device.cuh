@@ -22,11 +22,13 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
   check_forward(layer, in, params, y);
   check_exchange(layer, {saved.data, workspace.data}, in.x, y);
   const layer_forward_steps<Layer> steps(layer, layer.comm(), mode, in, params, saved, workspace);
+  layer_side<Layer> side(layer, layer.comm());
   steps.route(stream);
-  steps.send(stream);
-  steps.shared(stream);
+  steps.send(stream, steps.has_shared() ? side.rows_sms() : 0);
   steps.receive(stream);
+  if (steps.has_shared()) steps.shared(side.fork_behind_lists(stream));
   steps.experts(stream);
+  side.join(stream);
   steps.combine(stream, y);
   steps.count(stream);
 }
@@ -39,10 +41,14 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   check_backward_input(layer, in, dy, params, dx);
   check_exchange(layer, {saved.data, deferred.data, workspace.data}, in.x, dy, dx);
   const layer_backward_steps<Layer> steps(layer, layer.comm(), in, dy, params, saved, deferred, workspace);
-  steps.send(stream);
-  steps.shared(stream);
+  layer_side<Layer> side(layer, layer.comm());
+  if (steps.has_shared()) steps.shared(side.fork(stream), side.product_sms());
+  steps.send(stream, steps.has_shared() ? side.rows_sms() : 0);
   steps.receive(stream);
-  steps.experts(stream);
+  if (steps.resends()) steps.resend(side.fork(stream), side.rows_sms());
+  if (steps.resends() && steps.experts_read_x()) side.join(stream);
+  steps.experts(stream, steps.resends() ? side.product_sms() : 0);
+  side.join(stream);
   steps.combine(stream, dx);
   steps.gate(stream, dx);
 }

@@ -12,6 +12,7 @@
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_memory.hpp>
+#include <tessera/moe/side_stream.hpp>
 #include <tessera/router/router.cuh>
 
 TESSERA_NAMESPACE_BEGIN
@@ -36,6 +37,70 @@ void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> 
     (symmetric::expect_bulk_rows(rows, "moe_layer: tokens and gradients between GPUs"), ...);
   }
 }
+
+// A handle of the communicator whose operations take `sms` multiprocessors, where it has a say; 0: as they are.
+template <class Comm>
+Comm within(const Comm& comm, int sms) {
+  Comm result = comm;
+  if constexpr (requires { result.set_num_sms(sms); }) {
+    if (sms > 0) result.set_num_sms(sms);
+  }
+  return result;
+}
+
+// Multiprocessors of rows that travel beside products: so many fill the links.
+inline constexpr int sms_beside_products = 16;
+
+// Work beside the caller's stream. Between GPUs it is on the communicator's side stream, where lists are made; on one
+// GPU on the stream that the engine lends, or on the caller's.
+template <class Layer>
+class layer_side {
+ public:
+  using comm_type = typename Layer::communicator_type;
+  static constexpr bool of_communicator = peer_communicator<comm_type>;
+
+  layer_side(const Layer& layer, comm_type& comm) {
+    if constexpr (!of_communicator) {
+      side_ = layer.get_options().side;
+    } else {
+      side_ = {comm.side_stream().get(), comm.fork_event(), comm.join_event()};
+      beside_rows_ = comm.num_sms() > 0 ? comm.num_sms() : sms_beside_products;
+      beside_products_ = device_attribute(cudaDevAttrMultiProcessorCount) - beside_rows_;
+    }
+  }
+
+  // The side stream, behind what `stream` holds.
+  device_stream fork(device_stream stream) {
+    if (side_.stream == nullptr) return stream;
+    check_cuda(cudaEventRecord(side_.fork, stream.get()), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(side_.stream, side_.fork, 0), "cudaStreamWaitEvent");
+    forked_ = true;
+    return side_.stream;
+  }
+  // The same in forward, when routing and rows are on their way: behind the making of lists, so that the blocks that
+  // send rows stand already.
+  device_stream fork_behind_lists(device_stream stream) {
+    if constexpr (!of_communicator) return fork(stream);
+    forked_ = true;
+    return side_.stream;
+  }
+  // What follows on `stream` comes behind what is on the side stream.
+  void join(device_stream stream) const {
+    if (!forked_) return;
+    check_cuda(cudaEventRecord(side_.join, side_.stream), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(stream.get(), side_.join, 0), "cudaStreamWaitEvent");
+  }
+
+  // Multiprocessors of rows that travel beside products, and of the first of these; 0: as they like.
+  int rows_sms() const { return beside_rows_; }
+  int product_sms() const { return beside_products_; }
+
+ private:
+  side_stream side_;
+  bool forked_ = false;
+  int beside_rows_ = 0;
+  int beside_products_ = 0;
+};
 
 // What the steps of a layer's call do with its communicator. `Layer` gives types, `plan` the sizes, `comm` the handle
 // whose slot and SMs are used; everything is enqueued on `stream`.

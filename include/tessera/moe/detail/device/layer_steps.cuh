@@ -81,18 +81,19 @@ class layer_forward_steps {
                  scratch_.token_offsets, sms);
     exchange(stream).route(routing_inputs(), chosen(), counting(), saved_, scratch_);
   }
-  // Routing and rows, to the owners of experts.
-  void send(device_stream stream) const {
-    const auto to_owners = exchange(stream);
-    to_owners.send_routing(chosen(), counting(), saved_, window_, scratch_);
-    to_owners.send_rows(saved_, x_, saved_.received);
+  // Routing and rows, to the owners of experts. @param rows_sms Multiprocessors of the rows; 0: the communicator's.
+  void send(device_stream stream, int rows_sms = 0) const {
+    exchange(stream).send_routing(chosen(), counting(), saved_, window_, scratch_);
+    auto comm = within(comm_, rows_sms);
+    layer_exchange<Layer>(stream, layer_, plan_, comm).send_rows(saved_, x_, received());
   }
   // Waits for lists and rows.
   void receive(device_stream stream) const {
     exchange(stream).await_lists();
-    exchange(stream).await_rows(x_, saved_.received);
+    exchange(stream).await_rows(x_, received());
   }
   // Any time before `combine`.
+  bool has_shared() const { return plan_.has_shared(); }
   void shared(device_stream stream, int sms = 0) const {
     if (!plan_.has_shared()) return;
     plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, {}, params_.shared,
@@ -100,7 +101,7 @@ class layer_forward_steps {
                          with_first_sms(scratch_.shared, sms));
   }
   void experts(device_stream stream, int sms = 0) const {
-    plan_.experts.forward(stream, saved_.handle.rows(), exchange(stream).arrived(x_, saved_.received),
+    plan_.experts.forward(stream, saved_.handle.rows(), exchange(stream).arrived(x_, received()),
                           {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts, pairs(),
                           with_first_sms(scratch_.experts, sms));
   }
@@ -131,6 +132,7 @@ class layer_forward_steps {
   bool counting() const { return mode_ != pass::eval; }
   auto routing_inputs() const { return router_view(saved_, layer_, in_); }
   routing<A> chosen() const { return saved_.chosen(x_.rows, plan_.sizes); }
+  S* received() const { return rows_of(plan_, saved_, window_); }
   matrix_view<S> pairs() const { return {scratch_.pairs, plan_.bounds.max_pairs, plan_.sizes.hidden}; }
 
   const Layer& layer_;
@@ -174,10 +176,25 @@ class layer_backward_steps {
     share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
   }
 
-  // dy, to the owners of experts: the adjoint of combine.
-  void send(device_stream stream) const { exchange(stream).send_rows(saved_, dy_, deferred_.dy_received); }
+  // dy, to the owners of experts: the adjoint of combine. @param rows_sms As in forward.
+  void send(device_stream stream, int rows_sms = 0) const {
+    auto comm = within(comm_, rows_sms);
+    layer_exchange<Layer>(stream, layer_, plan_, comm).send_rows(saved_, dy_, deferred_.dy_received);
+  }
   void receive(device_stream stream) const { exchange(stream).await_rows(dy_, deferred_.dy_received); }
+  // x again, where received rows were not kept: behind `receive`, before the weights' gradients, and before `experts`
+  // where these read it.
+  bool resends() const { return plan_.resends && plan_.travels; }
+  bool experts_read_x() const { return plan_.weights_on == weight_on::input; }
+  void resend(device_stream stream, int rows_sms = 0) const {
+    if (!resends()) return;
+    auto comm = within(comm_, rows_sms);
+    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm);
+    exchange.send_rows(saved_, x_, deferred_.x_received);
+    exchange.await_rows(x_, deferred_.x_received);
+  }
   // Any time before `combine`.
+  bool has_shared() const { return plan_.has_shared(); }
   void shared(device_stream stream, int sms = 0) const {
     if (!plan_.has_shared()) return;
     plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_, {}, params_.shared,
@@ -188,9 +205,9 @@ class layer_backward_steps {
   void experts(device_stream stream, int sms = 0) const {
     const auto arrived = exchange(stream);
     plan_.experts.backward_input(
-        stream, saved_.handle.rows(), arrived.arrived(x_, saved_.received), arrived.arrived(dy_, deferred_.dy_received),
-        {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts, deferred_.experts, dpairs(),
-        scratch_.dpair_weights, with_first_sms(scratch_.experts, sms));
+        stream, saved_.handle.rows(), arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        arrived.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, params_.experts,
+        saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights, with_first_sms(scratch_.experts, sms));
   }
   // Home: dx = sums of rows, and the shared experts' part; and the gradients of the routing weights.
   void combine(device_stream stream, matrix_view<S> dx) const {
@@ -255,10 +272,10 @@ class layer_weight_steps {
   // Of routed and shared experts.
   void experts(device_stream stream, const gradients& grads, write mode, int sms = 0) const {
     const layer_exchange<Layer> exchange(stream, layer_, plan_, layer_.comm());
-    plan_.experts.backward_weights(stream, saved_.handle.rows(), exchange.arrived(x_, saved_.received),
-                                   exchange.arrived(dy_, deferred_.dy_received),
-                                   {saved_.handle.pair_weights, plan_.weights_on}, saved_.experts, deferred_.experts,
-                                   grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
+    plan_.experts.backward_weights(
+        stream, saved_.handle.rows(), exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        exchange.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, saved_.experts,
+        deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
     if (plan_.has_shared())
       plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, {}, saved_.shared, deferred_.shared, grads.shared,
                                     mode, deferred_.shared_scratch);
