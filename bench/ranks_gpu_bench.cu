@@ -19,119 +19,13 @@
 #include <tessera/layout/block.hpp>
 #include <tessera/moe/moe_layer.cuh>
 
-#include "gpu_timing.cuh"
+#include "rank_timing.cuh"
 
 namespace {
 
 namespace ts = tessera;
 using namespace tessera_bench;
 using ts::bfloat16;
-
-constexpr std::size_t window_bytes = std::size_t{12} << 30;
-
-// The communicator of each GPU, made once.
-class gpu_ranks {
- public:
-  static gpu_ranks& all() {
-    static gpu_ranks ranks;
-    return ranks;
-  }
-  int size() const { return static_cast<int>(comms_.size()); }
-
-  // Calls `f(comm, stream)` on every rank, each in a thread of its own.
-  template <class F>
-  void run(F f) {
-    ts::comm::threads::run(size(),
-                           [&](ts::comm::threads& t) {
-                             require(cudaSetDevice(t.rank()), "cudaSetDevice");
-                             f(*comms_[static_cast<std::size_t>(t.rank())]);
-                           },
-                           {.timeout = std::chrono::minutes(2)});
-  }
-
- private:
-  gpu_ranks() {
-    int devices = 0;
-    require(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
-    comms_.resize(static_cast<std::size_t>(devices));
-    ts::comm::threads::run(devices,
-                           [&](ts::comm::threads& t) {
-                             require(cudaSetDevice(t.rank()), "cudaSetDevice");
-                             ts::comm::symmetric_options options;
-                             options.window_bytes = window_bytes;
-                             comms_[static_cast<std::size_t>(t.rank())] =
-                                 std::make_unique<ts::comm::symmetric>(ts::comm::symmetric::create(t, options));
-                           },
-                           {.timeout = std::chrono::minutes(2)});
-  }
-  std::vector<std::unique_ptr<ts::comm::symmetric>> comms_;
-};
-
-using work = std::function<void(cudaStream_t)>;
-
-cudaGraphExec_t graph_of(cudaStream_t stream, const work& f, int times) {
-  cudaGraph_t graph;
-  cudaGraphExec_t replay;
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < times; ++i) f(stream);
-  require(cudaStreamEndCapture(stream, &graph), "the end of the capture");
-  require(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
-  cudaGraphDestroy(graph);
-  return replay;
-}
-
-// Median over repeats of the slowest rank's time for one `f`, in microseconds. `make(comm)` gives a rank its work:
-// {what runs before, untimed; what is timed}.
-struct rank_work {
-  work before;
-  work timed;
-  bool captured = true;
-};
-template <class Make>
-double slowest_median_us(int times, Make make) {
-  constexpr std::size_t repeats = 12, warm_up = 3;
-  auto& ranks = gpu_ranks::all();
-  std::vector<std::vector<double>> us(static_cast<std::size_t>(ranks.size()));
-  ranks.run([&](ts::comm::symmetric& comm) {
-    comm.release_all();
-    const cudaStream_t stream = make_stream();
-    const rank_work w = make(comm);
-    if (w.before) w.before(stream);
-    w.timed(stream);  // first calls load kernels and connect GPUs
-    comm.wait(stream);
-    const cudaGraphExec_t before = w.before ? graph_of(stream, w.before, 1) : nullptr;
-    const cudaGraphExec_t timed = w.captured ? graph_of(stream, w.timed, times) : nullptr;
-    std::vector<cudaEvent_t> events(2 * repeats);
-    for (cudaEvent_t& event : events) require(cudaEventCreate(&event), "cudaEventCreate");
-    for (std::size_t i = 0; i < repeats; ++i) {
-      comm.barrier(stream);
-      if (before != nullptr) require(cudaGraphLaunch(before, stream), "cudaGraphLaunch");
-      require(cudaEventRecord(events[2 * i], stream), "cudaEventRecord");
-      if (timed != nullptr) {
-        require(cudaGraphLaunch(timed, stream), "cudaGraphLaunch");
-      } else {
-        for (int n = 0; n < times; ++n) w.timed(stream);
-      }
-      require(cudaEventRecord(events[2 * i + 1], stream), "cudaEventRecord");
-    }
-    comm.wait(stream);
-    for (std::size_t i = warm_up; i < repeats; ++i) {
-      float ms = 0;
-      require(cudaEventElapsedTime(&ms, events[2 * i], events[2 * i + 1]), "cudaEventElapsedTime");
-      us[static_cast<std::size_t>(comm.rank())].push_back(1e3 * static_cast<double>(ms) / times);
-    }
-    for (cudaEvent_t event : events) cudaEventDestroy(event);
-    if (before != nullptr) cudaGraphExecDestroy(before);
-    if (timed != nullptr) cudaGraphExecDestroy(timed);
-    cudaStreamDestroy(stream);
-  });
-  std::vector<double> slowest(us[0].size());
-  for (const auto& rank : us) {
-    for (std::size_t i = 0; i < slowest.size(); ++i) slowest[i] = std::max(slowest[i], rank[i]);
-  }
-  std::nth_element(slowest.begin(), slowest.begin() + static_cast<std::ptrdiff_t>(slowest.size() / 2), slowest.end());
-  return slowest[slowest.size() / 2];
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Dispatch and combine
@@ -468,9 +362,10 @@ int main(int argc, char** argv) {
     other("nccl_send_receive", T, baseline::send_receive);
     other("copy_engines", T, baseline::copy_engines);
   }
-  for (const layer_shape& s : {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
-                               layer_shape{"30B_n1024_T8192", 8192, 4096, 1024, 64, 4},
-                               layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpu_ranks::all().size(), 8}}) {
+  for (const layer_shape& s :
+       {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
+        layer_shape{"30B_n1024_T8192", 8192, 4096, 1024, 64, 4},
+        layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpu_ranks::all().size(), 8}}) {
     for (const bool backward : {false, true}) {
       add_case(std::string("layer/") + s.name + (backward ? "/backward" : "/forward"),
                [=](benchmark::State& state) { measure_layer(state, s, backward); });

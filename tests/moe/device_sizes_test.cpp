@@ -87,6 +87,29 @@ TEST_CASE("the workspace of a device layer holds one array of pairs for each of 
   }
 }
 
+TEST_CASE("a layer that sends x again keeps no rows of other ranks") {
+  using layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16>, ts::layout::block,
+                              ts::comm::symmetric>;
+  constexpr std::int64_t ranks = 4;
+  const ts::shape sizes{.num_experts = 256, .top_k = 8, .hidden = 7168, .intermediate = 2048, .max_tokens = 4096};
+  const ts::layout::block placement(256, ranks);
+  layer::options again;
+  again.rows = ts::saved_rows::resend;
+  const auto kept = layer::sizes(sizes, placement, 0);
+  const auto resent = layer::sizes(sizes, placement, 0, again);
+  constexpr std::size_t rows = 2 * ranks * 4096 * 7168;
+  CHECK(kept.saved_bytes == resent.saved_bytes + rows);
+  CHECK(resent.deferred_bytes == kept.deferred_bytes + rows);
+  CHECK(resent.workspace_bytes <= kept.workspace_bytes + rows);
+  // The contract of what is kept: H of all pairs that the bound admits, and the routing.
+  constexpr std::size_t pairs = 2 * 4096 * 8;
+  CHECK(resent.saved_bytes >= pairs * 4096 * 2);
+  CHECK(resent.saved_bytes <= pairs * 4096 * 2 * 102 / 100);
+  CHECK(layer_of<ts::precision::bf16>::sizes(sizes, ts::layout::block(256, 1), 0).saved_bytes ==
+        layer_of<ts::precision::bf16>::sizes(sizes, ts::layout::block(256, 1), 0, {.rows = ts::saved_rows::resend})
+            .saved_bytes);
+}
+
 TEST_CASE_TEMPLATE(
     "what ranks write into each other's memory stands at the same place on all ranks, however uneven their experts",
     Combine, ts::combine::reduced, ts::combine::ordered) {
@@ -103,43 +126,47 @@ TEST_CASE_TEMPLATE(
   // Carving looks at no memory, so an address that nobody has will do.
   constexpr std::size_t base = std::size_t{1} << 40;
   constexpr bool ordered = std::is_same_v<Combine, ts::combine::ordered>;
-  std::vector<std::array<std::size_t, 13>> places;
-  for (int rank = 0; rank < ranks; ++rank) {
-    const layer_plan<layer> plan(sizes, placement, rank, {});
-    const auto bytes = layer::sizes(sizes, placement, rank);
-    const auto carve = [&](std::size_t size) {
-      return ts::memory_builder(ts::workspace_memory(reinterpret_cast<void*>(base), size), "memory");
-    };
-    auto saved_memory = carve(bytes.saved_bytes);
-    auto deferred_memory = carve(bytes.deferred_bytes);
-    auto forward_memory = carve(bytes.workspace_bytes);
-    auto backward_memory = carve(bytes.workspace_bytes);
-    auto eval_memory = carve(bytes.eval_workspace_bytes);
-    const layer_saved<layer> saved(saved_memory, plan);
-    const layer_deferred<layer> deferred(deferred_memory, plan);
-    const layer_forward_window<layer> forward(forward_memory, plan);
-    const layer_backward_scratch<layer> backward(backward_memory, plan);
-    const layer_forward_window<layer> eval(eval_memory, plan);
-    const layer_saved<layer> eval_saved(eval_memory, plan);
-    const auto place = [](const void* p) { return reinterpret_cast<std::size_t>(p); };
-    places.push_back({place(saved.received), place(deferred.dy_received), place(forward.tables.slots),
-                      place(forward.tables.counts), place(forward.returned.rows), place(backward.returned.rows),
-                      place(backward.dweights), place(eval_saved.received), place(eval.tables.slots),
-                      place(eval.returned.rows), place(forward.returned.places), place(backward.returned.places),
-                      place(eval.returned.places)});
-    for (std::size_t i = 0; i < places.back().size(); ++i) {  // all of them are there
-      if (i < 10 || ordered) CHECK(places.back()[i] >= base);
-      if (i >= 10 && !ordered) CHECK(places.back()[i] == 0);
+  typename layer::options again;
+  again.rows = ts::saved_rows::resend;
+  for (const typename layer::options& options : {typename layer::options{}, again}) {
+    std::vector<std::array<std::size_t, 14>> places;
+    for (int rank = 0; rank < ranks; ++rank) {
+      const layer_plan<layer> plan(sizes, placement, rank, options);
+      const auto bytes = layer::sizes(sizes, placement, rank, options);
+      const auto carve = [&](std::size_t size) {
+        return ts::memory_builder(ts::workspace_memory(reinterpret_cast<void*>(base), size), "memory");
+      };
+      auto saved_memory = carve(bytes.saved_bytes);
+      auto deferred_memory = carve(bytes.deferred_bytes);
+      auto forward_memory = carve(bytes.workspace_bytes);
+      auto backward_memory = carve(bytes.workspace_bytes);
+      auto eval_memory = carve(bytes.eval_workspace_bytes);
+      const layer_saved<layer> saved(saved_memory, plan);
+      const layer_deferred<layer> deferred(deferred_memory, plan);
+      const layer_forward_window<layer> forward(forward_memory, plan);
+      const layer_backward_scratch<layer> backward(backward_memory, plan);
+      const layer_forward_window<layer> eval(eval_memory, plan);
+      const layer_saved<layer> eval_saved(eval_memory, plan);
+      const auto place = [](const void* p) { return reinterpret_cast<std::size_t>(p); };
+      places.push_back({place(rows_of(plan, saved, forward)), place(rows_of(plan, saved, deferred)),
+                        place(deferred.dy_received), place(forward.tables.slots), place(forward.tables.counts),
+                        place(forward.returned.rows), place(backward.returned.rows), place(backward.dweights),
+                        place(rows_of(plan, eval_saved, eval)), place(eval.tables.slots), place(eval.returned.rows),
+                        place(forward.returned.places), place(backward.returned.places), place(eval.returned.places)});
+      for (std::size_t i = 0; i < places.back().size(); ++i) {  // all of them are there
+        if (i < 11 || ordered) CHECK(places.back()[i] >= base);
+        if (i >= 11 && !ordered) CHECK(places.back()[i] == 0);
+      }
+      if (ordered) {  // a row for each pair of this rank's tokens
+        CHECK(place(forward.returned.places) - place(forward.returned.rows) >=
+              static_cast<std::size_t>(sizes.max_tokens * sizes.top_k * sizes.hidden) * sizeof(ts::bfloat16));
+      }
+      const auto first = layer::sizes(sizes, placement, 0, options);
+      CHECK(bytes.saved_bytes == first.saved_bytes);
+      CHECK(bytes.deferred_bytes == first.deferred_bytes);
+      CHECK(bytes.workspace_bytes == first.workspace_bytes);
+      CHECK(bytes.eval_workspace_bytes == first.eval_workspace_bytes);
     }
-    if (ordered) {  // a row for each pair of this rank's tokens
-      CHECK(place(forward.returned.places) - place(forward.returned.rows) >=
-            static_cast<std::size_t>(sizes.max_tokens * sizes.top_k * sizes.hidden) * sizeof(ts::bfloat16));
-    }
-    const auto first = layer::sizes(sizes, placement, 0);
-    CHECK(bytes.saved_bytes == first.saved_bytes);
-    CHECK(bytes.deferred_bytes == first.deferred_bytes);
-    CHECK(bytes.workspace_bytes == first.workspace_bytes);
-    CHECK(bytes.eval_workspace_bytes == first.eval_workspace_bytes);
+    for (const auto& rank : places) CHECK(rank == places.front());
   }
-  for (const auto& rank : places) CHECK(rank == places.front());
 }

@@ -3,6 +3,11 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
 #include "../support/layer_fixture.hpp"
 #include "../support/routing_cases.hpp"
 
@@ -178,4 +183,46 @@ TEST_CASE("bf16 storage follows fp64 within its precision") {
   check_close(rounded.up, stored.up, 1e-2);
   CHECK(rounded.up != stored.up);
   CHECK(rounded.y == stored.y);
+}
+
+TEST_CASE("rows that are sent again in backward give the bits of rows that were kept, in less saved memory") {
+  using layer = layer_of<ts::precision::bf16, scored_router, ts::layout::block, ts::combine::reduced>;
+  const auto p = chunked_problem(true, 31);
+  for (const int ranks : {1, 4}) {
+    CAPTURE(ranks);
+    const auto offsets = chunked_split(ranks, false);
+    const std::int64_t most = *std::max_element(offsets.begin(), offsets.end());
+    ts::comm::threads::run(ranks, [&](ts::comm::threads& comm) {
+      const auto me = static_cast<std::size_t>(comm.rank());
+      const auto run = [&](ts::saved_rows rows) {
+        layer::options options{.dispatch = {.row_bound = ts::dispatch_options::full_row_bound}};
+        options.rows = rows;
+        auto rank =
+            std::make_unique<layer_rank<layer>>(p, ts::layout::block(experts_of_problem, ranks), comm, offsets[me],
+                                                offsets[me + 1] - offsets[me], most, scored_router::options{}, options);
+        rank->forward(ts::pass::train);
+        rank->poison(rank->workspace);  // what is not saved is gone
+        rank->backward_input();
+        rank->poison(rank->workspace);
+        rank->backward_weights();
+        return rank;
+      };
+      const auto kept = run(ts::saved_rows::received);
+      const auto again = run(ts::saved_rows::resend);
+      const auto same = [](const auto& a, const auto& b) {
+        return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+      };
+      CHECK(same(kept->y, again->y));
+      CHECK(same(kept->dx, again->dx));
+      CHECK(same(kept->gate_grad, again->gate_grad));
+      CHECK(same(kept->up_grad, again->up_grad));
+      CHECK(same(kept->down_grad, again->down_grad));
+      CHECK(same(kept->shared_up_grad, again->shared_up_grad));
+      for (const float g : again->up_grad) REQUIRE(std::isfinite(g));
+      const auto rows = static_cast<std::size_t>(ranks == 1 ? 0 : ranks * most * p.sizes.hidden) * sizeof(ts::bfloat16);
+      CHECK(kept->saved.size() - again->saved.size() >= rows);
+      CHECK(kept->saved.size() - again->saved.size() <= rows + 256);
+      CHECK(again->deferred.size() - kept->deferred.size() <= rows + 256);
+    });
+  }
 }

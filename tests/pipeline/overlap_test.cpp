@@ -123,10 +123,52 @@ TEST_CASE("one layer gives the two lanes of DeepSeek-V3's Figure 4, after the fi
         "COMBINE(F)1\n");
 }
 
+TEST_CASE("gradients of weights can hide both combines") {
+  std::ostringstream text;
+  text << pl::make_overlap_order(2, 2, pl::overlap_style::weights);
+  CHECK(text.str() ==
+        "compute:       ATTN(F)0 MLP(B)1 MLP(F)0 ATTN(B)1 MLP(W)1 ATTN(W)1 ATTN(F)1 MLP(B)0 MLP(F)1 ATTN(B)0 MLP(W)0 "
+        "ATTN(W)0\n"
+        "communication: COMBINE(B)1 DISPATCH(F)0 DISPATCH(B)1 COMBINE(F)0 COMBINE(B)0 DISPATCH(F)1 DISPATCH(B)0 "
+        "COMBINE(F)1\n");
+
+  // Layers of experts alone: 1, 1 and 2 units of the products forward, for the gradients of inputs and of weights.
+  std::array<std::int64_t, pl::num_phases> times{};
+  for (const phase p : {phase::forward_mlp, phase::backward_mlp_input, phase::backward_mlp_weights})
+    times[static_cast<std::size_t>(p)] = 30;
+  for (const phase p :
+       {phase::forward_dispatch, phase::forward_combine, phase::backward_combine, phase::backward_dispatch})
+    times[static_cast<std::size_t>(p)] = 10;
+  for (const int layers : {1, 2, 8}) {
+    // The first COMBINE(B) is under nothing; of the others, Figure 4 hides the dispatches alone.
+    const auto weights = pl::make_overlap_order(layers, layers, pl::overlap_style::weights);
+    CHECK(pl::estimate_overlap(weights, times).time == 90 * layers + 10);
+    CHECK(pl::estimate_overlap(pl::make_overlap_order(layers, layers), times).time == 90 * layers + 20 * layers);
+  }
+}
+
+TEST_CASE("an order says which computation begins together with communication") {
+  const auto text_of = [](pl::overlap_style style) {
+    const pl::overlap_order order = pl::make_overlap_order(2, 2, style);
+    std::string text;
+    for (std::size_t i = 0; i < order.nodes.size(); ++i) {
+      const pl::overlap_node& node = order.nodes[i];
+      if (!pl::is_communication(node.what) && pl::begins_with_communication(order, i))
+        text += pl::symbol_of(node.what) + std::to_string(node.layer) + " ";
+    }
+    return text;
+  };
+  // COMBINE(B)1; DISPATCH(F)0; DISPATCH(B)1; COMBINE(F)0; COMBINE(B)0; and so on
+  CHECK(text_of(pl::overlap_style::attention) ==
+        "ATTN(F)0 MLP(B)1 MLP(W)1 ATTN(B)1 ATTN(W)1 MLP(B)0 MLP(W)0 ATTN(B)0 ");
+  CHECK(text_of(pl::overlap_style::weights) == "ATTN(F)0 MLP(B)1 MLP(F)0 ATTN(B)1 MLP(W)1 MLP(B)0 MLP(F)1 ATTN(B)0 ");
+}
+
 TEST_CASE("an order has every phase of every layer once, each after what it needs") {
-  for (int forward = 0; forward <= 4; ++forward) {
-    for (int backward = 0; backward <= 4; ++backward) {
-      const pl::overlap_order order = pl::make_overlap_order(forward, backward);
+  for (const auto style : {pl::overlap_style::attention, pl::overlap_style::weights}) {
+    for (int lengths = 0; lengths < 25; ++lengths) {
+      const int forward = lengths / 5, backward = lengths % 5;
+      const pl::overlap_order order = pl::make_overlap_order(forward, backward, style);
       CHECK(order.nodes.size() == static_cast<std::size_t>(4 * forward + 6 * backward));
       std::map<std::pair<phase, int>, int> seen;
       for (const pl::overlap_node& node : order.nodes) {

@@ -82,6 +82,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
   const detail::device_products<Gemm> products(scratch.tile_counter);
+  const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, saved.h.rows};
   const auto up = WeightLayout::up(w.up, up_width(), d, w.up_stride);
@@ -99,7 +100,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
   }
   const gemm::row_operand<bfloat16> act{scratch.activation.data, scratch.activation.stride, nullptr};
   detail::with_source(source, [&](auto which) {
-    products.template variable_m_activation<layout::forward, decltype(which)::value, Activation, layout::interleaved>(
+    first.template variable_m_activation<layout::forward, decltype(which)::value, Activation, layout::interleaved>(
         stream, groups, n, d, a, up, w.up_bias, saved.h, scratch.activation, options_);
   });
   products.template variable_m<layout::forward, gathered::none, storage>(stream, groups, d, n, act, down, w.down_bias,
@@ -115,6 +116,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
   const detail::device_products<Gemm> products(scratch.tile_counter);
+  const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, max_rows};
   const auto up = detail::transposed(WeightLayout::up(w.up, up_width(), d, w.up_stride));
@@ -126,8 +128,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   const gemm::row_operand<bfloat16> doutput{dy.data, dy.stride, rows.gather};
   const accumulate* output_weights = on_input ? nullptr : weighting.values;
   detail::with_source(rows, [&](auto which) {
-    products.template variable_m_activation_backward<layout::backward, decltype(which)::value, Activation,
-                                                     layout::interleaved>(
+    first.template variable_m_activation_backward<layout::backward, decltype(which)::value, Activation,
+                                                  layout::interleaved>(
         stream, groups, n, d, doutput, down, output_weights, saved.h, deferred.activation, parts, options_);
   });
   const unsigned blocks = detail::row_blocks(max_rows);
@@ -159,13 +161,14 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
     write mode, const backward_weights_scratch& scratch) const {
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
   const detail::device_products<Gemm> products(scratch.tile_counter);
+  const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
   const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
   const bool accumulates = mode == write::accumulate;
   const gemm::row_operand<bfloat16> act{deferred.activation.data, deferred.activation.stride, nullptr};
   const gemm::row_operand<bfloat16> dh{saved.h.data, saved.h.stride, nullptr};
   const gemm::row_operand<bfloat16> doutput{dy.data, dy.stride, groups.gather};
-  detail::grouped_outer_product<gradient>(stream, products, groups, max_rows, d, n, doutput, act,
+  detail::grouped_outer_product<gradient>(stream, first, groups, max_rows, d, n, doutput, act,
                                           WeightLayout::down(g.down, d, n, g.down_stride), mode);
   gemm::row_operand<bfloat16> inputs{x.data, x.stride, groups.gather};
   if (on_input) {

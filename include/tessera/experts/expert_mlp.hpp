@@ -92,6 +92,9 @@ class experts {
     matrix_view<storage> input;       ///< `[max_pairs, d]`: weighted inputs; empty for weights on the output.
     /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
     std::int32_t* tile_counter = nullptr;
+    /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
+    /// room. The products behind it take all that are free. 0: all.
+    int first_sms = 0;
   };
   /// During `backward_input`.
   struct backward_input_scratch {
@@ -99,12 +102,18 @@ class experts {
     matrix_view<accumulate> dinput;       ///< `[max_pairs, d]`: dH W1; empty for weights on the output.
     /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
     std::int32_t* tile_counter = nullptr;
+    /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
+    /// room. The products behind it take all that are free. 0: all.
+    int first_sms = 0;
   };
   /// During `backward_weights`.
   struct backward_weights_scratch {
     matrix_view<storage> input;  ///< `[max_pairs, d]`: weighted inputs; empty for weights on the output.
     /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
     std::int32_t* tile_counter = nullptr;
+    /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
+    /// room. The products behind it take all that are free. 0: all.
+    int first_sms = 0;
   };
 
   /// @param sizes Sizes of this rank's experts. @param activation_options Options of the activation.

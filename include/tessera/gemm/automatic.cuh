@@ -65,6 +65,14 @@ class device_products {
       portable_ = gemm::portable::device::current();
   }
 
+  /// The same products by launches that keep to `sm_budget` multiprocessors. @param sm_budget 0: all.
+  device_products limited(int sm_budget) const {
+    device_products result = *this;
+    for (int* const sms : {&result.hopper_.num_multiprocessors, &result.portable_.num_multiprocessors})
+      if (sm_budget > 0 && sm_budget < *sms) *sms = sm_budget;
+    return result;
+  }
+
   /// `variable_m`.
   template <hopper::contiguous Order, hopper::gathered Rows, class TC, class... Arguments>
   void variable_m(device_stream stream, const Arguments&... arguments) const {

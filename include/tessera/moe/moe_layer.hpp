@@ -16,7 +16,9 @@
 #include <tessera/dispatch/dispatch.hpp>
 #include <tessera/experts/experts.hpp>
 #include <tessera/layout/expert_layout.hpp>
+#include <tessera/moe/saved_rows.hpp>
 #include <tessera/moe/shape.hpp>
+#include <tessera/moe/side_stream.hpp>
 #include <tessera/moe/state.hpp>
 #include <tessera/moe/weights.hpp>
 #include <tessera/router/router.hpp>
@@ -29,7 +31,10 @@ template <class Experts>
 struct layer_options {
   dispatch_options dispatch = {};             ///< Bounds, capacity, overflow.
   typename Experts::options activation = {};  ///< Of the activation, routed and shared.
-  std::int64_t chunk_tokens = 0;  ///< Tokens of a chunk of gradients and losses; 0: one contribution per call.
+  std::int64_t chunk_tokens = 0;           ///< Tokens of a chunk of gradients and losses; 0: one contribution per call.
+  saved_rows rows = saved_rows::received;  ///< Whether received rows are kept; the same on all ranks.
+  side_stream side = {};  ///< One GPU: shared experts run on it, beside routed ones. Over `comm::symmetric` they run on
+                          ///< the communicator's own.
 };
 
 /// Bytes of each memory class on one rank. Pure functions of bounds: equal sizes give equal bytes.

@@ -29,8 +29,7 @@ namespace pipeline {
 template <memory_space Space>
 struct lane {
   stream_ref<Space> stream;  ///< Order of its work.
-  /// Multiprocessors that its kernels may occupy; 0: no limit. The communication lane's and the compute lane's budgets
-  /// together are the device.
+  /// Multiprocessors that its kernels may occupy; 0: no limit. Where both lanes have one, they add up to the device.
   int num_sms = 0;
 };
 

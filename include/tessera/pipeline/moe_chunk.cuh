@@ -15,6 +15,7 @@
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/dispatch/dispatch.cuh>
 #include <tessera/moe/moe_layer.cuh>
 #include <tessera/pipeline/moe_chunk.hpp>
 
@@ -24,24 +25,33 @@ namespace pipeline {
 
 namespace detail {
 
-// `y = round(h + y)`, summed in A.
-template <class A, class S>
-__global__ void __launch_bounds__(256) add_residual_kernel(const S* h, matrix_view<S> y) {
+// `y = round(h + y)`, summed in A, `Width` elements a thread.
+template <class A, class S, int Width>
+__global__ void __launch_bounds__(256) add_residual_kernel(matrix_view<const S> h, matrix_view<S> y) {
+  using tessera::detail::elements;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t count = y.rows * y.cols;
+  const std::int64_t per_row = y.cols / Width, count = y.rows * per_row;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const std::int64_t row = i / y.cols;
-    S& to = y(row, i - row * y.cols);
-    to = static_cast<S>(static_cast<A>(h[i]) + static_cast<A>(to));
+    const std::int64_t row = i / per_row, column = (i - row * per_row) * Width;
+    auto& to = *reinterpret_cast<elements<S, Width>*>(y.row(row) + column);
+    const auto from = *reinterpret_cast<const elements<S, Width>*>(h.row(row) + column);
+    elements<S, Width> sum = to;
+#pragma unroll
+    for (int j = 0; j < Width; ++j)
+      sum.value[j] = static_cast<S>(static_cast<A>(from.value[j]) + static_cast<A>(sum.value[j]));
+    to = sum;
   }
 }
 
 template <class A, class S>
-void add_residual(device_stream stream, const S* h, matrix_view<S> y) {
-  const std::int64_t count = y.rows * y.cols;
+void add_residual(device_stream stream, matrix_view<const S> h, matrix_view<S> y) {
+  constexpr int width = 16 / sizeof(S);
+  const bool by_lines = tessera::detail::moves_vectors<S>(y.cols, h, y);
+  const std::int64_t count = y.rows * (y.cols / (by_lines ? width : 1));
   if (count == 0) return;
   const auto blocks = static_cast<unsigned>((std::min<std::int64_t>)((count + 255) / 256, 2048));
-  add_residual_kernel<A, S><<<blocks, 256, 0, stream.get()>>>(h, y);
+  const auto kernel = by_lines ? add_residual_kernel<A, S, width> : add_residual_kernel<A, S, 1>;
+  kernel<<<blocks, 256, 0, stream.get()>>>(h, y);
   const cudaError_t launched = cudaGetLastError();
   TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
                      "the launch of add_residual_kernel: " << cudaGetErrorString(launched));
@@ -51,61 +61,136 @@ void add_residual(device_stream stream, const S* h, matrix_view<S> y) {
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
+template <class Step>
+void moe_chunk<Layer, Mixer>::with_forward(const forward_type& call, Step&& step) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
+  step(tessera::detail::layer_forward_steps<Layer>(*b.layer, comm, pass::train, inputs_of(call), b.weights,
+                                                   memory_of(call.layer, call.item.slot).saved, forward_scratch_));
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+template <class Step>
+void moe_chunk<Layer, Mixer>::with_backward(const backward_type& call, Step&& step) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  const memory& m = memory_of(call.layer, call.item.slot);
+  auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
+  step(tessera::detail::layer_backward_steps<Layer>(*b.layer, comm, inputs_of(call), output_gradient(call), b.weights,
+                                                    m.saved, m.deferred, backward_scratch_));
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+template <class Step>
+void moe_chunk<Layer, Mixer>::with_weights(const backward_type& call, Step&& step) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  const memory& m = memory_of(call.layer, call.item.slot);
+  const auto& grads = b.gradients[static_cast<std::size_t>(call.item.gradient_row)];
+  const typename Layer::inputs in = inputs_of(call);
+  tessera::detail::check_backward_weights(*b.layer, in, output_gradient(call), grads);
+  step(tessera::detail::layer_weight_steps<Layer>(*b.layer, in, output_gradient(call), m.saved, m.deferred), grads);
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
   const block& b = block_of(call.layer);
   this->expect_room(call.item);
   const std::int64_t rows = call.item.rows;
   if (b.layer == nullptr) {
     b.before->forward(call.lane.stream, call.item, input(call), output(call), matrix_view<element>{nullptr, rows, 0});
-  } else {
-    b.before->forward(call.lane.stream, call.item, input(call), view(residual_, rows),
-                      view(memory_of(call.layer, call.item.slot).u, rows));
+    return;
   }
+  const memory& m = memory_of(call.layer, call.item.slot);
+  tessera::detail::check_forward(*b.layer, inputs_of(call), b.weights, output(call));
+  tessera::detail::check_exchange(*b.layer, {m.saved.data, forward_scratch_.data}, experts_input(call), output(call));
+  b.before->forward(call.lane.stream, call.item, input(call), view(residual_, rows), view(m.u, rows));
+  with_forward(call, [&](const auto& steps) { steps.route(call.lane.stream, call.lane.num_sms); });
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::forward_dispatch(const forward_type& call) {
+  with_forward(call, [&](const auto& steps) {
+    steps.send(call.lane.stream);
+    steps.receive(call.lane.stream);
+  });
 }
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  b.layer->forward(call.lane.stream, pass::train, inputs_of(call), b.weights, output(call),
-                   memory_of(call.layer, call.item.slot).saved, forward_scratch_);
+  with_forward(call, [&](const auto& steps) {
+    steps.experts(call.lane.stream, call.lane.num_sms);
+    steps.shared(call.lane.stream);
+  });
 }
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
-  if (block_of(call.layer).layer == nullptr) return;
-  detail::add_residual<accumulate, element>(call.lane.stream, residual_, output(call));
+  with_forward(call, [&](const auto& steps) {
+    steps.combine(call.lane.stream, output(call));
+    detail::add_residual<accumulate, element>(call.lane.stream, view(residual_, call.item.rows), output(call));
+    steps.count(call.lane.stream);
+  });
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::backward_combine(const backward_type& call) {
+  const block& b = block_of(call.layer);
+  if (b.layer == nullptr) return;
+  const memory& m = memory_of(call.layer, call.item.slot);
+  const matrix_view<element> du = view(m.du, call.item.rows);
+  tessera::detail::check_backward_input(*b.layer, inputs_of(call), output_gradient(call), b.weights, du);
+  tessera::detail::check_exchange(*b.layer, {m.saved.data, m.deferred.data, backward_scratch_.data},
+                                  experts_input(call), output_gradient(call), du);
+  with_backward(call, [&](const auto& steps) {
+    steps.send(call.lane.stream);
+    steps.receive(call.lane.stream);
+    steps.resend(call.lane.stream);
+  });
 }
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const memory& m = memory_of(call.layer, call.item.slot);
-  b.layer->backward_input(call.lane.stream, inputs_of(call), output_gradient(call), b.weights, m.saved,
-                          view(m.du, call.item.rows), m.deferred, backward_scratch_);
+  with_backward(call, [&](const auto& steps) {
+    steps.experts(call.lane.stream, call.lane.num_sms);
+    steps.shared(call.lane.stream);
+  });
 }
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const memory& m = memory_of(call.layer, call.item.slot);
-  b.layer->backward_weights(call.lane.stream, inputs_of(call), output_gradient(call), m.saved, m.deferred,
-                            b.gradients[static_cast<std::size_t>(call.item.gradient_row)], call.item.gradient_mode);
+  with_weights(call, [&](const auto& steps, const auto& grads) {
+    steps.experts(call.lane.stream, grads, call.item.gradient_mode, call.lane.num_sms);
+  });
+}
+
+template <class Layer, class Mixer>
+requires device_communicator<typename Layer::communicator_type>
+void moe_chunk<Layer, Mixer>::backward_dispatch(const backward_type& call) {
+  with_backward(call, [&](const auto& steps) {
+    steps.combine(call.lane.stream, view(memory_of(call.layer, call.item.slot).du, call.item.rows));
+  });
 }
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_attention_input(const backward_type& call) {
   const block& b = block_of(call.layer);
-  matrix_view<const element> du{nullptr, call.item.rows, 0};
+  matrix_view<element> du{nullptr, call.item.rows, 0};
   if (b.layer != nullptr) du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
-  b.before->backward_input(call.lane.stream, call.item, input(call), output_gradient(call), du, input_gradient(call));
+  with_backward(call, [&](const auto& steps) { steps.gate(call.lane.stream, du, call.lane.num_sms); });
+  b.before->backward_input(call.lane.stream, call.item, input(call), output_gradient(call),
+                           matrix_view<const element>(du), input_gradient(call));
 }
 
 template <class Layer, class Mixer>
@@ -114,6 +199,9 @@ void moe_chunk<Layer, Mixer>::backward_attention_weights(const backward_type& ca
   const block& b = block_of(call.layer);
   matrix_view<const element> du{nullptr, call.item.rows, 0};
   if (b.layer != nullptr) du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
+  with_weights(call, [&](const auto& steps, const auto& grads) {
+    steps.gate(call.lane.stream, grads, call.item.gradient_mode);
+  });
   b.before->backward_weights(call.lane.stream, call.item, input(call), output_gradient(call), du);
 }
 

@@ -19,10 +19,17 @@ namespace pipeline {
 /// A chunk of blocks in device memory, for `overlap_stage` with `serial_lanes<space::device>` or `device_lanes`. Phases
 /// enqueue and return; nothing allocates, synchronises or reads device memory on the host.
 ///
-/// Every layer is called as a whole, by its public calls, so its results have just its bits: `forward_mlp` runs
-/// `moe_layer::forward`, `backward_mlp_input` and `backward_mlp_weights` the two parts of its backward, the gate
-/// included; the sum with `h` is taken in `Layer::accumulate` and rounded once, in `forward_combine`. So what a layer
-/// exchanges with other GPUs belongs to the compute lane, and is hidden as far as the layer hides it itself.
+/// The phases are the steps of `moe_layer`'s calls, in their order on the lanes' streams, so a layer's results have
+/// just the bits of `forward` with `pass::train`, `backward_input` and `backward_weights`; the sum with `h` is taken in
+/// `Layer::accumulate` and rounded once, in `forward_combine`. `forward_dispatch`, `forward_combine`,
+/// `backward_combine` and `backward_dispatch` alone wait for other GPUs. Everything that they enqueue is on one stream
+/// in the same order on all ranks, so layers need no more than one slot of `comm::symmetric`, and may share it. Over
+/// it, the chunk's saved, deferred and workspace memory come from its `allocate`, and `max_rows` is the same on all
+/// ranks.
+///
+/// Budgets of multiprocessors: in the communication lane, the blocks that move rows; in the compute lane, the first
+/// product of a phase, whose blocks would otherwise stand where communication that begins with it needs room. Later
+/// products take every multiprocessor that is free.
 /// @tparam Layer A `moe_layer` over a communicator of device memory. @tparam Mixer What comes before the experts.
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
@@ -49,30 +56,38 @@ class moe_chunk<Layer, Mixer> : public moe_chunk_blocks<Layer, Mixer> {
             deferred_memory deferred, workspace_memory workspace)
       : base(blocks, max_rows, width, num_slots, saved, deferred, workspace) {}
 
-  /// Mixer. @param call The phase.
+  /// Mixer, gate and choice of experts. @param call The phase.
   void forward_attention(const forward_type& call);
-  /// Nothing: the layer moves its rows itself.
-  void forward_dispatch(const forward_type&) {}
-  /// Gate, routing and experts. @param call The phase.
+  /// Routing and rows to the owners of the experts. @param call The phase.
+  void forward_dispatch(const forward_type& call);
+  /// The experts, routed and shared. @param call The phase.
   void forward_mlp(const forward_type& call);
-  /// The sum with the residual. @param call The phase.
+  /// Rows home, and the sum with the residual. @param call The phase.
   void forward_combine(const forward_type& call);
-  /// Nothing: the layer moves its rows itself.
-  void backward_combine(const backward_type&) {}
-  /// Gradient of the experts' input. @param call The phase.
+  /// Gradients of the output to the owners. @param call The phase.
+  void backward_combine(const backward_type& call);
+  /// Gradients of the experts' inputs. @param call The phase.
   void backward_mlp_input(const backward_type& call);
-  /// Gradients of the layer's weights. @param call The phase.
+  /// Gradients of the experts' weights. @param call The phase.
   void backward_mlp_weights(const backward_type& call);
-  /// Nothing: the layer moves its rows itself.
-  void backward_dispatch(const backward_type&) {}
-  /// Gradient through the mixer. @param call The phase.
+  /// Input gradients home, and those of the routing weights. @param call The phase.
+  void backward_dispatch(const backward_type& call);
+  /// Gradients through routing, gate and mixer. @param call The phase.
   void backward_attention_input(const backward_type& call);
-  /// Gradients of the mixer's weights. @param call The phase.
+  /// Gradients of the gate's and the mixer's weights. @param call The phase.
   void backward_attention_weights(const backward_type& call);
 
  private:
   using accumulate = typename base::accumulate;
   using memory = typename base::memory;
+
+  // Calls `step` with the steps of a block's layer and the multiprocessors of the phase.
+  template <class Step>
+  void with_forward(const forward_type& call, Step&& step);
+  template <class Step>
+  void with_backward(const backward_type& call, Step&& step);
+  template <class Step>
+  void with_weights(const backward_type& call, Step&& step);
 
   using base::backward_scratch_;
   using base::block_of;

@@ -21,9 +21,11 @@ namespace pipeline {
 
 /// Options of `device_lanes`.
 struct device_lanes_options {
-  /// Multiprocessors for the kernels of the communication lane, in `[0, multiprocessors of the device)`; the compute
-  /// lane has the others. 0: neither lane is limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel
-  /// keeps to its budget by the number of blocks it is launched with.
+  /// Multiprocessors for the kernels of the communication lane, in `[0, multiprocessors of the device)`. Phases of the
+  /// compute lane have the others where communication may begin with them (`begins_with_communication`), and no limit
+  /// elsewhere: there the blocks of communication stand already, and computation takes what they leave. 0: neither lane
+  /// is limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel keeps to its budget by the number of
+  /// blocks it is launched with.
   int communication_sms = 0;
 };
 
@@ -86,7 +88,8 @@ class device_lanes {
           if (is_communication(order.nodes[after].what) != communicates)
             check(cudaStreamWaitEvent(own, events_[after], 0), "cudaStreamWaitEvent");
         }
-        execute(node, lane<tessera::space::device>{own, communicates ? communication_sms_ : compute_sms_});
+        const int compute_sms = begins_with_communication(order, i) ? compute_sms_ : 0;
+        execute(node, lane<tessera::space::device>{own, communicates ? communication_sms_ : compute_sms});
         check(cudaEventRecord(events_[i], own), "cudaEventRecord");
       }
     } catch (...) {
@@ -102,7 +105,7 @@ class device_lanes {
   device_stream communication_stream() const noexcept { return communication_; }
   /// Multiprocessors of the communication lane, 0: no limit.
   int communication_sms() const noexcept { return communication_sms_; }
-  /// Multiprocessors of the compute lane, 0: no limit.
+  /// Multiprocessors of a phase of the compute lane that communication may begin with, 0: no limit.
   int compute_sms() const noexcept { return compute_sms_; }
 
  private:

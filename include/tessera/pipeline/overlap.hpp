@@ -136,8 +136,9 @@ class overlap_stage {
   using backward_type = backward_call<element, space>;  ///< What backward phases are told.
 
   /// @param chunk The layers. @param lanes What runs overlapped pairs; may be shared by the stages of a rank. Both
-  /// outlive the stage.
-  overlap_stage(Chunk& chunk, Lanes& lanes) : chunk_(&chunk), lanes_(&lanes) {}
+  /// outlive the stage. @param style Order of the phases of a pair, the same on all ranks.
+  overlap_stage(Chunk& chunk, Lanes& lanes, overlap_style style = overlap_style::attention)
+      : chunk_(&chunk), lanes_(&lanes), style_(style) {}
 
   /// The four forward phases of each layer. @param stream Order of the work. @param item The micro-batch.
   /// @param x Input. @param y Output.
@@ -185,7 +186,7 @@ class overlap_stage {
     const int forward_layers = chunk_->num_layers();
     const int backward_layers = other.chunk_->num_layers();
     if (forward_layers != forward_layers_ || backward_layers != backward_layers_) {
-      order_ = make_overlap_order(forward_layers, backward_layers);
+      order_ = make_overlap_order(forward_layers, backward_layers, style_);
       forward_layers_ = forward_layers;
       backward_layers_ = backward_layers;
     }
@@ -241,6 +242,7 @@ class overlap_stage {
 
   Chunk* chunk_;
   Lanes* lanes_;
+  overlap_style style_;
   overlap_order order_;
   int forward_layers_ = -1;
   int backward_layers_ = -1;

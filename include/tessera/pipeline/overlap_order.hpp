@@ -74,18 +74,31 @@ struct overlap_order {
   bool operator==(const overlap_order&) const = default;
 };
 
+/// Which computation both combines run under.
+enum class overlap_style : std::uint8_t {
+  attention,  ///< Attention: the order of DeepSeek-V3's Figure 4.
+  weights,    ///< The gradients of the experts' weights: for blocks whose attention is short, or elsewhere.
+};
+
 /// The order of DeepSeek-V3's Figure 4 (arXiv 2412.19437), repeated for each layer:
 ///
 ///     compute:        MLP(B)      MLP(W)  MLP(F)   ATTN(B)     ATTN(W)  ATTN(F)
 ///     communication:  DISPATCH(F) DISPATCH(B)      COMBINE(F)  PP       COMBINE(B)
+///
+/// With `overlap_style::weights` MLP(W) comes later, where nothing waits for it:
+///
+///     compute:        MLP(B)      MLP(F)       ATTN(B)     MLP(W)  ATTN(W)  ATTN(F)
+///     communication:  DISPATCH(F) DISPATCH(B)  COMBINE(F)          COMBINE(B)
 ///
 /// The forward walks up the layers, the backward down; the first `ATTN(F)` and `COMBINE(B)` come before. `PP`, the
 /// transfer of the chunk's results between ranks, is the batch of messages that follows in the schedule. A chunk
 /// without a partner (0 layers) gives its phases one after another.
 /// @param forward_layers  Layers of the chunk that runs forward, at least 0.
 /// @param backward_layers Layers of the chunk that runs backward, at least 0.
+/// @param style           Where MLP(W) stands.
 /// @throws invalid_argument for negative numbers.
-inline overlap_order make_overlap_order(int forward_layers, int backward_layers) {
+inline overlap_order make_overlap_order(int forward_layers, int backward_layers,
+                                        overlap_style style = overlap_style::attention) {
   TESSERA_EXPECTS(forward_layers >= 0 && backward_layers >= 0,
                   "make_overlap_order: " << forward_layers << " forward and " << backward_layers
                                          << " backward layers, neither may be negative");
@@ -114,7 +127,7 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers)
     if (b >= 0) {
       add(backward_mlp_input, b, backward_combine);
       add(backward_dispatch, b, backward_mlp_input);
-      add(backward_mlp_weights, b, backward_mlp_input);
+      if (style == overlap_style::attention) add(backward_mlp_weights, b, backward_mlp_input);
     }
     if (f < forward_layers) {
       add(forward_mlp, f, forward_dispatch);
@@ -123,11 +136,24 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers)
     if (b >= 0) {
       add(backward_attention_input, b, backward_dispatch);
       combine_backward(b - 1);
+      if (style == overlap_style::weights) add(backward_mlp_weights, b, backward_mlp_input);
       add(backward_attention_weights, b, backward_attention_input);
     }
     attention_forward(f + 1);
   }
   return order;
+}
+
+/// Whether a phase of the communication lane may begin when phase `index`, which computes, does: one that waits for
+/// nothing but the phase before it in the compute lane. Others have begun before, or begin later, while computation
+/// goes on. @param order The order. @param index In `order.nodes`.
+inline bool begins_with_communication(const overlap_order& order, std::size_t index) {
+  int before = -1;
+  for (std::size_t i = 0; i < index; ++i) {
+    if (!is_communication(order.nodes[i].what)) before = static_cast<int>(i);
+  }
+  return std::any_of(order.nodes.begin(), order.nodes.end(),
+                     [&](const overlap_node& node) { return is_communication(node.what) && node.after == before; });
 }
 
 /// The order as text, one line per lane: `compute: ATTN(F)0 MLP(B)1 ...`; the number is the layer.

@@ -69,6 +69,7 @@ void layer_forward(host_stream stream, const Layer& layer, pass mode, const type
   const layer_plan<Layer> plan(s, layer.placement(), comm.rank(), layer.get_options());
   memory_builder scratch_builder(workspace, "workspace");
   memory_builder saved_builder(saved_bytes, "saved memory");
+  const layer_forward_window<Layer> window(scratch_builder, plan);
   const layer_saved<Layer> saved(mode == pass::eval ? scratch_builder : saved_builder, plan);
   const layer_forward_scratch<Layer> scratch(scratch_builder, plan);
 
@@ -82,7 +83,7 @@ void layer_forward(host_stream stream, const Layer& layer, pass mode, const type
     comm.all_reduce(stream, counts.data, saved.counts, balance_counts::size(s.num_experts));
   exchange_routing(stream, comm, layer.placement(), plan.bounds, plan.dispatch, chosen, saved.handle, scratch.plan);
 
-  const matrix_view<S> received{saved.received, plan.bounds.max_received_rows(), s.hidden};
+  const matrix_view<S> received{rows_of(plan, saved, window), plan.bounds.max_received_rows(), s.hidden};
   dispatch_begin(stream, comm, saved.handle, in.x, received, scratch.rows);
   if (plan.has_shared())
     plan.shared.forward(stream, chunked_rows(scratch.token_offsets, num_tokens, 0), in.x, {}, params.shared,
@@ -155,8 +156,14 @@ void layer_backward_input(host_stream stream, const Layer& layer, const typename
                                saved.shared, deferred.shared, {scratch.shared_dx, num_tokens, s.hidden}, nullptr,
                                scratch.shared);
   const matrix_view<const S> dy_rows = dispatch_end(stream, comm, saved.handle, dy, received, scratch.rows);
+  if (plan.resends) {
+    const matrix_view<S> again{deferred.x_received, plan.bounds.max_received_rows(), s.hidden};
+    dispatch_begin(stream, comm, saved.handle, in.x, again, scratch.rows);
+    dispatch_end(stream, comm, saved.handle, in.x, again, scratch.rows);
+  }
   const matrix_view<const S> x_rows =
-      plan.alone() ? in.x : matrix_view<const S>{saved.received, saved.handle.total->received_rows, s.hidden};
+      plan.alone() ? in.x
+                   : matrix_view<const S>{rows_of(plan, saved, deferred), saved.handle.total->received_rows, s.hidden};
 
   const matrix_view<S> dpairs{scratch.dpairs, saved.handle.total->received_pairs, s.hidden};
   plan.experts.backward_input(stream, saved.handle.rows(), x_rows, dy_rows,
@@ -206,7 +213,8 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
   const layer_saved<Layer> saved(saved_builder, plan);
   const layer_deferred<Layer> deferred(deferred_builder, plan);
   const matrix_view<const S> x_rows =
-      plan.alone() ? in.x : matrix_view<const S>{saved.received, saved.handle.total->received_rows, s.hidden};
+      plan.alone() ? in.x
+                   : matrix_view<const S>{rows_of(plan, saved, deferred), saved.handle.total->received_rows, s.hidden};
   const matrix_view<const S> dy_rows =
       plan.alone() ? dy : matrix_view<const S>{deferred.dy_received, saved.handle.total->received_rows, s.hidden};
 

@@ -13,6 +13,7 @@
 #include <tessera/dispatch/symmetric.hpp>
 #include <tessera/experts/experts.hpp>
 #include <tessera/moe/detail/gate_splits.hpp>
+#include <tessera/moe/saved_rows.hpp>
 #include <tessera/moe/shape.hpp>
 #include <tessera/router/lists.hpp>
 
@@ -30,6 +31,7 @@ struct layer_plan {
              const typename Layer::options& chosen)
       : sizes(s),
         chunk_tokens(chosen.chunk_tokens),
+        resends(chosen.rows == saved_rows::resend),
         dispatch(chosen.dispatch),
         bounds(dispatch_bounds::make(placement.num_ranks(), s.num_experts, placement.num_slots(rank), s.top_k,
                                      s.max_tokens, chosen.dispatch)),
@@ -47,12 +49,15 @@ struct layer_plan {
     if (on_device) return travels ? bounds.addressed_rows() : 0;
     return alone() ? 0 : bounds.max_received_rows();
   }
+  // Elements of such rows.
+  std::int64_t received_elements() const { return received_rows() * sizes.hidden; }
   gate_splits gate_gradient_splits() const {
     return gate_splits::make(sizes.max_tokens, chunk_tokens, sizes.num_experts, sizes.hidden);
   }
 
   shape sizes;
   std::int64_t chunk_tokens;
+  bool resends;
   dispatch_options dispatch;
   dispatch_bounds bounds;
   experts_type experts;
@@ -77,14 +82,14 @@ struct layer_saved {
   A* weights;                 // [T, K]
   std::int64_t* counts;       // [E + 2] of all ranks
   dispatch_handle<A> handle;  //
-  S* received;                // [received rows, d]; null at one rank
+  S* received;                // [received rows, d]; null at one rank and where x is sent again
   typename Layer::experts_type::saved_view experts;
   typename Layer::shared_type::saved_view shared;
 
   // What other ranks write comes first, here and below: its place may not depend on what differs between ranks.
   layer_saved(memory_builder& b, const layer_plan<Layer>& plan) {
     const shape& s = plan.sizes;
-    received = b.take<S>("received rows", plan.received_rows() * s.hidden);
+    received = b.take<S>("received rows", plan.resends ? 0 : plan.received_elements());
     logits = b.take<A>("logits", s.max_tokens * s.num_experts);
     expert_ids = b.take<std::int32_t>("expert ids", s.max_tokens * s.top_k);
     weights = b.take<A>("routing weights", s.max_tokens * s.top_k);
@@ -103,10 +108,12 @@ struct layer_saved {
 // What other ranks write during forward, which comes first in the workspace.
 template <class Layer>
 struct layer_forward_window {
-  routing_tables<typename Layer::accumulate> tables;
+  typename Layer::storage* received;                  // [received rows, d] where x is sent again
+  routing_tables<typename Layer::accumulate> tables;  // null on the host, as is the next
   returned_rows<typename Layer::storage> returned;
 
   layer_forward_window(memory_builder& b, const layer_plan<Layer>& p) {
+    received = b.take<typename Layer::storage>("received rows", p.resends ? p.received_elements() : 0);
     if (!p.travels) return;
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
     returned = decltype(returned)::layout(b, p.bounds, p.sizes.hidden, typename Layer::combine_type{});
@@ -159,6 +166,7 @@ struct layer_deferred {
   std::int32_t* gate_split_offsets;  // [chunks * splits + 1]
   A* gate_partial;                   // [chunks * splits, 2 E, d]
   S* dy_received;                    // [received rows, d]; null at one rank
+  S* x_received;                     // [received rows, d] where x is sent again
   std::int32_t* chunk_offsets;       // [chunks + 1]
   typename Layer::experts_type::deferred_view experts;
   typename Layer::experts_type::backward_weights_scratch experts_scratch;
@@ -167,7 +175,8 @@ struct layer_deferred {
 
   layer_deferred(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    dy_received = b.take<S>("received gradients", p.received_rows() * s.hidden);
+    dy_received = b.take<S>("received gradients", p.received_elements());
+    x_received = b.take<S>("received rows", p.resends ? p.received_elements() : 0);
     dlogits = b.take<A>("logit gradients", s.max_tokens * s.num_experts);
     const std::int64_t splits = p.on_device ? p.max_chunks * p.gate_gradient_splits().per_chunk : 0;
     dlogit_parts = b.take<S>("parts of logit gradients", p.on_device ? s.max_tokens * 3 * s.num_experts : 0);
@@ -208,7 +217,7 @@ struct layer_backward_scratch {
   A* routed;                    // [T, d]; null on a device, as is the next
   A* gate;                      // [T, d]
   S* gate_parts;                // [3, E, d]; null on the host
-  S* shared_dx;                 // [T, d]; null on the host without shared experts
+  S* shared_dx;                 // [T, d]; null without shared experts
   std::int32_t* token_offsets;  // [2]
   typename Layer::shared_type::backward_input_scratch shared;
 
@@ -225,12 +234,24 @@ struct layer_backward_scratch {
     routed = b.take<A>("routed gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate = b.take<A>("gate's input gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
-    shared_dx = b.take<S>("replicated gradients", p.on_device || p.has_shared() ? s.max_tokens * s.hidden : 0);
+    shared_dx = b.take<S>("shared gradients", p.has_shared() ? s.max_tokens * s.hidden : 0);
     token_offsets = b.take<std::int32_t>("token offsets", 2);
     if (p.has_shared())
       shared = carve_backward_input<typename Layer::space>(p.shared, b, s.max_tokens, weight_on::output);
   }
 };
+
+// The rows that other ranks sent, during forward and behind it; null at one rank.
+template <class Layer>
+typename Layer::storage* rows_of(const layer_plan<Layer>& plan, const layer_saved<Layer>& saved,
+                                 const layer_forward_window<Layer>& window) {
+  return plan.resends ? window.received : saved.received;
+}
+template <class Layer>
+typename Layer::storage* rows_of(const layer_plan<Layer>& plan, const layer_saved<Layer>& saved,
+                                 const layer_deferred<Layer>& deferred) {
+  return plan.resends ? deferred.x_received : saved.received;
+}
 
 // Bytes of slice sets one after another. @tparam Slices Of the above.
 template <class... Slices, class Layer>

@@ -170,6 +170,11 @@ struct moe_chunk<Layer, Mixer>::parts {
 
   tessera::detail::layer_forward_scratch<Layer> forward_scratch(workspace_memory bytes) const {
     memory_builder builder(bytes, "forward workspace");
+    static_cast<void>(tessera::detail::layer_forward_window<Layer>(builder, plan));
+    return {builder, plan};
+  }
+  tessera::detail::layer_forward_window<Layer> forward_window(workspace_memory bytes) const {
+    memory_builder builder(bytes, "forward workspace");
     return {builder, plan};
   }
   tessera::detail::layer_backward_scratch<Layer> backward_scratch(workspace_memory bytes) const {
@@ -180,12 +185,15 @@ struct moe_chunk<Layer, Mixer>::parts {
     memory_builder builder(m.deferred, "deferred memory of a layer");
     return {builder, plan};
   }
-  matrix_view<element> received() const {
-    return {saved.received, plan.bounds.max_received_rows(), layer.dims().hidden};
+  // Room for rows, and the rows, of forward (its window) and behind it (deferred memory).
+  template <class Place>
+  matrix_view<element> room(const Place& place) const {
+    return {tessera::detail::rows_of(plan, saved, place), plan.bounds.max_received_rows(), layer.dims().hidden};
   }
-  matrix_view<const element> received_rows(matrix_view<const element> u) const {
+  template <class Place>
+  matrix_view<const element> rows(matrix_view<const element> u, const Place& place) const {
     if (plan.alone()) return u;
-    return {saved.received, saved.handle.total->received_rows, layer.dims().hidden};
+    return {tessera::detail::rows_of(plan, saved, place), saved.handle.total->received_rows, layer.dims().hidden};
   }
   pair_weights<accumulate> weighting() const { return {saved.handle.pair_weights, plan.weights_on}; }
 };
@@ -225,8 +233,9 @@ void moe_chunk<Layer, Mixer>::forward_dispatch(const forward_type& call) {
     comm.all_reduce(call.lane.stream, scratch.counts, p.saved.counts, balance_counts::size(s.num_experts));
   exchange_routing(call.lane.stream, comm, b.layer->placement(), p.plan.bounds, p.plan.dispatch,
                    p.saved.chosen(call.item.rows, s), p.saved.handle, scratch.plan);
-  dispatch_begin(call.lane.stream, comm, p.saved.handle, experts_input(call), p.received(), scratch.rows);
-  dispatch_end(call.lane.stream, comm, p.saved.handle, experts_input(call), p.received(), scratch.rows);
+  const matrix_view<element> received = p.room(p.forward_window(forward_scratch_));
+  dispatch_begin(call.lane.stream, comm, p.saved.handle, experts_input(call), received, scratch.rows);
+  dispatch_end(call.lane.stream, comm, p.saved.handle, experts_input(call), received, scratch.rows);
 }
 
 template <class Layer, class Mixer>
@@ -241,9 +250,10 @@ void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
     p.plan.shared.forward(call.lane.stream, chunked_rows(scratch.token_offsets, call.item.rows, 0), u, {},
                           b.weights.shared, p.saved.shared, {scratch.shared_out, call.item.rows, hidden},
                           scratch.shared);
-  p.plan.experts.forward(
-      call.lane.stream, p.saved.handle.rows(), p.received_rows(u), p.weighting(), b.weights.experts, p.saved.experts,
-      matrix_view<element>{scratch.pairs, p.saved.handle.total->received_pairs, hidden}, scratch.experts);
+  p.plan.experts.forward(call.lane.stream, p.saved.handle.rows(), p.rows(u, p.forward_window(forward_scratch_)),
+                         p.weighting(), b.weights.experts, p.saved.experts,
+                         matrix_view<element>{scratch.pairs, p.saved.handle.total->received_pairs, hidden},
+                         scratch.experts);
 }
 
 template <class Layer, class Mixer>
@@ -301,6 +311,10 @@ void moe_chunk<Layer, Mixer>::backward_combine(const backward_type& call) {
   const matrix_view<element> received{deferred.dy_received, p.plan.bounds.max_received_rows(), width_};
   dispatch_begin(call.lane.stream, b.layer->comm(), p.saved.handle, output_gradient(call), received, scratch.rows);
   dispatch_end(call.lane.stream, b.layer->comm(), p.saved.handle, output_gradient(call), received, scratch.rows);
+  if (!p.plan.resends) return;
+  const matrix_view<element> again = p.room(deferred);
+  dispatch_begin(call.lane.stream, b.layer->comm(), p.saved.handle, experts_input(call), again, scratch.rows);
+  dispatch_end(call.lane.stream, b.layer->comm(), p.saved.handle, experts_input(call), again, scratch.rows);
 }
 
 template <class Layer, class Mixer>
@@ -318,7 +332,7 @@ void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
                                  b.weights.shared, p.saved.shared, deferred.shared,
                                  {scratch.shared_dx, call.item.rows, width_}, nullptr, scratch.shared);
   const std::int64_t rows = p.saved.handle.total->received_rows;
-  p.plan.experts.backward_input(call.lane.stream, p.saved.handle.rows(), p.received_rows(u),
+  p.plan.experts.backward_input(call.lane.stream, p.saved.handle.rows(), p.rows(u, deferred),
                                 p.plan.alone() ? dy : matrix_view<const element>{deferred.dy_received, rows, width_},
                                 p.weighting(), b.weights.experts, p.saved.experts, deferred.experts,
                                 matrix_view<element>{scratch.dpairs, p.saved.handle.total->received_pairs, width_},
@@ -395,7 +409,7 @@ void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
   const matrix_view<const element> u = experts_input(call);
   const matrix_view<const element> dy = output_gradient(call);
   const std::int64_t rows = p.saved.handle.total->received_rows;
-  p.plan.experts.backward_weights(call.lane.stream, p.saved.handle.rows(), p.received_rows(u),
+  p.plan.experts.backward_weights(call.lane.stream, p.saved.handle.rows(), p.rows(u, deferred),
                                   p.plan.alone() ? dy : matrix_view<const element>{deferred.dy_received, rows, width_},
                                   p.weighting(), p.saved.experts, deferred.experts, grads.experts,
                                   call.item.gradient_mode, deferred.experts_scratch);

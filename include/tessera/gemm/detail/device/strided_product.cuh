@@ -31,6 +31,7 @@ struct strided_product {
   TC* c;  // [groups, M, N]
   std::int64_t M, N, K, group_k;
   bool accumulate;
+  std::int64_t c_stride = N;  // of rows
 
   static constexpr int tile = 64;
   static constexpr int depth = 16;
@@ -74,7 +75,7 @@ struct strided_product {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < 4; ++j) {
         if (m0 + row + i >= M || n0 + col + j >= N) continue;
-        TC* to = c + (group * M + m0 + row + i) * N + n0 + col + j;
+        TC* to = c + (group * M + m0 + row + i) * c_stride + n0 + col + j;
         const float value = sum[i][j] + (bias == nullptr ? 0.0f : bias[n0 + col + j]);
         *to = static_cast<TC>(accumulate ? static_cast<float>(*to) + value : value);
       }

@@ -104,17 +104,21 @@ static __global__ void __launch_bounds__(256)
   *to = accumulate ? *to + sum : sum;
 }
 
-// Whether the products run on tensor cores here; otherwise they are plain fp32 products.
-inline bool gate_on_tensor_cores(int num_experts, const matrix_view<const bfloat16>& x) {
-  if (num_experts % 8 != 0 || x.rows == 0 || x.cols % 8 != 0 || x.stride % 8 != 0 ||
-      reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0)
-    return false;
-  return has_hopper();
+// Whether kernels can copy such rows: columns, distances and address in units of 16 bytes.
+inline bool copies_rows(const matrix_view<const bfloat16>& x) {
+  return x.cols % 8 == 0 && x.stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
 }
 
-// `logits[t] = x[t] W^T + bias`. @param parts `[3, E, d]`, scratch. @param one_group `[2]`, scratch.
+// Whether the products run on tensor cores here; otherwise they are plain fp32 products.
+inline bool gate_on_tensor_cores(int num_experts, const matrix_view<const bfloat16>& x) {
+  return num_experts % 8 == 0 && x.rows > 0 && copies_rows(x) && has_hopper();
+}
+
+// `logits[t] = x[t] W^T + bias`. @param parts `[3, E, d]`, scratch. @param one_group `[2]`, scratch. @param sm_budget
+// Most multiprocessors of the product, here and below; 0: all.
 inline void gate_forward(device_stream stream, const matrix_view<const bfloat16>& x, matrix_view<const float> gate,
-                         const float* bias, matrix_view<float> logits, bfloat16* parts, std::int32_t* one_group) {
+                         const float* bias, matrix_view<float> logits, bfloat16* parts, std::int32_t* one_group,
+                         int sm_budget = 0) {
   const std::int64_t experts = gate.rows, d = gate.cols;
   if (!gate_on_tensor_cores(static_cast<int>(experts), x)) {
     launch_strided_product(
@@ -126,7 +130,7 @@ inline void gate_forward(device_stream stream, const matrix_view<const bfloat16>
   }
   launch_split(stream, {gate, parts, experts * d, d, {2, 1, 0}, one_group, static_cast<std::int32_t>(x.rows)});
   gemm::hopper::product_with_parts<3>(stream, gemm::hopper::device::current(), {one_group, 1, x.rows}, experts, d,
-                                      {x.data, x.stride, nullptr}, parts, logits);
+                                      {x.data, x.stride, nullptr}, parts, logits, {.sm_budget = sm_budget});
   if (bias == nullptr) return;
   add_gate_bias_kernel<<<528, 256, 0, stream.get()>>>(logits, bias);
   expect_launched("add_gate_bias_kernel");
@@ -137,9 +141,11 @@ inline void gate_forward(device_stream stream, const matrix_view<const bfloat16>
 inline void gate_backward_input(device_stream stream, const matrix_view<const bfloat16>& x,
                                 matrix_view<const float> dlogits, matrix_view<const float> gate,
                                 matrix_view<bfloat16> dx, write mode, bfloat16* parts, bfloat16* dlogit_parts,
-                                std::int32_t* one_group) {
+                                std::int32_t* one_group, int sm_budget = 0) {
   const std::int64_t experts = gate.rows, d = gate.cols, num_tokens = dlogits.rows;
-  if (!gate_on_tensor_cores(static_cast<int>(experts), x)) {
+  const bool on_tensor_cores = gate_on_tensor_cores(static_cast<int>(experts), x);
+  if (on_tensor_cores) launch_split(stream, {dlogits, dlogit_parts, experts, 3 * experts, {0, 1, 0}, nullptr, 0});
+  if (!on_tensor_cores || !copies_rows(dx)) {
     launch_strided_product(stream,
                            strided_product<float, float, bfloat16>{{dlogits.data, dlogits.stride, 1},
                                                                    {gate.data, 1, gate.stride},
@@ -149,16 +155,17 @@ inline void gate_backward_input(device_stream stream, const matrix_view<const bf
                                                                    d,
                                                                    experts,
                                                                    0,
-                                                                   mode == write::accumulate},
+                                                                   mode == write::accumulate,
+                                                                   dx.stride},
                            1);
     return;
   }
   // (high + low) (W1 + W2), less low W2, as one product with sums of length 3 E
   launch_split(stream, {gate, parts, experts * d, d, {0, 0, 1}, one_group, static_cast<std::int32_t>(num_tokens)});
-  launch_split(stream, {dlogits, dlogit_parts, experts, 3 * experts, {0, 1, 0}, nullptr, 0});
   gemm::hopper::variable_m<gemm::hopper::contiguous::mn, gemm::hopper::gathered::none, bfloat16>(
       stream, gemm::hopper::device::current(), {one_group, 1, num_tokens}, d, 3 * experts,
-      {dlogit_parts, 3 * experts, nullptr}, {parts, 3 * experts * d, 1, d}, nullptr, dx, mode);
+      {dlogit_parts, 3 * experts, nullptr}, {parts, 3 * experts * d, 1, d}, nullptr, dx, mode,
+      gemm::hopper::launch_options{.sm_budget = sm_budget});
 }
 
 // `gradient[chunk] (=|+=) dlogits^T x` over the tokens of each chunk. @param dlogit_parts From `gate_backward_input`.

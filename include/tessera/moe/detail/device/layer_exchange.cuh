@@ -14,6 +14,7 @@
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_device.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
+#include <tessera/moe/side_stream.hpp>
 #include <tessera/router/router.cuh>
 
 TESSERA_NAMESPACE_BEGIN
@@ -44,7 +45,72 @@ void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> 
   }
 }
 
-// The steps of one layer's call. `Layer` gives types, `plan` the sizes; every step enqueues on `stream`.
+// A handle of the communicator whose operations take `sms` multiprocessors, where it has a say; 0: as they are.
+template <class Comm>
+Comm within(const Comm& comm, int sms) {
+  Comm result = comm;
+  if constexpr (requires { result.set_num_sms(sms); }) {
+    if (sms > 0) result.set_num_sms(sms);
+  }
+  return result;
+}
+
+// Multiprocessors of rows that travel beside products: so many fill the links.
+inline constexpr int sms_beside_products = 16;
+
+// Work beside the caller's stream. Between GPUs it is on the communicator's side stream, where lists are made; on one
+// GPU on the stream that the engine lends, or on the caller's.
+template <class Layer>
+class layer_side {
+ public:
+  using comm_type = typename Layer::communicator_type;
+  static constexpr bool of_communicator = peer_communicator<comm_type>;
+
+  layer_side(const Layer& layer, comm_type& comm) {
+    if constexpr (!of_communicator) {
+      side_ = layer.get_options().side;
+    } else {
+      side_ = {comm.side_stream().get(), comm.fork_event(), comm.join_event()};
+      beside_rows_ = comm.num_sms() > 0 ? comm.num_sms() : sms_beside_products;
+      beside_products_ = device_attribute(cudaDevAttrMultiProcessorCount) - beside_rows_;
+    }
+  }
+
+  // The side stream, behind what `stream` holds.
+  device_stream fork(device_stream stream) {
+    if (side_.stream == nullptr) return stream;
+    check_cuda(cudaEventRecord(side_.fork, stream.get()), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(side_.stream, side_.fork, 0), "cudaStreamWaitEvent");
+    forked_ = true;
+    return side_.stream;
+  }
+  // The same in forward, when routing and rows are on their way: behind the making of lists, so that the blocks that
+  // send rows stand already.
+  device_stream fork_behind_lists(device_stream stream) {
+    if constexpr (!of_communicator) return fork(stream);
+    forked_ = true;
+    return side_.stream;
+  }
+  // What follows on `stream` comes behind what is on the side stream.
+  void join(device_stream stream) const {
+    if (!forked_) return;
+    check_cuda(cudaEventRecord(side_.join, side_.stream), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(stream.get(), side_.join, 0), "cudaStreamWaitEvent");
+  }
+
+  // Multiprocessors of rows that travel beside products, and of the first of these; 0: as they like.
+  int rows_sms() const { return beside_rows_; }
+  int product_sms() const { return beside_products_; }
+
+ private:
+  side_stream side_;
+  bool forked_ = false;
+  int beside_rows_ = 0;
+  int beside_products_ = 0;
+};
+
+// What the steps of a layer's call do with its communicator. `Layer` gives types, `plan` the sizes, `comm` the handle
+// whose slot and SMs are used; everything is enqueued on `stream`.
 template <class Layer, bool Alone = layer_is_alone<Layer>>
 class layer_exchange;
 
@@ -55,13 +121,15 @@ class layer_exchange<Layer, true> {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan)
-      : stream_(stream), layer_(layer), plan_(plan) {}
+  using comm_type = typename Layer::communicator_type;
 
-  // Chooses experts and makes the lists. @return counts of this rank.
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
+      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+
+  // Chooses experts and makes the lists.
   template <class Inputs>
-  const std::int64_t* route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                            const layer_forward_window<Layer>&, const layer_forward_scratch<Layer>& scratch) const {
+  void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
+             const layer_forward_scratch<Layer>& scratch) const {
     const int num_experts = layer_.dims().num_experts;
     const auto& state = layer_.state();
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
@@ -69,13 +137,19 @@ class layer_exchange<Layer, true> {
     set_totals(stream_, saved.handle.total, chosen.expert_ids.rows);
     if (plan_.dispatch.capacity_factor > 0) {
       choose(in, chosen, counts);
-      exchange_routing(stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-                       sort);
+      exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle, sort);
     } else {
       const router_lists<A> lists{saved.handle.expert_offsets, saved.handle.gather, saved.handle.expert_row_of,
                                   saved.handle.pair_weights};
       route_sorted(stream_, layer_.get_router(), in, chosen, counts, lists, sort, state.status);
     }
+  }
+  void send_routing(const routing<A>&, bool, const layer_saved<Layer>&, const layer_forward_window<Layer>&,
+                    const layer_forward_scratch<Layer>&) const {}
+  void await_lists() const {}
+
+  // Counts of this rank's pairs.
+  static const std::int64_t* own_counts(const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>&) {
     return saved.counts;
   }
 
@@ -100,13 +174,14 @@ class layer_exchange<Layer, true> {
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
-    return_pair_values(stream_, layer_.comm(), saved.handle, values, home, pair_values_workspace<A>{});
+    return_pair_values(stream_, comm_, saved.handle, values, home, pair_values_workspace<A>{});
   }
 
  private:
   device_stream stream_;
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
+  comm_type& comm_;
 };
 
 // Several GPUs that reach each other's memory.
@@ -119,31 +194,40 @@ class layer_exchange<Layer, false> {
                 "moe_layer: the device half needs a communicator that it can dispatch over. Models: "
                 "comm::self<space::device>, comm::symmetric");
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan)
-      : stream_(stream), layer_(layer), plan_(plan) {}
+  using comm_type = typename Layer::communicator_type;
 
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
+      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+
+  // Chooses experts. The lists come with what other ranks send.
   template <class Inputs>
-  const std::int64_t* route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                            const layer_forward_window<Layer>& window,
-                            const layer_forward_scratch<Layer>& scratch) const {
-    const int num_experts = layer_.dims().num_experts;
-    const balance_counts counts = counting ? balance_counts(scratch.counts, num_experts) : balance_counts{};
-    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
+  void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
+             const layer_forward_scratch<Layer>& scratch) const {
+    route_on_device(stream_, layer_.get_router(), in, chosen, counts_of(counting, scratch), nullptr, router_workspace{},
                     layer_.state().status);
+  }
+  void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
+                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
     exchange_routing_begin(
-        stream_, layer_.comm(), layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}}, counts,
-        counting && Layer::num_losses > 0 ? balance_counts(saved.counts, num_experts) : balance_counts{});
+        stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
+        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}},
+        counts_of(counting, scratch),
+        counting && Layer::num_losses > 0 ? balance_counts(saved.counts, layer_.dims().num_experts) : balance_counts{});
+  }
+  // Waits for the lists, which experts need.
+  void await_lists() const { exchange_routing_end(stream_, comm_); }
+
+  static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
     return scratch.counts;
   }
   // After a failure nothing is counted.
-  const comm::symmetric_failure* failure() const { return layer_.comm().view(comm::symmetric_channel::tables).failure; }
+  const comm::symmetric_failure* failure() const { return comm_.view(comm::symmetric_channel::tables).failure; }
 
   void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
-    dispatch_begin(stream_, layer_.comm(), saved.handle, rows, view(received));
+    dispatch_begin(stream_, comm_, saved.handle, rows, view(received));
   }
   matrix_view<const S> await_rows(matrix_view<const S>, S* received) const {
-    return dispatch_end(stream_, layer_.comm(), view(received));
+    return dispatch_end(stream_, comm_, view(received));
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
@@ -151,31 +235,29 @@ class layer_exchange<Layer, false> {
                const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) const {
     if constexpr (std::is_same_v<typename Layer::combine_type, combine::ordered>) {
       if (!weighted) weights.data = nullptr;
-      combine_pairs(stream_, layer_.comm(), saved.handle, pairs, returned, weights, plus, y);
+      combine_pairs(stream_, comm_, saved.handle, pairs, returned, weights, plus, y);
     } else {
-      combine_rows(stream_, layer_.comm(), saved.handle, weighted ? combine_weights::routing : combine_weights::none,
+      combine_rows(stream_, comm_, saved.handle, weighted ? combine_weights::routing : combine_weights::none,
                    combine_source::expert_rows, pairs, view(returned.rows), layer_.dims().top_k, plus, y);
     }
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
-    return_pair_values(stream_, layer_.comm(), saved.handle, values,
+    return_pair_values(stream_, comm_, saved.handle, values,
                        matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols});
   }
 
  private:
   matrix_view<S> view(S* rows) const { return {rows, plan_.bounds.addressed_rows(), layer_.dims().hidden}; }
+  balance_counts counts_of(bool counting, const layer_forward_scratch<Layer>& scratch) const {
+    return counting ? balance_counts(scratch.counts, layer_.dims().num_experts) : balance_counts{};
+  }
 
   device_stream stream_;
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
+  comm_type& comm_;
 };
-
-// Waits for the lists of the routing, which experts need.
-template <class Layer>
-void await_lists(device_stream stream, const Layer& layer) {
-  if constexpr (!layer_is_alone<Layer>) exchange_routing_end(stream, layer.comm());
-}
 
 }  // namespace detail
 

@@ -1,0 +1,263 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Two micro-batches of layers whose experts are spread over the GPUs of this machine: the forward of one under the
+// backward of the other, as the overlapped pair of a pipeline's stage. A pair's time is the median of the slowest rank,
+// from replays of a graph of two pairs in which the micro-batches change places. Beside it, of the same chunk: one
+// stream, where nothing overlaps (`serial_us`), and its computing phases alone on all SMs (`compute_us`). Then
+//
+//     hidden = (serial - overlapped) / (serial - compute)      exposed = 1 - compute / overlapped
+//
+// Both orders of `make_overlap_order` are tried. Blocks have no attention: what comes before the experts is a copy. The
+// layers of a chunk are one layer with its weights, called as often.
+
+#include <cmath>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nccl.h>
+
+#include <tessera/layout/block.hpp>
+#include <tessera/moe/moe_layer.cuh>
+#include <tessera/pipeline/moe_chunk.cuh>
+#include <tessera/pipeline/overlap.cuh>
+
+#include "rank_timing.cuh"
+
+namespace {
+
+namespace ts = tessera;
+namespace pl = tessera::pipeline;
+using namespace tessera_bench;
+using ts::bfloat16;
+
+struct layer_shape {
+  const char* name;
+  std::int64_t T, d, n;
+  int E, K;
+};
+
+using router = ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized>;
+using spread_layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16_gradients>,
+                                   ts::layout::block, ts::comm::symmetric>;
+
+// h = u = x and dx = dh + du, eight numbers a thread.
+__global__ void __launch_bounds__(256) copy_kernel(const uint4* x, uint4* h, uint4* u, std::int64_t count) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) h[i] = u[i] = x[i];
+}
+__global__ void __launch_bounds__(256) add_kernel(const uint4* dh, const uint4* du, uint4* dx, std::int64_t count) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  struct alignas(16) eight {
+    bfloat16 value[8];
+  };
+  const uint4 a = dh[i], b = du[i];
+  const auto& from_h = reinterpret_cast<const eight&>(a);
+  const auto& from_u = reinterpret_cast<const eight&>(b);
+  eight sum;
+  for (int j = 0; j < 8; ++j)
+    sum.value[j] = bfloat16(static_cast<float>(from_h.value[j]) + static_cast<float>(from_u.value[j]));
+  dx[i] = reinterpret_cast<const uint4&>(sum);
+}
+
+struct copying_mixer {
+  void forward(ts::device_stream stream, const pl::work_item&, ts::matrix_view<const bfloat16> x,
+               ts::matrix_view<bfloat16> h, ts::matrix_view<bfloat16> u) {
+    const std::int64_t count = h.rows * h.cols / 8;
+    copy_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream.get()>>>(
+        reinterpret_cast<const uint4*>(x.data), reinterpret_cast<uint4*>(h.data), reinterpret_cast<uint4*>(u.data),
+        count);
+    require(cudaGetLastError(), "copy_kernel");
+  }
+  void backward_input(ts::device_stream stream, const pl::work_item&, ts::matrix_view<const bfloat16>,
+                      ts::matrix_view<const bfloat16> dh, ts::matrix_view<const bfloat16> du,
+                      ts::matrix_view<bfloat16> dx) {
+    const std::int64_t count = dx.rows * dx.cols / 8;
+    add_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, stream.get()>>>(
+        reinterpret_cast<const uint4*>(dh.data), reinterpret_cast<const uint4*>(du.data),
+        reinterpret_cast<uint4*>(dx.data), count);
+    require(cudaGetLastError(), "add_kernel");
+  }
+  void backward_weights(ts::device_stream, const pl::work_item&, ts::matrix_view<const bfloat16>,
+                        ts::matrix_view<const bfloat16>, ts::matrix_view<const bfloat16>) {}
+};
+
+using chunk = pl::moe_chunk<spread_layer, copying_mixer>;
+
+// One rank's chunk with room for two micro-batches, weights and tokens.
+struct chunk_case {
+  chunk_case(ts::comm::symmetric& comm, const layer_shape& s, int num_layers)
+      : tokens(s.T),
+        sizes{.num_experts = s.E,
+              .top_k = s.K,
+              .hidden = static_cast<int>(s.d),
+              .intermediate = static_cast<int>(s.n),
+              .max_tokens = s.T},
+        placement(s.E, comm.size()),
+        state(static_cast<std::int64_t>(spread_layer::sizes(sizes, placement, comm.rank()).state_bytes)),
+        x(2 * s.T * s.d, static_cast<unsigned>(comm.rank()) + 11, 1),
+        dy(2 * s.T * s.d, static_cast<unsigned>(comm.rank()) + 21, 1),
+        y(2 * s.T * s.d),
+        dx(2 * s.T * s.d),
+        up(placement.num_slots(comm.rank()) * 2 * s.n * s.d, static_cast<unsigned>(comm.rank()) + 31,
+           1 / std::sqrt(static_cast<float>(s.d))),
+        down(placement.num_slots(comm.rank()) * s.d * s.n, static_cast<unsigned>(comm.rank()) + 41,
+             1 / std::sqrt(static_cast<float>(s.n))),
+        gate(s.E * s.d, 5, 1 / std::sqrt(static_cast<float>(s.d))),
+        dgate(gate.size()),
+        dup(up.size()),
+        ddown(down.size()),
+        moe(sizes, {}, placement, comm, ts::state_memory(state.data(), static_cast<std::size_t>(state.size()))) {
+    moe.reset_state(cudaStreamLegacy);
+    gradients.gate = dgate.data();
+    gradients.experts.up = dup.data();
+    gradients.experts.down = ddown.data();
+    pl::moe_block<spread_layer, copying_mixer> block{&mixer, &moe, {}, {&gradients, 1}};
+    block.weights.gate = {gate.data(), sizes.num_experts, sizes.hidden};
+    block.weights.experts.up = up.data();
+    block.weights.experts.down = down.data();
+    const std::vector<pl::moe_block<spread_layer, copying_mixer>> blocks(static_cast<std::size_t>(num_layers), block);
+    const auto bytes = chunk::sizes(blocks, s.T, s.d, 2);
+    layers = std::make_unique<chunk>(blocks, s.T, s.d, 2,
+                                     ts::saved_memory(comm.allocate(bytes.saved_bytes), bytes.saved_bytes),
+                                     ts::deferred_memory(comm.allocate(bytes.deferred_bytes), bytes.deferred_bytes),
+                                     ts::workspace_memory(comm.allocate(bytes.workspace_bytes), bytes.workspace_bytes));
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  pl::work_item item(int slot) const { return {.micro_batch = slot, .rows = tokens, .slot = slot}; }
+  template <class T>
+  ts::matrix_view<T> view(const device_array<std::remove_const_t<T>>& all, int slot) const {
+    return {all.data() + slot * tokens * sizes.hidden, tokens, sizes.hidden};
+  }
+
+  template <class Lanes>
+  void forward(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
+    stage.forward(stream, item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot));
+  }
+  // Forward of `slot` and backward of the other.
+  template <class Lanes>
+  void pair(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
+    const int other = 1 - slot;
+    stage.overlapped(stream, item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot), stage, item(other),
+                     view<const bfloat16>(x, other), view<const bfloat16>(dy, other), view<bfloat16>(dx, other));
+  }
+  // The computing phases of `pair`, on what the last exchange has brought.
+  void computing_phases(cudaStream_t stream, int slot) const {
+    using pl::phase;
+    const int other = 1 - slot;
+    chunk::forward_type f{item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot), 0, {stream, 0}};
+    chunk::backward_type b{
+        item(other), view<const bfloat16>(x, other), view<const bfloat16>(dy, other), view<bfloat16>(dx, other), 0,
+        {stream, 0}};
+    const int count = layers->num_layers();
+    for (const pl::overlap_node& node : pl::make_overlap_order(count, count).nodes) {
+      f.layer = b.layer = node.layer;
+      if (node.what == phase::forward_attention) layers->forward_attention(f);
+      if (node.what == phase::forward_mlp) layers->forward_mlp(f);
+      if (node.what == phase::backward_mlp_input) layers->backward_mlp_input(b);
+      if (node.what == phase::backward_mlp_weights) layers->backward_mlp_weights(b);
+      if (node.what == phase::backward_attention_input) layers->backward_attention_input(b);
+      if (node.what == phase::backward_attention_weights) layers->backward_attention_weights(b);
+    }
+  }
+
+  std::int64_t tokens;
+  ts::shape sizes;
+  ts::layout::block placement;
+  device_array<std::byte> state;
+  device_array<bfloat16> x, dy, y, dx, up, down;
+  device_array<float> gate, dgate;
+  device_array<bfloat16> dup, ddown;
+  spread_layer moe;
+  spread_layer::gradients gradients{};
+  copying_mixer mixer;
+  std::unique_ptr<chunk> layers;
+};
+
+enum class what { serial, compute, overlapped };
+
+double pair_us(const layer_shape& s, int num_layers, what which, int communication_sms = 0,
+               pl::overlap_style style = pl::overlap_style::attention) {
+  using serial = pl::serial_lanes<ts::space::device>;
+  return 0.5 * slowest_median_us(1, [&](ts::comm::symmetric& comm) {
+           comm.set_num_sms(0);
+           auto c = std::make_shared<chunk_case>(comm, s, num_layers);
+           auto one_stream = std::make_shared<serial>();
+           auto alone = std::make_shared<pl::overlap_stage<chunk, serial>>(*c->layers, *one_stream);
+           const work before = [c, one_stream, alone](cudaStream_t stream) {
+             c->forward(*alone, stream, 0);
+             c->forward(*alone, stream, 1);
+           };
+           if (which == what::compute) {
+             return rank_work{before, [c](cudaStream_t stream) {
+                                c->computing_phases(stream, 1);
+                                c->computing_phases(stream, 0);
+                              }};
+           }
+           if (which == what::serial) {
+             return rank_work{before, [c, one_stream, alone](cudaStream_t stream) {
+                                c->pair(*alone, stream, 1);
+                                c->pair(*alone, stream, 0);
+                              }};
+           }
+           auto lanes = std::make_shared<pl::device_lanes>(pl::device_lanes_options{communication_sms});
+           auto stage = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*c->layers, *lanes, style);
+           return rank_work{before, [c, lanes, stage](cudaStream_t stream) {
+                              c->pair(*stage, stream, 1);
+                              c->pair(*stage, stream, 0);
+                            }};
+         });
+}
+
+// What the overlapped pair is compared with, measured once in a run.
+std::pair<double, double> without_overlap(const layer_shape& s, int num_layers) {
+  static std::map<std::pair<std::string, int>, std::pair<double, double>> known;
+  const auto key = std::make_pair(std::string(s.name), num_layers);
+  if (!known.contains(key)) {
+    const double serial = pair_us(s, num_layers, what::serial);
+    known[key] = {serial, pair_us(s, num_layers, what::compute)};
+  }
+  return known[key];
+}
+
+void measure_pair(benchmark::State& state, const layer_shape& s, int num_layers, int communication_sms,
+                  pl::overlap_style style) {
+  const auto [serial, compute] = without_overlap(s, num_layers);
+  const double us = pair_us(s, num_layers, what::overlapped, communication_sms, style);
+  const double unit = 2.0 * static_cast<double>(s.T) * s.K * static_cast<double>(s.n) * static_cast<double>(s.d);
+  report_time(state, us, 9 * num_layers * unit);
+  state.counters["serial_us"] = serial;
+  state.counters["compute_us"] = compute;
+  state.counters["hidden"] = (serial - us) / (serial - compute);
+  state.counters["exposed"] = 1 - compute / us;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // Streams of a pair have hardware queues of their own, and kernels are there before GPUs wait for each other.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  int gpus = 0;
+  if (cudaGetDeviceCount(&gpus) != cudaSuccess) gpus = 1;
+  for (const layer_shape& s : {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
+                               layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpus, 8}}) {
+    for (const int num_layers : {1, 4}) {
+      for (const auto& [name, style] :
+           {std::pair{"figure_4", pl::overlap_style::attention}, std::pair{"weights", pl::overlap_style::weights}}) {
+        for (const int sms : {0, 8, 16, 24, 32}) {
+          add_case(std::string("pair/") + s.name + "/layers:" + std::to_string(num_layers) + "/" + name +
+                       "/sms:" + std::to_string(sms),
+                   [=, order = style](benchmark::State& state) { measure_pair(state, s, num_layers, sms, order); });
+        }
+      }
+    }
+  }
+  return run_on_gpu(argc, argv);
+}

@@ -1,0 +1,311 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <tessera/experts/expert_mlp.cuh>
+#include <tessera/moe/detail/device/gate_product.cuh>
+#include <tessera/moe/detail/device/layer_exchange.cuh>
+#include <tessera/moe/detail/device/state_kernels.cuh>
+#include <tessera/moe/detail/layer_checks.hpp>
+#include <tessera/moe/detail/layer_host.hpp>
+#include <tessera/moe/detail/layer_memory.hpp>
+#include <tessera/router/router.cuh>
+
+// The steps of a device layer: in order on one stream they are the layer's calls, spread over two streams the phases of
+// an overlapped chunk. An object carves the memory of a call, which costs a few additions, and may be made anew for
+// every step; steps enqueue and return. `sms` bounds the first product of a step, for kernels of another stream that
+// begin with it; 0: no bound.
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail {
+
+// Kernels want an address even for no rows, which an empty batch need not have.
+template <class S>
+matrix_view<const S> with_address(matrix_view<const S> rows, const void* any) {
+  if (rows.rows == 0) rows.data = static_cast<const S*>(any);
+  return rows;
+}
+
+// Products hand tiles out as blocks ask for them, by counters of the layer's, where the container has a place for them.
+template <class State, class Routed, class Shared>
+void share_tile_counters(const State& state, Routed& routed, Shared& shared) {
+  if constexpr (requires { routed.tile_counter = state.tile_counters; }) routed.tile_counter = state.tile_counters;
+  if constexpr (requires { shared.tile_counter = state.tile_counters; }) shared.tile_counter = state.tile_counters + 2;
+}
+
+// The same scratch with a bound for the first product, where the container has a place for it.
+template <class Scratch>
+Scratch with_first_sms(Scratch scratch, int sms) {
+  if constexpr (requires { scratch.first_sms = sms; }) scratch.first_sms = sms;
+  return scratch;
+}
+
+inline expert_rows one_group(device_stream stream, std::int32_t* offsets, std::int64_t num_tokens) {
+  fill_chunk_offsets(stream, offsets, num_tokens, 0);
+  return {1, offsets, nullptr};
+}
+
+template <class Layer>
+class layer_forward_steps {
+ public:
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  using comm_type = typename Layer::communicator_type;
+  using inputs = typename Layer::inputs;
+  using weights = typename Layer::weights;
+
+  layer_forward_steps(const Layer& layer, comm_type& comm, pass mode, const inputs& in, const weights& params,
+                      saved_memory saved, workspace_memory workspace)
+      : layer_(layer),
+        comm_(comm),
+        mode_(mode),
+        in_(in),
+        params_(params),
+        plan_(layer.dims(), layer.placement(), comm.rank(), layer.get_options()),
+        scratch_builder_(workspace, "workspace"),
+        saved_builder_(saved, "saved memory"),
+        window_(scratch_builder_, plan_),
+        saved_(mode == pass::eval ? scratch_builder_ : saved_builder_, plan_),
+        scratch_(scratch_builder_, plan_),
+        x_(with_address(in.x, saved_.logits)) {
+    share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
+  }
+
+  // The gate, the choice of experts; alone, their lists, too.
+  void route(device_stream stream, int sms = 0) const {
+    gate_forward(stream, x_, matrix_view<const A>(params_.gate), params_.gate_bias,
+                 matrix_view<A>{saved_.logits, x_.rows, layer_.dims().num_experts}, scratch_.gate_parts,
+                 scratch_.token_offsets, sms);
+    exchange(stream).route(routing_inputs(), chosen(), counting(), saved_, scratch_);
+  }
+  // Routing and rows, to the owners of experts. @param rows_sms Multiprocessors of the rows; 0: the communicator's.
+  void send(device_stream stream, int rows_sms = 0) const {
+    exchange(stream).send_routing(chosen(), counting(), saved_, window_, scratch_);
+    auto comm = within(comm_, rows_sms);
+    layer_exchange<Layer>(stream, layer_, plan_, comm).send_rows(saved_, x_, received());
+  }
+  // Waits for lists and rows.
+  void receive(device_stream stream) const {
+    exchange(stream).await_lists();
+    exchange(stream).await_rows(x_, received());
+  }
+  // Any time before `combine`.
+  bool has_shared() const { return plan_.has_shared(); }
+  void shared(device_stream stream, int sms = 0) const {
+    if (!plan_.has_shared()) return;
+    plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, {}, params_.shared,
+                         saved_.shared, {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
+                         with_first_sms(scratch_.shared, sms));
+  }
+  void experts(device_stream stream, int sms = 0) const {
+    plan_.experts.forward(stream, saved_.handle.rows(), exchange(stream).arrived(x_, received()),
+                          {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts, pairs(),
+                          with_first_sms(scratch_.experts, sms));
+  }
+  // Rows home: y = their sums, and the shared experts' outputs.
+  void combine(device_stream stream, matrix_view<S> y) const {
+    matrix_view<const S> plus{};
+    if (plan_.has_shared()) plus = {scratch_.shared_out, x_.rows, plan_.sizes.hidden};
+    exchange(stream).combine(saved_, matrix_view<const A>(chosen().weights), plan_.weights_on == weight_on::output,
+                             matrix_view<const S>(pairs()), window_.returned, plus, y);
+  }
+  // Losses and load.
+  void count(device_stream stream) const {
+    if (!counting()) return;
+    const auto& state = layer_.state();
+    if constexpr (Layer::num_losses > 0) {
+      layer_.get_router().losses(
+          stream, routing_inputs(), const_balance_counts(saved_.counts, plan_.sizes.num_experts), state.coefficients,
+          plan_.chunk_tokens, matrix_view<A>{state.losses, num_chunks(x_.rows, plan_.chunk_tokens), Layer::num_losses});
+    }
+    if (mode_ == pass::train) {
+      const auto counted = exchange(stream);
+      count_step(stream, state, counted.own_counts(saved_, scratch_), saved_.handle, counted.failure());
+    }
+  }
+
+ private:
+  layer_exchange<Layer> exchange(device_stream stream) const { return {stream, layer_, plan_, comm_}; }
+  bool counting() const { return mode_ != pass::eval; }
+  auto routing_inputs() const { return router_view(saved_, layer_, in_); }
+  routing<A> chosen() const { return saved_.chosen(x_.rows, plan_.sizes); }
+  S* received() const { return rows_of(plan_, saved_, window_); }
+  matrix_view<S> pairs() const { return {scratch_.pairs, plan_.bounds.max_pairs, plan_.sizes.hidden}; }
+
+  const Layer& layer_;
+  comm_type& comm_;
+  pass mode_;
+  inputs in_;
+  weights params_;
+  layer_plan<Layer> plan_;
+  memory_builder scratch_builder_;
+  memory_builder saved_builder_;
+  layer_forward_window<Layer> window_;
+  layer_saved<Layer> saved_;
+  layer_forward_scratch<Layer> scratch_;
+  matrix_view<const S> x_;
+};
+
+template <class Layer>
+class layer_backward_steps {
+ public:
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  using comm_type = typename Layer::communicator_type;
+  using inputs = typename Layer::inputs;
+  using weights = typename Layer::weights;
+
+  layer_backward_steps(const Layer& layer, comm_type& comm, const inputs& in, matrix_view<const S> dy,
+                       const weights& params, saved_memory saved, deferred_memory deferred, workspace_memory workspace)
+      : layer_(layer),
+        comm_(comm),
+        in_(in),
+        params_(params),
+        plan_(layer.dims(), layer.placement(), comm.rank(), layer.get_options()),
+        saved_builder_(saved, "saved memory"),
+        deferred_builder_(deferred, "deferred memory"),
+        scratch_builder_(workspace, "workspace"),
+        saved_(saved_builder_, plan_),
+        deferred_(deferred_builder_, plan_),
+        scratch_(scratch_builder_, plan_),
+        x_(with_address(in.x, saved_.logits)),
+        dy_(with_address(dy, saved_.logits)) {
+    share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
+  }
+
+  // dy, to the owners of experts: the adjoint of combine. @param rows_sms As in forward.
+  void send(device_stream stream, int rows_sms = 0) const {
+    auto comm = within(comm_, rows_sms);
+    layer_exchange<Layer>(stream, layer_, plan_, comm).send_rows(saved_, dy_, deferred_.dy_received);
+  }
+  void receive(device_stream stream) const { exchange(stream).await_rows(dy_, deferred_.dy_received); }
+  // x again, where received rows were not kept: behind `receive`, before the weights' gradients, and before `experts`
+  // where these read it.
+  bool resends() const { return plan_.resends && plan_.travels; }
+  bool experts_read_x() const { return plan_.weights_on == weight_on::input; }
+  void resend(device_stream stream, int rows_sms = 0) const {
+    if (!resends()) return;
+    auto comm = within(comm_, rows_sms);
+    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm);
+    exchange.send_rows(saved_, x_, deferred_.x_received);
+    exchange.await_rows(x_, deferred_.x_received);
+  }
+  // Any time before `combine`.
+  bool has_shared() const { return plan_.has_shared(); }
+  void shared(device_stream stream, int sms = 0) const {
+    if (!plan_.has_shared()) return;
+    plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_, {}, params_.shared,
+                                saved_.shared, deferred_.shared,
+                                {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
+                                with_first_sms(scratch_.shared, sms));
+  }
+  void experts(device_stream stream, int sms = 0) const {
+    const auto arrived = exchange(stream);
+    plan_.experts.backward_input(
+        stream, saved_.handle.rows(), arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        arrived.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, params_.experts,
+        saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights, with_first_sms(scratch_.experts, sms));
+  }
+  // Home: dx = sums of rows, and the shared experts' part; and the gradients of the routing weights.
+  void combine(device_stream stream, matrix_view<S> dx) const {
+    const auto home = exchange(stream);
+    matrix_view<const S> plus{};
+    if (plan_.has_shared()) plus = {scratch_.shared_dx, x_.rows, plan_.sizes.hidden};
+    home.combine(saved_, matrix_view<const A>{nullptr, x_.rows, plan_.sizes.top_k}, false,
+                 matrix_view<const S>(dpairs()), scratch_.returned, plus, dx);
+    home.values_home(saved_, scratch_.dpair_weights, dweights());
+  }
+  // The routing and the gate, whose part is added to dx.
+  void gate(device_stream stream, matrix_view<S> dx, int sms = 0) const {
+    const matrix_view<A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
+    route_backward(stream, layer_.get_router(), router_view(saved_, layer_, in_), saved_.chosen(x_.rows, plan_.sizes),
+                   matrix_view<const A>(dweights()), const_balance_counts(saved_.counts, plan_.sizes.num_experts),
+                   layer_.state().coefficients, layer_.state().loss_scale, dlogits);
+    gate_backward_input(stream, x_, matrix_view<const A>(dlogits), matrix_view<const A>(params_.gate), dx,
+                        write::accumulate, scratch_.gate_parts, deferred_.dlogit_parts, scratch_.token_offsets, sms);
+  }
+
+ private:
+  layer_exchange<Layer> exchange(device_stream stream) const { return {stream, layer_, plan_, comm_}; }
+  matrix_view<S> dpairs() const { return {scratch_.dpairs, plan_.bounds.max_pairs, plan_.sizes.hidden}; }
+  matrix_view<A> dweights() const { return {scratch_.dweights, x_.rows, plan_.sizes.top_k}; }
+
+  const Layer& layer_;
+  comm_type& comm_;
+  inputs in_;
+  weights params_;
+  layer_plan<Layer> plan_;
+  memory_builder saved_builder_;
+  memory_builder deferred_builder_;
+  memory_builder scratch_builder_;
+  layer_saved<Layer> saved_;
+  layer_deferred<Layer> deferred_;
+  layer_backward_scratch<Layer> scratch_;
+  matrix_view<const S> x_;
+  matrix_view<const S> dy_;
+};
+
+template <class Layer>
+class layer_weight_steps {
+ public:
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  using inputs = typename Layer::inputs;
+  using gradients = typename Layer::gradients;
+
+  layer_weight_steps(const Layer& layer, const inputs& in, matrix_view<const S> dy, saved_memory saved,
+                     deferred_memory deferred)
+      : layer_(layer),
+        plan_(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()),
+        saved_builder_(saved, "saved memory"),
+        deferred_builder_(deferred, "deferred memory"),
+        saved_(saved_builder_, plan_),
+        deferred_(deferred_builder_, plan_),
+        x_(with_address(in.x, saved_.logits)),
+        dy_(with_address(dy, saved_.logits)) {
+    share_tile_counters(layer.state(), deferred_.experts_scratch, deferred_.shared_scratch);
+  }
+
+  // Of routed and shared experts.
+  void experts(device_stream stream, const gradients& grads, write mode, int sms = 0) const {
+    const layer_exchange<Layer> exchange(stream, layer_, plan_, layer_.comm());
+    plan_.experts.backward_weights(
+        stream, saved_.handle.rows(), exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        exchange.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, saved_.experts,
+        deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
+    if (plan_.has_shared())
+      plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, {}, saved_.shared, deferred_.shared, grads.shared,
+                                    mode, deferred_.shared_scratch);
+  }
+  void gate(device_stream stream, const gradients& grads, write mode) const {
+    const matrix_view<const A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
+    gate_backward_weights(stream, x_, dlogits, deferred_.dlogit_parts, grads.gate, mode,
+                          num_chunks(x_.rows, plan_.chunk_tokens), plan_.chunk_tokens, plan_.gate_gradient_splits(),
+                          deferred_.gate_split_offsets, deferred_.gate_partial);
+    if (plan_.sizes.gate_bias)
+      sum_columns<A, A>(stream, chunks(stream), nullptr, dlogits, grads.gate_bias, mode == write::accumulate);
+  }
+
+ private:
+  // The chunks that gradients of replicated parameters come in.
+  expert_rows chunks(device_stream stream) const {
+    fill_chunk_offsets(stream, deferred_.chunk_offsets, x_.rows, plan_.chunk_tokens);
+    return {static_cast<std::int32_t>(num_chunks(x_.rows, plan_.chunk_tokens)), deferred_.chunk_offsets, nullptr};
+  }
+
+  const Layer& layer_;
+  layer_plan<Layer> plan_;
+  memory_builder saved_builder_;
+  memory_builder deferred_builder_;
+  layer_saved<Layer> saved_;
+  layer_deferred<Layer> deferred_;
+  matrix_view<const S> x_;
+  matrix_view<const S> dy_;
+};
+
+}  // namespace detail
+
+TESSERA_NAMESPACE_END
