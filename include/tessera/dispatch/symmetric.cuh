@@ -382,7 +382,7 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
   detail::check_cuda(cudaGetLastError(), "send_pairs_kernel");
   launch_await(stream, view);
   combine_rows(stream, matrix_view<const S>{returned.rows, pairs_per_rank, y.cols}, returned.places, weights,
-               combine_addends<S, A>{plus, {}}, y);
+               plus, y);
 }
 
 /// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were
