@@ -162,13 +162,17 @@ TEST_CASE("automatic takes the cheapest, and says why") {
   CHECK(ts::transport::automatic(ts::transport::copy_engines{.streams = 3, .chunks = 2}).copies().streams == 3);
 }
 
-TEST_CASE("copies on the way home ask for room for what goes to each peer") {
+TEST_CASE("copies ask for room on the way home for what goes to each peer, and for streams") {
   const auto bounds = ts::dispatch_bounds::make(4, 8, 2, 2, 100, {});
   CHECK(ts::outgoing_rows(ts::transport::copy_engines{}, bounds) == 300);
   CHECK(ts::outgoing_rows(ts::transport::all_to_all{}, bounds) == 0);
   CHECK(ts::outgoing_rows(ts::transport::all_gather{}, bounds) == 0);
   CHECK(ts::outgoing_rows(ts::transport::automatic{}, bounds) == 0);
   CHECK(ts::outgoing_rows(ts::transport::automatic{ts::transport::copy_engines{}}, bounds) == 300);
+  CHECK(ts::copy_streams_of(ts::transport::all_to_all{}) == 0);
+  CHECK(ts::copy_streams_of(ts::transport::all_to_all{.copies_own_rows = true}) == 1);
+  CHECK(ts::copy_streams_of(ts::transport::all_gather{}) == 0);
+  CHECK(ts::copy_streams_of(ts::transport::copy_engines{.streams = 3}) == 4);
 }
 
 // Medians of the slowest rank on 2 and 4 H200, in microseconds: dispatch_cached, combine_expert_rows and copy_engines

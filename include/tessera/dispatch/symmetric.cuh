@@ -77,6 +77,74 @@ inline void launch_await(device_stream stream, const comm::symmetric_view& view)
   check_cuda(cudaGetLastError(), "await_kernel");
 }
 
+// What every transport of a dispatch asks of its rows. @return max_tokens.
+template <class Comm, class S>
+std::int64_t expect_dispatch(const Comm& comm, const matrix_view<const S>& x, const matrix_view<S>& received) {
+  const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
+  expect_matrix(x, -1, received.cols, "rows to dispatch");
+  TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  expect_bulk_rows(x, "rows to dispatch");
+  expect_bulk_rows(received, "received");
+  TESSERA_EXPECTS(received.stride == received.cols,
+                  "received rows are " << received.stride << " elements apart, they must be packed");
+  expect_window(comm, received.data, received.rows * received.stride, "received");
+  return max_tokens;
+}
+
+// The kernel that sends rows. @param destinations Of each token; null: all ranks. @param sends_own Whether this rank is
+// one of them.
+template <class Comm, class S>
+void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinations, bool sends_own,
+                 matrix_view<const S> x, matrix_view<S> received) {
+  const int num_sms = expect_sm90("dispatch");
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
+  const auto row_bytes = static_cast<int>(bytes(x.cols));
+  const auto plan = send_plan::make(row_bytes);
+  const send_task task{comm.view(comm::symmetric_channel::rows),
+                       reinterpret_cast<const std::byte*>(x.data),
+                       bytes(x.stride),
+                       x.rows,
+                       destinations,
+                       sends_own,
+                       reinterpret_cast<std::byte*>(received.data),
+                       bytes(received.stride),
+                       received.rows / comm.size(),
+                       row_bytes,
+                       plan.piece_bytes,
+                       plan.pieces,
+                       plan.stage_bytes()};
+  allow_shared_memory(send_rows_kernel, plan.shared_bytes());
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
+  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * warp_size),
+                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
+  check_cuda(cudaGetLastError(), "send_rows_kernel");
+}
+
+// What every transport of a combine asks of its rows. @return max_tokens.
+template <class Comm, class A, class S, class Out>
+std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, bool summed,
+                            const matrix_view<const S>& rows, const matrix_view<S>& returned, int top_k,
+                            const matrix_view<const S>& plus, const matrix_view<Out>& y) {
+  const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
+  expect_matrix(rows, -1, y.cols, "rows to combine");
+  expect_matrix(returned, -1, y.cols, "returned");
+  TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  TESSERA_EXPECTS(!summed || rows.rows == returned.rows,
+                  "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
+  TESSERA_EXPECTS(top_k >= 1 && top_k <= warp_size, "top_k = " << top_k << ", expected 1 to 32");
+  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
+  expect_bulk_rows(rows, "rows to combine");
+  expect_bulk_rows(returned, "returned");
+  expect_bulk_rows(plus, "rows to add");
+  expect_bulk_rows(y, "combined rows");
+  TESSERA_EXPECTS(returned.stride == returned.cols,
+                  "returned rows are " << returned.stride << " elements apart, they must be packed");
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
+  TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
+  return max_tokens;
+}
+
 }  // namespace detail::symmetric
 
 /// Pushes this rank's routing to all ranks and starts sorting what arrives from them, on the communicator's side stream
@@ -198,37 +266,9 @@ void exchange_routing(device_stream stream, Comm& comm, const Layout& layout, co
 template <peer_communicator Comm, class A, class S>
 void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
                     matrix_view<S> received) {
-  using namespace detail::symmetric;
-  const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
-  expect_matrix(x, -1, received.cols, "rows to dispatch");
-  TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
-  expect_bulk_rows(x, "rows to dispatch");
-  expect_bulk_rows(received, "received");
-  TESSERA_EXPECTS(received.stride == received.cols,
-                  "received rows are " << received.stride << " elements apart, they must be packed");
+  detail::symmetric::expect_dispatch(comm, x, received);
   TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
-  expect_window(comm, received.data, received.rows * received.stride, "received");
-  const int num_sms = expect_sm90("dispatch");
-  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
-  const auto row_bytes = static_cast<int>(bytes(x.cols));
-  const auto plan = send_plan::make(row_bytes);
-  const send_task task{comm.view(comm::symmetric_channel::rows),
-                       reinterpret_cast<const std::byte*>(x.data),
-                       bytes(x.stride),
-                       x.rows,
-                       handle.destinations,
-                       reinterpret_cast<std::byte*>(received.data),
-                       bytes(received.stride),
-                       max_tokens,
-                       row_bytes,
-                       plan.piece_bytes,
-                       plan.pieces,
-                       plan.stage_bytes()};
-  allow_shared_memory(send_rows_kernel, plan.shared_bytes());
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
-  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
-                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
-  detail::check_cuda(cudaGetLastError(), "send_rows_kernel");
+  detail::symmetric::launch_send(stream, comm, handle.destinations, true, x, received);
 }
 
 /// Lets the stream wait until the rows of all ranks are there. @param stream,comm,received As in `dispatch_begin`.
@@ -262,24 +302,9 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                   combine_source source, matrix_view<const S> rows, matrix_view<S> returned, int top_k,
                   matrix_view<const S> plus, matrix_view<Out> y) {
   using namespace detail::symmetric;
-  const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
-  expect_matrix(rows, -1, y.cols, "rows to combine");
-  expect_matrix(returned, -1, y.cols, "returned");
-  TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
-  TESSERA_EXPECTS(source == combine_source::expert_rows || rows.rows == returned.rows,
-                  "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
-  TESSERA_EXPECTS(top_k >= 1 && top_k <= detail::warp_size, "top_k = " << top_k << ", expected 1 to 32");
-  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
-  expect_bulk_rows(rows, "rows to combine");
-  expect_bulk_rows(returned, "returned");
-  expect_bulk_rows(plus, "rows to add");
-  expect_bulk_rows(y, "combined rows");
-  TESSERA_EXPECTS(returned.stride == returned.cols,
-                  "returned rows are " << returned.stride << " elements apart, they must be packed");
-  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
-  expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
+  const std::int64_t max_tokens =
+      expect_combine(comm, handle, source == combine_source::summed_rows, rows, returned, top_k, plus, y);
   const int num_sms = expect_sm90("combine");
-  TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
                                   rows,
                                   handle.expert_row_of,

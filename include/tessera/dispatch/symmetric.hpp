@@ -17,8 +17,8 @@
 
 TESSERA_NAMESPACE_BEGIN
 
-/// What a dispatch between GPUs asks of a communicator: windows of memory that peers write, with flags, and a second
-/// stream. Model: `comm::symmetric`.
+/// What a dispatch between GPUs asks of a communicator: windows of memory that peers write, with flags, a second
+/// stream, and streams of copies. Model: `comm::symmetric`.
 template <class C>
 concept peer_communicator = requires(C& c, comm::symmetric_channel channel, const void* memory) {
   { c.rank() } -> std::same_as<int>;
@@ -30,6 +30,9 @@ concept peer_communicator = requires(C& c, comm::symmetric_channel channel, cons
   { c.side_stream() } -> std::convertible_to<device_stream>;
   c.fork_event();
   c.join_event();
+  { c.copy_streams() } -> std::same_as<int>;
+  { c.copy_stream(0) } -> std::convertible_to<device_stream>;
+  c.copy_event();
 };
 
 /// The routing of all ranks as one destination sees it. All but `block_counts` is memory of the window, at the same

@@ -42,11 +42,13 @@ struct all_gather {};
 /// all of a chunk's rows, and kernels add them to home's.
 ///
 /// Like `all_gather` a dispatch needs no routing. Its `x` stays as it is until `dispatch_end`; begin and end are in one
-/// graph capture. Copies know no failure: after one they still write what other ranks' next operations await, though
-/// nothing tells those that it is there, and until `reset` rows that a peer has not yet read may be overwritten.
+/// graph capture. A copy cannot be called off: after a failure of this rank, and until `reset`, copies still write to
+/// peers, who may not have read yet what stood there. No flag follows them, so that the peer's operation fails in turn.
 struct copy_engines {
-  int streams = 1;  ///< Of the communicator's streams of copies, those to peers; own rows of a dispatch take one more.
-  int chunks = 4;   ///< Of tokens, on the way home; the same on all ranks.
+  /// Of the communicator's `symmetric_options::copy_streams`, those of copies to peers; own rows of a dispatch take one
+  /// more.
+  int streams = 1;
+  int chunks = 4;  ///< Of tokens, on the way home; the same on all ranks.
 };
 
 class automatic;
@@ -137,14 +139,19 @@ class automatic {
 }  // namespace transport
 
 /// Rows of the scratch of a combine of expert rows, `[rows, d]`: sums on their way to each peer, and none unless copy
-/// engines bring them. @param transport Of the combine. @param bounds Of the dispatch.
-template <transport_policy Transport>
-std::int64_t outgoing_rows(const Transport& transport, const dispatch_bounds& bounds) {
-  bool copies = std::same_as<Transport, transport::copy_engines>;
-  if constexpr (std::same_as<Transport, transport::automatic>) {
-    copies = transport.combine() == transport_kind::copy_engines;
-  }
-  return copies ? (bounds.num_ranks - 1) * bounds.max_tokens : 0;
+/// engines bring them. @param transport Any policy. @param bounds Of the dispatch.
+inline std::int64_t outgoing_rows(const transport::automatic& transport, const dispatch_bounds& bounds) {
+  return transport.combine() == transport_kind::copy_engines ? (bounds.num_ranks - 1) * bounds.max_tokens : 0;
+}
+
+/// Streams of copies that a communicator must have, `symmetric_options::copy_streams`, for both ways.
+/// @param transport Any policy.
+inline int copy_streams_of(const transport::automatic& transport) {
+  int streams = 0;
+  if (transport.dispatch() == transport_kind::all_to_all && transport.sends().copies_own_rows) streams = 1;
+  if (transport.dispatch() == transport_kind::copy_engines) streams = transport.copies().streams + 1;
+  if (transport.combine() == transport_kind::copy_engines) streams = std::max(streams, transport.copies().streams);
+  return streams;
 }
 
 TESSERA_NAMESPACE_END

@@ -30,6 +30,7 @@ struct send_task {
   std::int64_t row_stride;
   std::int64_t num_rows;
   const std::uint32_t* destinations;  // [num_rows] bit r: goes to rank r; null: goes to all
+  bool sends_own;                     // rows of this rank's experts; else somebody else copies them
   std::byte* received;                // [R * max_tokens] rows in the window, as this rank addresses its own
   std::int64_t received_stride;
   std::int64_t max_tokens;
@@ -127,6 +128,7 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
       masks = 0;
       if (mine < items) {
         masks = task.destinations == nullptr ? (1u << view.size) - 1u : __ldg(task.destinations + mine / task.pieces);
+        if (!task.sends_own) masks &= ~(1u << view.rank);
       }
     }
     const std::uint32_t mask = __shfl_sync(full_warp, masks, round % warp_size);
