@@ -91,6 +91,15 @@ std::int64_t expect_dispatch(const Comm& comm, const matrix_view<const S>& x, co
   return max_tokens;
 }
 
+// What rows on their way to owners need. Routings travel at the same time: of a rank that comes to neither they are to
+// say so, which is why rows wait for it a little longer.
+template <class Comm>
+comm::symmetric_view rows_view(const Comm& comm) {
+  auto view = comm.view(comm::symmetric_channel::rows);
+  view.timeout_ns += view.timeout_ns / 8;
+  return view;
+}
+
 // The kernel that sends rows. @param destinations Of each token; null: all ranks. @param sends_own Whether this rank is
 // one of them.
 template <class Comm, class S>
@@ -100,7 +109,7 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
   const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
   const auto row_bytes = static_cast<int>(bytes(x.cols));
   const auto plan = send_plan::make(row_bytes);
-  const send_task task{comm.view(comm::symmetric_channel::rows),
+  const send_task task{rows_view(comm),
                        reinterpret_cast<const std::byte*>(x.data),
                        bytes(x.stride),
                        x.rows,
@@ -147,9 +156,9 @@ std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, 
 
 }  // namespace detail::symmetric
 
-/// Pushes this rank's routing to all ranks and starts sorting what arrives from them, on the communicator's side stream
-/// where it runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after
-/// `exchange_routing_end`; one of each in turns on a slot, both in the same graph capture.
+/// Pushes this rank's routing to all ranks and sorts what arrives from them, on the communicator's side stream where it
+/// runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after `exchange_routing_end`;
+/// one of each in turns on a slot, both in the same graph capture.
 /// @param stream    Where the work is enqueued.
 /// @param comm      R ranks.
 /// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
@@ -157,11 +166,12 @@ std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, 
 /// @param options   Capacity is not supported here: `capacity_factor` is 0. `overflow_policy::drop` admits pairs in the
 /// order (source, token, k) and counts on the receiver what it drops; `error` is a failure of the communicator that
 /// names the rank and its need.
-/// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert.
+/// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert. Kept until
+/// `exchange_routing_end`.
 /// @param handle    From `dispatch_handle::layout_device`, written.
 /// @param workspace Scratch, kept until `exchange_routing_end`; its sort's barrier was 0 before its first use.
 /// @param counts    Counts of this rank's pairs, as a router makes them, to be added up over all ranks; without data
-/// nothing is. They are read here. @param sums Where the sums go, ready with the lists; 0 after a failure.
+/// nothing is. Kept like the routing. @param sums Where the sums go, ready with the lists; 0 after a failure.
 /// @throws invalid_argument if shapes, bounds, options or memory do not fit.
 template <peer_communicator Comm, class Layout, class A>
 void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layout, const dispatch_bounds& bounds,
@@ -206,12 +216,17 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
   const auto blocks = static_cast<unsigned>(
       std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
-  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, stream.get()>>>(push);
-  detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
-
   const device_stream side = comm.side_stream();
   detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
   detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+  if (num_tokens > 0) {
+    mark_destinations_kernel<A, Layout>
+        <<<static_cast<unsigned>((num_tokens + mark_threads - 1) / mark_threads), mark_threads, 0, stream.get()>>>(
+            push);
+    detail::check_cuda(cudaGetLastError(), "mark_destinations_kernel");
+  }
+  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
+  detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
   const std::int64_t rows = bounds.addressed_rows();
   const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
   const int slots = std::max(bounds.num_local_experts, 1);

@@ -43,7 +43,7 @@ void begin_rows(device_stream stream, Comm& comm, const std::uint32_t* destinati
     expect_dispatch(comm, x, received);
     if constexpr (std::is_same_v<Transport, transport::copy_engines>) {
       expect_copy_streams(comm, transport.streams, transport.streams + 1);
-      copy_to_all(stream, comm, transport.streams, x, received);
+      copy_to_all(stream, comm, rows_view(comm), transport.streams, x, received);
     } else if constexpr (std::is_same_v<Transport, transport::all_gather>) {
       launch_send(stream, comm, static_cast<const std::uint32_t*>(nullptr), true, x, received);
     } else {

@@ -216,8 +216,8 @@ void copy_own_rows(device_stream stream, const Comm& comm, device_stream lane, m
 
 // All rows of this rank to all ranks.
 template <class Comm, class S>
-void copy_to_all(device_stream stream, const Comm& comm, int streams, matrix_view<const S> x, matrix_view<S> received) {
-  const auto view = comm.view(comm::symmetric_channel::rows);
+void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_view& view, int streams,
+                 matrix_view<const S> x, matrix_view<S> received) {
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
   enter_kernel<<<1, warp_size, 0, first.get()>>>(view);

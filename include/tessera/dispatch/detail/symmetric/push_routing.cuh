@@ -27,6 +27,7 @@ inline constexpr int no_slot = -1;  // in tables and lists: another rank's pair,
 inline constexpr int dropped_row =
     -2;  // in lists: a pair of this rank's beyond its bound; tables: ~slot - 1, which is less
 inline constexpr int push_threads = 512;
+inline constexpr int mark_threads = 128;
 
 template <class A, class Layout>
 struct push_task {
@@ -48,6 +49,21 @@ __device__ __forceinline__ slot_ref owner_of(const push_task<A, Layout>& task, s
   return task.layout.owner(id, choose_replica(task.layout, id, token));
 }
 
+// What rows and sums need of a routing, before others know it.
+template <class A, class Layout>
+__launch_bounds__(mark_threads) TESSERA_KERNEL
+    mark_destinations_kernel(const __grid_constant__ push_task<A, Layout> task) {
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * mark_threads + threadIdx.x;
+  if (token >= task.ids.rows) return;
+  std::uint32_t mask = 0;
+#pragma unroll 4
+  for (int k = 0; k < static_cast<int>(task.ids.cols); ++k) {
+    const int rank = owner_of(task, token, k).rank;
+    if (rank >= 0) mask |= 1u << rank;
+  }
+  task.destinations[token] = mask;
+}
+
 template <class A, class Layout>
 __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_constant__ push_task<A, Layout> task) {
   const comm::symmetric_view& view = task.view;
@@ -63,14 +79,10 @@ __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * push_threads + tid;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * push_threads;
   for (std::int64_t token = index; token < task.ids.rows; token += threads) {
-    std::uint32_t mask = 0;
     for (int k = 0; k < top_k; ++k) {
       const auto owner = owner_of(task, token, k);
-      if (owner.rank < 0) continue;
-      mask |= 1u << owner.rank;
-      atomicAdd(counts + owner.rank, 1);
+      if (owner.rank >= 0) atomicAdd(counts + owner.rank, 1);
     }
-    task.destinations[token] = mask;
   }
   __syncthreads();
   if (tid < view.size) task.tables.block_counts[blockIdx.x * comm::max_symmetric_ranks + tid] = counts[tid];
