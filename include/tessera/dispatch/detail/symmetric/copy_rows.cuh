@@ -14,8 +14,7 @@
 
 // Rows that copy engines bring: copies in streams of the communicator, kernels of one warp that post and await the
 // flags around them, and the kernel that adds rows up before and after they travel. The kernels that wait are one warp,
-// so that nobody holds SMs meanwhile; they are enqueued behind everything that other ranks wait for, so that streams
-// may share a queue.
+// so that nobody holds SMs meanwhile, and stand behind what other ranks wait for, so that streams may share a queue.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
 #pragma nv_diagnostic push
@@ -114,7 +113,7 @@ __launch_bounds__(row_threads) TESSERA_KERNEL sum_rows_kernel(const __grid_const
     if (any) {
       const auto own = load_once<S, width>(task.rows.row(row) + column);
 #pragma unroll
-      for (int j = 0; j < width; ++j) sum[j] = widen<A>(own.value[j]);
+      for (int j = 0; j < width; ++j) sum[j] += widen<A>(own.value[j]);  // -0 becomes 0, as everywhere
     }
   } else {
     const bool any = add_expert_rows<batch>(sum, task.rows, places, task.top_k, column, [&](int, std::int32_t place) {
@@ -235,8 +234,9 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
   check_cuda(cudaGetLastError(), "leave_kernel");
 }
 
-// Sums, copies and sums at home, chunk by chunk. `task` has everything but its own range and y; `outgoing` is where
-// sums stand until they are copied, not used where `task.summed`.
+// Sums, copies and sums at home, chunk by chunk: one chunk is added up ahead of the one that is copied, which is ahead
+// of the one that is added up at home. `task` has everything but its own range and y; `outgoing` is where sums stand
+// until they are copied, not used where `task.summed`.
 template <class Comm, class S, class A, class Out>
 void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_chunks,
                   const sum_rows_task<S, A, Out>& task, S* returned, matrix_view<S> outgoing) {
@@ -254,13 +254,25 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
       view,    {}, task.rows, task.expert_row_of, task.weights, task.top_k, task.summed, task.max_tokens, 0, 0, nullptr,
       nullptr, {}, outgoing};
   const S* const block = returned + view.rank * max_tokens * task.y.cols;
-  int chunks = 0;
-  for (std::int64_t begin = 0; begin < max_tokens; begin += chunk_tokens, ++chunks) {
+  const auto chunks = static_cast<int>((max_tokens + chunk_tokens - 1) / chunk_tokens);
+  for (int c = 0; c <= chunks; ++c) {
+    const std::int64_t begin = c * chunk_tokens;
     const std::int64_t end = std::min(begin + chunk_tokens, max_tokens);
-    if (!task.summed) launch_sums<false>(stream, away, begin, end);
-    for (int lane = 0; lane < streams; ++lane) {
+    if (c < chunks && !task.summed) {
+      launch_sums<false>(stream, away, begin, end);
+      for (int lane = 0; lane < streams; ++lane) follow(comm, stream, comm.copy_stream(lane));
+    }
+    if (c > 0) {
+      // Behind this rank's own copies of the chunk: in whatever order branches of a graph are executed, nobody waits in
+      // front of what the others wait for.
+      for (int lane = 0; lane < streams; ++lane) follow(comm, comm.copy_stream(lane), stream);
+      await_chunk_kernel<<<1, warp_size, 0, stream.get()>>>(view, c - 1, c == chunks);
+      check_cuda(cudaGetLastError(), "await_chunk_kernel");
+      const std::int64_t first_token = std::min(begin - chunk_tokens, task.y.rows);
+      launch_sums<true>(stream, task, first_token, std::min(first_token + chunk_tokens, task.y.rows));
+    }
+    for (int lane = 0; c < chunks && lane < streams; ++lane) {
       const device_stream copies = comm.copy_stream(lane);
-      follow(comm, stream, copies);
       unsigned peers = 0;
       for (int i = lane; i < view.size - 1; i += streams) {
         const int r = peer_of_block(view.rank, view.size, i);
@@ -269,17 +281,9 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
         copy_rows(copies, address_at(view, block + begin * task.y.cols, r), rows.subrows(from, end - begin));
         peers |= 1u << r;
       }
-      post_chunk_kernel<<<1, warp_size, 0, copies.get()>>>(view, chunks, peers);
+      post_chunk_kernel<<<1, warp_size, 0, copies.get()>>>(view, c, peers);
       check_cuda(cudaGetLastError(), "post_chunk_kernel");
     }
-  }
-  for (int c = 0; c < chunks; ++c) {
-    const bool last = c + 1 == chunks;
-    for (int lane = 0; last && lane < streams; ++lane) follow(comm, comm.copy_stream(lane), stream);
-    await_chunk_kernel<<<1, warp_size, 0, stream.get()>>>(view, c, last);
-    check_cuda(cudaGetLastError(), "await_chunk_kernel");
-    const std::int64_t begin = std::min(c * chunk_tokens, task.y.rows);
-    launch_sums<true>(stream, task, begin, std::min(begin + chunk_tokens, task.y.rows));
   }
 }
 
