@@ -77,12 +77,13 @@ class rank_layer {
  public:
   using comm_type = typename Layer::communicator_type;
   rank_layer(comm_type& comm, const layer_problem& p, typename Layer::router_options routing, std::int64_t first,
-             std::int64_t last, std::int64_t max_tokens)
+             std::int64_t last, std::int64_t max_tokens, const ts::transport::automatic& transport = {})
       : comm_(comm), sizes_(p.sizes), tokens_(last - first) {
     sizes_.max_tokens = max_tokens;
     const ts::layout::block placement(sizes_.num_experts, comm.size());
     typename Layer::options options;
     options.dispatch.row_bound = ts::dispatch_options::full_row_bound;
+    options.transport = transport;
     const auto bytes = Layer::sizes(sizes_, placement, comm.rank(), options);
     const auto take = [&](std::size_t n) -> std::byte* {
       if constexpr (requires { comm.allocate(n); }) {
@@ -383,6 +384,53 @@ TEST_CASE("a graph of a whole step is replayed, with the same tokens and with ot
     layer.sync();
     compare(other, layer.results());
     require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+    t.barrier({});
+  }));
+}
+
+TEST_CASE("every transport gives the same bits, in a graph too, and needs its streams of copies") {
+  const int ranks = num_ranks();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto options = window(256);
+    options.copy_streams = std::max(ranks, 2);
+    auto comm = ts::comm::symmetric::create(t, options);
+    const auto r = static_cast<std::size_t>(t.rank());
+    std::optional<outcome> expected;
+    for (const ts::transport::automatic& how :
+         {ts::transport::automatic(), ts::transport::automatic(ts::transport::all_gather{}),
+          ts::transport::automatic(ts::transport::all_to_all{.copies_own_rows = true}),
+          ts::transport::automatic(ts::transport::copy_engines{}),
+          ts::transport::automatic(ts::transport::copy_engines{.streams = std::max(ranks - 1, 1), .chunks = 3})}) {
+      rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                              how);
+      cudaGraphExec_t graph = device_test::capture(layer.stream(), [&] { layer.step(ts::pass::recompute); });
+      for (const bool replayed : {false, true}) {
+        layer.poison();
+        t.barrier({});
+        if (replayed) {
+          require(cudaGraphLaunch(graph, layer.stream()), "cudaGraphLaunch");
+        } else {
+          layer.step(ts::pass::recompute);
+        }
+        layer.sync();
+        const outcome got = layer.results();
+        if (!expected) expected = got;
+        CHECK(same_bits(got.y, expected->y));
+        CHECK(same_bits(got.dx, expected->dx));
+        CHECK(got.gate == expected->gate);
+        CHECK(got.up == expected->up);
+        CHECK(got.down == expected->down);
+      }
+      require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+      t.barrier({});
+      comm.release_all();
+    }
+    auto few = ts::comm::symmetric::create(t, window(64));
+    rank_layer<deepseek_like::spread> layer(few, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                            ts::transport::copy_engines{});
+    CHECK_THROWS_AS(layer.step(ts::pass::recompute), ts::invalid_argument);
     t.barrier({});
   }));
 }

@@ -31,6 +31,7 @@ struct layer_plan {
       : sizes(s),
         chunk_tokens(chosen.chunk_tokens),
         dispatch(chosen.dispatch),
+        transport(chosen.transport),
         bounds(dispatch_bounds::make(placement.num_ranks(), s.num_experts, placement.num_slots(rank), s.top_k,
                                      s.max_tokens, chosen.dispatch)),
         experts({placement.num_slots(rank), s.hidden, s.intermediate, s.expert_bias}, chosen.activation),
@@ -47,6 +48,8 @@ struct layer_plan {
     if (on_device) return travels ? bounds.addressed_rows() : 0;
     return alone() ? 0 : bounds.max_received_rows();
   }
+  // Rows that come home, and behind them room for those of copy engines on their way to other ranks.
+  std::int64_t returned_rows() const { return travels ? received_rows() + outgoing_rows(transport, bounds) : 0; }
   gate_splits gate_gradient_splits() const {
     return gate_splits::make(sizes.max_tokens, chunk_tokens, sizes.num_experts, sizes.hidden);
   }
@@ -54,6 +57,7 @@ struct layer_plan {
   shape sizes;
   std::int64_t chunk_tokens;
   dispatch_options dispatch;
+  tessera::transport::automatic transport;
   dispatch_bounds bounds;
   experts_type experts;
   shared_type shared;
@@ -104,12 +108,12 @@ struct layer_saved {
 template <class Layer>
 struct layer_forward_window {
   routing_tables<typename Layer::accumulate> tables;
-  typename Layer::storage* returned = nullptr;  // [received rows, d]
+  typename Layer::storage* returned = nullptr;  // [returned rows, d]
 
   layer_forward_window(memory_builder& b, const layer_plan<Layer>& p) {
     if (!p.travels) return;
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
-    returned = b.take<typename Layer::storage>("returned rows", p.received_rows() * p.sizes.hidden);
+    returned = b.take<typename Layer::storage>("returned rows", p.returned_rows() * p.sizes.hidden);
   }
 };
 
@@ -197,7 +201,7 @@ struct layer_backward_scratch {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  S* returned;                 // [received rows, d] on a device; null at one rank
+  S* returned;                 // [returned rows, d] on a device; null at one rank
   A* dweights;                 // [T, K]
   dispatch_workspace<S> rows;  // on the host, as are the next packed values and sums
   S* dpairs;                   // [max pairs, d]
@@ -214,7 +218,7 @@ struct layer_backward_scratch {
 
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    returned = b.take<S>("returned rows", p.travels ? p.received_rows() * s.hidden : 0);
+    returned = b.take<S>("returned rows", p.returned_rows() * s.hidden);
     dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);

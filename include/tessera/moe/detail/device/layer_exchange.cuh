@@ -10,6 +10,7 @@
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/symmetric.cuh>
+#include <tessera/dispatch/transport.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/router/router.cuh>
@@ -34,6 +35,10 @@ void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> 
           "it from comm::symmetric::allocate");
     }
     (symmetric::expect_bulk_rows(rows, "moe_layer: tokens and gradients between GPUs"), ...);
+    const int streams = copy_streams_of(layer.get_options().transport);
+    TESSERA_EXPECTS(layer.comm().copy_streams() >= streams,
+                    "moe_layer: the transport needs symmetric_options::copy_streams = "
+                        << streams << " or more, the communicator has " << layer.comm().copy_streams());
   }
 }
 
@@ -137,17 +142,18 @@ class layer_exchange<Layer, false> {
   const comm::symmetric_failure* failure() const { return layer_.comm().view(comm::symmetric_channel::tables).failure; }
 
   void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
-    dispatch_begin(stream_, layer_.comm(), saved.handle, rows, view(received));
+    dispatch_begin(stream_, layer_.comm(), saved.handle, rows, view(received), plan_.transport);
   }
   matrix_view<const S> await_rows(matrix_view<const S>, S* received) const {
-    return dispatch_end(stream_, layer_.comm(), view(received));
+    return dispatch_end(stream_, layer_.comm(), view(received), plan_.transport);
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
   void combine(const layer_saved<Layer>& saved, matrix_view<const A>, bool weighted, matrix_view<const S> pairs,
                S* returned, matrix_view<const S> plus, matrix_view<S> y) const {
     combine_rows(stream_, layer_.comm(), saved.handle, weighted ? combine_weights::routing : combine_weights::none,
-                 combine_source::expert_rows, pairs, view(returned), layer_.dims().top_k, plus, y);
+                 combine_source::expert_rows, pairs, view(returned), layer_.dims().top_k, plus, y, plan_.transport,
+                 outgoing_behind(returned));
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
@@ -157,6 +163,10 @@ class layer_exchange<Layer, false> {
 
  private:
   matrix_view<S> view(S* rows) const { return {rows, plan_.bounds.addressed_rows(), layer_.dims().hidden}; }
+  matrix_view<S> outgoing_behind(S* returned) const {
+    const std::int64_t rows = plan_.bounds.addressed_rows();
+    return {returned + rows * layer_.dims().hidden, plan_.returned_rows() - rows, layer_.dims().hidden};
+  }
 
   device_stream stream_;
   const Layer& layer_;
