@@ -28,6 +28,11 @@ class gpu_ranks {
     return ranks;
   }
   int size() const { return static_cast<int>(comms_.size()); }
+  // GPUs, without making anything; 0 where there are none.
+  static int count() {
+    int devices = 0;
+    return cudaGetDeviceCount(&devices) == cudaSuccess ? devices : 0;
+  }
 
   // Calls `f(comm, stream)` on every rank, each in a thread of its own.
   template <class F>
@@ -51,6 +56,7 @@ class gpu_ranks {
           require(cudaSetDevice(t.rank()), "cudaSetDevice");
           tessera::comm::symmetric_options options;
           options.window_bytes = window_bytes;
+          options.copy_streams = std::clamp(devices, 2, 8);
           comms_[static_cast<std::size_t>(t.rank())] =
               std::make_unique<tessera::comm::symmetric>(tessera::comm::symmetric::create(t, options));
         },

@@ -16,6 +16,7 @@
 
 #include <tessera/comm/symmetric.cuh>
 #include <tessera/comm/threads.hpp>
+#include <tessera/dispatch/transport.cuh>
 #include <tessera/layout/block.hpp>
 #include <tessera/moe/moe_layer.cuh>
 
@@ -38,9 +39,10 @@ struct exchange_shape {
 
 // One rank's memory, with uniform random routing.
 struct exchange_case {
-  exchange_case(ts::comm::symmetric& c, const exchange_shape& s)
+  exchange_case(ts::comm::symmetric& c, const exchange_shape& s, const ts::transport::automatic& t)
       : comm(c),
         shape(s),
+        how(t),
         layout(s.E, c.size()),
         bounds(ts::dispatch_bounds::make(c.size(), s.E, layout.num_slots(c.rank()), s.K, s.T, options)),
         pairs(bounds.max_pairs * s.d),
@@ -94,6 +96,8 @@ struct exchange_case {
     if (shape.ordered) {
       returned_pairs = ts::returned_rows<bfloat16>::layout(b, bounds, shape.d, ts::combine::ordered{});
     }
+    const std::int64_t leaving = ts::outgoing_rows(how, bounds);
+    outgoing = {b.take<bfloat16>("outgoing", leaving * shape.d), leaving, shape.d};
     handle = ts::dispatch_handle<float>::layout_device(b, bounds, true);
     sort_barrier = b.take<std::uint32_t>("barrier", 1);
     workspace.sort = ts::router_workspace::layout(b, shape.E, sort_barrier);
@@ -104,15 +108,16 @@ struct exchange_case {
     ts::exchange_routing_begin(stream, comm, layout, bounds, options, chosen, handle, workspace);
   }
   void rows(cudaStream_t stream) {
-    ts::dispatch_begin(stream, comm, handle, ts::matrix_view<const bfloat16>{x.data(), shape.T, shape.d}, received);
-    ts::dispatch_end(stream, comm, received);
+    ts::dispatch_begin(stream, comm, handle, tokens(), received, how);
+    ts::dispatch_end(stream, comm, received, how);
   }
   void dispatch(cudaStream_t stream) {
     begin_lists(stream);
-    ts::dispatch_begin(stream, comm, handle, ts::matrix_view<const bfloat16>{x.data(), shape.T, shape.d}, received);
+    ts::dispatch_begin(stream, comm, handle, tokens(), received, how);
     ts::exchange_routing_end(stream, comm);
-    ts::dispatch_end(stream, comm, received);
+    ts::dispatch_end(stream, comm, received, how);
   }
+  ts::matrix_view<const bfloat16> tokens() const { return {x.data(), shape.T, shape.d}; }
   void combine(cudaStream_t stream, ts::combine_source source) {
     if (shape.ordered) {
       ts::combine_pairs(stream, comm, handle, ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d},
@@ -124,16 +129,18 @@ struct exchange_case {
                           ? ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d}
                           : ts::matrix_view<const bfloat16>(received);
     ts::combine_rows(stream, comm, handle, ts::combine_weights::routing, source, from, returned, shape.K,
-                     ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d});
+                     ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d}, how,
+                     outgoing);
   }
 
   ts::comm::symmetric& comm;
   exchange_shape shape;
+  ts::transport::automatic how;
   ts::dispatch_options options{};
   ts::layout::block layout;
   ts::dispatch_bounds bounds;
   ts::symmetric_routing_workspace<float> workspace;
-  ts::matrix_view<bfloat16> received, returned;
+  ts::matrix_view<bfloat16> received, returned, outgoing;
   ts::returned_rows<bfloat16> returned_pairs;
   ts::dispatch_handle<float> handle;
   std::uint32_t* sort_barrier = nullptr;
@@ -147,14 +154,21 @@ struct exchange_case {
 
 enum class operation { dispatch, rows, combine_rows, combine_sums, pair, lists };
 
-void measure_exchange(benchmark::State& state, const exchange_shape& s, operation op, int sms) {
+void measure_exchange(benchmark::State& state, const exchange_shape& s, operation op, int sms,
+                      const ts::transport::automatic& how) {
   double wire = 0, logical = 0, memory = 0;
   const double us = slowest_median_us(op == operation::pair ? 128 : 20, [&](ts::comm::symmetric& comm) {
     comm.set_num_sms(sms);
-    auto c = std::make_shared<exchange_case>(comm, s);
+    auto c = std::make_shared<exchange_case>(comm, s, how);
     if (comm.rank() == 0) {
-      wire = static_cast<double>(c->rows_to_others * s.d * 2);
-      logical = static_cast<double>(c->rows_sent * s.d * 2);
+      const auto row_bytes = static_cast<double>(s.d * 2);
+      const double all = static_cast<double>((comm.size() - 1) * s.T) * row_bytes;
+      const double needed = static_cast<double>(c->rows_to_others) * row_bytes;
+      const double there = how.dispatch() == ts::transport_kind::all_to_all ? needed : all;
+      const double home = how.combine() == ts::transport_kind::copy_engines ? all : needed;
+      const bool goes_home = op == operation::combine_rows || op == operation::combine_sums;
+      wire = op == operation::pair ? there + home : (goes_home ? home : there);
+      logical = static_cast<double>(c->rows_sent) * row_bytes * (op == operation::pair ? 2 : 1);
       memory = static_cast<double>(c->window_used);
     }
     return rank_work{[c](cudaStream_t stream) { c->dispatch(stream); },
@@ -171,19 +185,19 @@ void measure_exchange(benchmark::State& state, const exchange_shape& s, operatio
                      }};
   });
   report_time(state, us, 0);
-  const double times = op == operation::pair ? 2 : 1;
   if (op == operation::lists) return;
-  state.counters["wire_gb_per_s"] = times * wire / us * 1e-3;
-  state.counters["logical_gb_per_s"] = times * logical / us * 1e-3;
+  state.counters["wire_gb_per_s"] = wire / us * 1e-3;
+  state.counters["logical_gb_per_s"] = logical / us * 1e-3;
   state.counters["window_bytes"] = memory;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What else moves rows
 
-enum class baseline { all_gather, reduce_scatter, send_receive, copy_engines };
+enum class baseline { all_gather, reduce_scatter, send_receive, copy_engines, copy_own };
 
-void measure_baseline(benchmark::State& state, const exchange_shape& s, baseline which) {
+// @param streams Of copies to peers. @param captured Whether a graph is timed; copies in one may be others.
+void measure_baseline(benchmark::State& state, const exchange_shape& s, baseline which, int streams, bool captured) {
   const int ranks = gpu_ranks::all().size();
   const std::int64_t count = s.T * s.d;
   const double us = slowest_median_us(10, [&](ts::comm::symmetric& comm) {
@@ -194,7 +208,8 @@ void measure_baseline(benchmark::State& state, const exchange_shape& s, baseline
                              ? reinterpret_cast<bfloat16*>(comm.allocate(static_cast<std::size_t>(ranks * count) * 2))
                              : all->data();
     return rank_work{
-        {}, [&comm, rows, all, target, count, which](cudaStream_t stream) {
+        {},
+        [&comm, rows, all, target, count, which, streams](cudaStream_t stream) {
           const int size = comm.size();
           const int rank = comm.rank();
           const auto bytes = static_cast<std::size_t>(count) * 2;
@@ -215,18 +230,30 @@ void measure_baseline(benchmark::State& state, const exchange_shape& s, baseline
             comm.exchange(stream, sends, receives);
           }
           if (which == baseline::copy_engines) {
+            using ts::detail::symmetric::follow;
             const auto view = comm.view(ts::comm::symmetric_channel::rows);
+            const auto lane = [&](int i) { return i == 0 ? ts::device_stream(stream) : comm.copy_stream(i); };
+            for (int i = 1; i < streams; ++i) follow(comm, stream, lane(i));
             for (int step = 1; step < size; ++step) {
               const int r = (rank + step) % size;
               auto* const own = reinterpret_cast<std::byte*>(target + rank * count);
               require(cudaMemcpyAsync(view.peer[r] + (own - view.peer[rank]), rows->data(), bytes,
-                                      cudaMemcpyDeviceToDevice, stream),
+                                      cudaMemcpyDeviceToDevice, lane((step - 1) % streams).get()),
                       "cudaMemcpyAsync");
             }
+            for (int i = 1; i < streams; ++i) follow(comm, lane(i), stream);
           }
-        }};
+          if (which == baseline::copy_own) {
+            require(cudaMemcpyAsync(target, rows->data(), bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync");
+          }
+        },
+        captured};
   });
   report_time(state, us, 0);
+  if (which == baseline::copy_own) {
+    report_bytes(state, us, static_cast<double>(2 * count * 2));
+    return;
+  }
   state.counters["wire_gb_per_s"] = static_cast<double>((ranks - 1) * count * 2) / us * 1e-3;
 }
 
@@ -331,9 +358,10 @@ void measure_layer(benchmark::State& state, const layer_shape& s, bool backward)
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto exchange = [](const std::string& name, exchange_shape s, operation op, int sms) {
+  const auto exchange = [](const std::string& name, exchange_shape s, operation op, int sms,
+                           const ts::transport::automatic& how = {}) {
     add_case(name + "/T:" + std::to_string(s.T) + (sms > 0 ? "/sms:" + std::to_string(sms) : ""),
-             [=](benchmark::State& state) { measure_exchange(state, s, op, sms); });
+             [=](benchmark::State& state) { measure_exchange(state, s, op, sms, how); });
   };
   const auto at = [](std::int64_t tokens) { return exchange_shape{tokens, 7168, 256, 8}; };
   for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
@@ -352,15 +380,47 @@ int main(int argc, char** argv) {
     exchange("combine_expert_rows", at(4096), operation::combine_rows, sms);
     exchange("combine_summed_rows", at(4096), operation::combine_sums, sms);
   }
-  const auto other = [&](const std::string& name, std::int64_t tokens, baseline which) {
+  // Rows alone, by budget of SMs: with and without a copy of own rows beside the kernel.
+  for (const int sms : {4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 132}) {
+    exchange("dispatch_cached", at(4096), operation::rows, sms);
+    exchange("dispatch_cached_own_copied", at(4096), operation::rows, sms,
+             ts::transport::all_to_all{.copies_own_rows = true});
+  }
+  const int peers = std::max(gpu_ranks::count() - 1, 1);
+  const auto transports = [&](const std::string& name, std::int64_t tokens, const ts::transport::automatic& how) {
+    exchange(name + "/dispatch", at(tokens), operation::dispatch, 0, how);
+    exchange(name + "/dispatch_cached", at(tokens), operation::rows, 0, how);
+    exchange(name + "/combine_expert_rows", at(tokens), operation::combine_rows, 0, how);
+    exchange(name + "/combine_summed_rows", at(tokens), operation::combine_sums, 0, how);
+    exchange(name + "/pair", at(tokens), operation::pair, 0, how);
+  };
+  for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
+    exchange("all_gather/dispatch", at(T), operation::dispatch, 0, ts::transport::all_gather{});
+    exchange("all_gather/dispatch_cached", at(T), operation::rows, 0, ts::transport::all_gather{});
+    for (int streams = 1; streams <= peers; streams += std::max(peers - 1, 1)) {
+      transports("copy_engines/streams:" + std::to_string(streams), T, ts::transport::copy_engines{.streams = streams});
+    }
+  }
+  for (const int chunks : {1, 2, 3, 6, 8, 16}) {
+    for (int streams = 1; streams <= peers; streams += std::max(peers - 1, 1)) {
+      exchange("copy_engines/streams:" + std::to_string(streams) + "/chunks:" + std::to_string(chunks) +
+                   "/combine_expert_rows",
+               at(4096), operation::combine_rows, 0, ts::transport::copy_engines{.streams = streams, .chunks = chunks});
+    }
+  }
+  const auto other = [&](const std::string& name, std::int64_t tokens, baseline which, int streams = 1,
+                         bool captured = true) {
     add_case(name + "/T:" + std::to_string(tokens),
-             [=](benchmark::State& state) { measure_baseline(state, at(tokens), which); });
+             [=](benchmark::State& state) { measure_baseline(state, at(tokens), which, streams, captured); });
   };
   for (const std::int64_t T : {128, 4096}) {
     other("nccl_all_gather", T, baseline::all_gather);
     other("nccl_reduce_scatter", T, baseline::reduce_scatter);
     other("nccl_send_receive", T, baseline::send_receive);
     other("copy_engines", T, baseline::copy_engines);
+    if (peers > 1) other("copy_engines_beside_each_other", T, baseline::copy_engines, peers);
+    other("copy_own_rows", T, baseline::copy_own);
+    other("copy_own_rows_without_graph", T, baseline::copy_own, 1, false);
   }
   for (const layer_shape& s :
        {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},

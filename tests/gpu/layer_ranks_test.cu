@@ -658,4 +658,56 @@ TEST_CASE("a rank that misses a step is named by the others, which count nothing
   }));
 }
 
+TEST_CASE("every transport gives the same bits, in a graph too, and needs its streams of copies") {
+  const int ranks = num_ranks();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto options = window(256);
+    options.copy_streams = std::max(ranks, 2);
+    auto comm = ts::comm::symmetric::create(t, options);
+    const auto r = static_cast<std::size_t>(t.rank());
+    const ts::layout::block placement(p.sizes.num_experts, ranks);
+    std::optional<outcome> expected;
+    for (const ts::transport::automatic& how :
+         {ts::transport::automatic(), ts::transport::automatic(ts::transport::all_gather{}),
+          ts::transport::automatic(ts::transport::all_to_all{.copies_own_rows = true}),
+          ts::transport::automatic(ts::transport::copy_engines{}),
+          ts::transport::automatic(ts::transport::copy_engines{.streams = std::max(ranks - 1, 1), .chunks = 3})}) {
+      auto chosen = full_bound<deepseek_like::spread>();
+      chosen.transport = how;
+      rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                              placement, chosen);
+      cudaGraphExec_t graph = device_test::capture(layer.stream(), [&] { layer.step(ts::pass::recompute); });
+      for (const bool replayed : {false, true}) {
+        layer.poison();
+        t.barrier({});
+        if (replayed) {
+          require(cudaGraphLaunch(graph, layer.stream()), "cudaGraphLaunch");
+        } else {
+          layer.step(ts::pass::recompute);
+        }
+        layer.sync();
+        const outcome got = layer.results();
+        if (!expected) expected = got;
+        CHECK(same_bits(got.y, expected->y));
+        CHECK(same_bits(got.dx, expected->dx));
+        CHECK(got.gate == expected->gate);
+        CHECK(got.up == expected->up);
+        CHECK(got.down == expected->down);
+      }
+      require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+      t.barrier({});
+      comm.release_all();
+    }
+    auto few = ts::comm::symmetric::create(t, window(64));
+    auto chosen = full_bound<deepseek_like::spread>();
+    chosen.transport = ts::transport::copy_engines{};
+    rank_layer<deepseek_like::spread> layer(few, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                            placement, chosen);
+    CHECK_THROWS_AS(layer.step(ts::pass::recompute), ts::invalid_argument);
+    t.barrier({});
+  }));
+}
+
 #endif

@@ -42,6 +42,9 @@ class peer_rank {
   tessera::device_stream side_stream() const { return side_; }
   cudaEvent_t fork_event() const { return fork_; }
   cudaEvent_t join_event() const { return join_; }
+  int copy_streams() const { return static_cast<int>(copies_.size()); }
+  tessera::device_stream copy_stream(int i) const { return copies_.at(static_cast<std::size_t>(i)); }
+  cudaEvent_t copy_event() const { return copied_; }
 
   tessera::comm::symmetric_view view(tessera::comm::symmetric_channel channel) const {
     using namespace tessera::comm;
@@ -99,11 +102,13 @@ class peer_rank {
   cudaStream_t side_ = nullptr;
   cudaEvent_t fork_ = nullptr;
   cudaEvent_t join_ = nullptr;
+  std::vector<cudaStream_t> copies_;
+  cudaEvent_t copied_ = nullptr;
 };
 
 class peer_ranks {
  public:
-  peer_ranks(int size, std::size_t window_bytes) : ranks_(static_cast<std::size_t>(size)) {
+  peer_ranks(int size, std::size_t window_bytes, int copy_streams = 0) : ranks_(static_cast<std::size_t>(size)) {
     int devices = 0;
     require(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
     devices = std::min(devices, size);
@@ -137,6 +142,8 @@ class peer_ranks {
       rank.side_ = make_stream();
       require(cudaEventCreateWithFlags(&rank.fork_, cudaEventDisableTiming), "cudaEventCreate");
       require(cudaEventCreateWithFlags(&rank.join_, cudaEventDisableTiming), "cudaEventCreate");
+      for (int i = 0; i < copy_streams; ++i) rank.copies_.push_back(make_stream());
+      require(cudaEventCreateWithFlags(&rank.copied_, cudaEventDisableTiming), "cudaEventCreate");
       require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     }
     for (auto& rank : ranks_) rank.window_ = windows;
@@ -151,6 +158,8 @@ class peer_ranks {
       cudaStreamDestroy(rank.side_);
       cudaEventDestroy(rank.fork_);
       cudaEventDestroy(rank.join_);
+      for (cudaStream_t copies : rank.copies_) cudaStreamDestroy(copies);
+      cudaEventDestroy(rank.copied_);
       cudaFree(rank.local_);
       cudaFree(rank.window_[static_cast<std::size_t>(rank.rank_)]);
     }

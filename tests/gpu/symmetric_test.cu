@@ -63,6 +63,7 @@ symmetric_options options_of(int timeout_ms, int nccl_timeout_ms = 20000) {
   symmetric_options options;
   options.window_bytes = 64 * 1024;
   options.slots = 2;
+  options.copy_streams = 2;
   options.timeout = milliseconds(timeout_ms);
   options.nccl.timeout = milliseconds(nccl_timeout_ms);
   return options;
@@ -388,6 +389,9 @@ TEST_CASE("an operation of one slot that is held up leaves the other slot alone"
     symmetric other = comm.on_slot(1);
     require(other.slot() == 1 && comm.slot() == 0 && other.contains(comm.allocate(1)), "a handle of the same window");
     require(other.side_stream().get() != comm.side_stream().get(), "a slot has a side stream of its own");
+    require(comm.copy_streams() == 2 && other.copy_stream(0).get() != comm.copy_stream(0).get() &&
+                comm.copy_stream(0).get() != comm.copy_stream(1).get(),
+            "and streams of copies");
     chain c(comm, memory);
     chain d(other, beside);
     t.barrier({});
@@ -474,6 +478,7 @@ TEST_CASE("wrong options are refused by all ranks, and a rank that does not shar
     refused("rank 0: window_bytes = 0", [](symmetric_options& o) { o.window_bytes = 0; });
     refused(name_of(last) + ": slots = 9", [&](symmetric_options& o) { o.slots = is_last ? 9 : 2; });
     refused(name_of(last) + ": num_sms = -1", [&](symmetric_options& o) { o.num_sms = is_last ? -1 : 4; });
+    refused(name_of(last) + ": copy_streams = 9", [&](symmetric_options& o) { o.copy_streams = is_last ? 9 : 2; });
     refused(
         name_of(last) + ": the timeout is 0 ms", [](symmetric_options&) {}, is_last ? 0 : 1000);
     if (last > 0) {

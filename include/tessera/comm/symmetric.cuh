@@ -67,6 +67,13 @@ inline symmetric_view symmetric::view(symmetric_channel channel) const { return 
 inline device_stream symmetric::side_stream() const { return window_->beside(slot_).stream; }
 inline CUevent_st* symmetric::fork_event() const { return window_->beside(slot_).fork; }
 inline CUevent_st* symmetric::join_event() const { return window_->beside(slot_).join; }
+inline int symmetric::copy_streams() const noexcept { return window_->options().copy_streams; }
+inline device_stream symmetric::copy_stream(int i) const {
+  TESSERA_EXPECTS(i >= 0 && i < copy_streams(),
+                  "comm::symmetric: stream " << i << " of " << copy_streams() << " streams of copies");
+  return window_->beside(slot_).copies[static_cast<std::size_t>(i)];
+}
+inline CUevent_st* symmetric::copy_event() const { return window_->beside(slot_).copied; }
 
 inline std::optional<symmetric_failure> symmetric::failure() const {
   const symmetric_failure seen = window_->seen_failure();
@@ -137,7 +144,10 @@ inline void symmetric::reset(std::span<const device_stream> streams) {
                       " ms; what it does besides operations of this communicator must end first");
   };
   for (const device_stream stream : streams) expect_drained(stream);
-  for (int slot = 0; slot < window_->options().slots; ++slot) expect_drained(window_->beside(slot).stream);
+  for (int slot = 0; slot < window_->options().slots; ++slot) {
+    expect_drained(window_->beside(slot).stream);
+    for (const device_stream copies : window_->beside(slot).copies) expect_drained(copies);
+  }
   if (!direct()) {
     barrier(side_stream());
     nccl::wait(side_stream());

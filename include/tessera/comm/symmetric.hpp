@@ -33,6 +33,7 @@ struct symmetric_options {
   int slots = 1;                             ///< Sets of flags: operations of different slots may overlap. 1 to 8.
   std::chrono::milliseconds timeout{30000};  ///< How long a kernel waits for another rank; at least 1 ms.
   int num_sms = 0;              ///< SMs that an operation takes, the library's choice if 0; may differ by rank.
+  int copy_streams = 0;         ///< Streams of each slot for `transport::copy_engines`, 0 to 8; may differ by rank.
   bool allow_direct = true;     ///< Without, GPUs do not share memory even if they could: to try what happens then.
   bool require_direct = false;  ///< Whether creation throws if GPUs cannot share memory; the same on all ranks.
   nccl_options nccl{};          ///< For `create` from a communicator of host memory.
@@ -130,6 +131,13 @@ class symmetric : public nccl {
   CUevent_st* fork_event() const;
   /// Orders the caller's stream after the side stream. An event without timing, one per slot.
   CUevent_st* join_event() const;
+  /// Streams of this handle's slot for copies between GPUs, `options.copy_streams`.
+  int copy_streams() const noexcept;
+  /// One of them. @param i In `[0, copy_streams())`.
+  device_stream copy_stream(int i) const;
+  /// Orders streams of copies and the caller's after each other: what is recorded is awaited at once. An event without
+  /// timing, one per slot.
+  CUevent_st* copy_event() const;
 
   /// The first failure that a kernel of this rank has seen, in ranks of this communicator; does not wait.
   /// @return nothing without one.
@@ -145,9 +153,9 @@ class symmetric : public nccl {
   void wait(device_stream stream, std::chrono::milliseconds timeout);
 
   /// Collective: clears failure and flags of all slots, when all ranks are back. Host: returns when all ranks are
-  /// ready; waits for the side streams and the given stream, which end because their kernels do, and for other ranks
-  /// as long as for a call of NCCL. Allocations stay. Nothing is enqueued between a reset that throws and one that does
-  /// not. Where this is not `direct`, NCCL makes the ranks meet, and a rank that does not come is final.
+  /// ready; waits for the streams of all slots and the given stream, which end because their kernels do, and for other
+  /// ranks as long as for a call of NCCL. Allocations stay. Nothing is enqueued between a reset that throws and one
+  /// that does not. Where this is not `direct`, NCCL makes the ranks meet, and a rank that does not come is final.
   /// @param stream Where this rank has enqueued operations. @throws comm_error naming the rank that does not come; then
   /// nothing has changed, and it may be called again.
   void reset(device_stream stream);

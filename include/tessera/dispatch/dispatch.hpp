@@ -12,3 +12,5 @@
 #include <tessera/dispatch/routing_exchange.hpp>
 #include <tessera/dispatch/rows.hpp>
 #include <tessera/dispatch/symmetric.hpp>
+#include <tessera/dispatch/transport.hpp>
+#include <tessera/dispatch/transport_cost.hpp>

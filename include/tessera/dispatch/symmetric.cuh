@@ -91,11 +91,90 @@ inline void launch_await(device_stream stream, const comm::symmetric_view& view)
   check_cuda(cudaGetLastError(), "await_kernel");
 }
 
+// What every transport of a dispatch asks of its rows. @return max_tokens.
+template <class Comm, class S>
+std::int64_t expect_dispatch(const Comm& comm, const matrix_view<const S>& x, const matrix_view<S>& received) {
+  const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
+  expect_matrix(x, -1, received.cols, "rows to dispatch");
+  TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  expect_bulk_rows(x, "rows to dispatch");
+  expect_bulk_rows(received, "received");
+  TESSERA_EXPECTS(received.stride == received.cols,
+                  "received rows are " << received.stride << " elements apart, they must be packed");
+  expect_window(comm, received.data, received.rows * received.stride, "received");
+  return max_tokens;
+}
+
+// What rows on their way to owners need. Routings travel at the same time: of a rank that comes to neither they are to
+// say so, which is why rows wait for it a little longer.
+template <class Comm>
+comm::symmetric_view rows_view(const Comm& comm) {
+  auto view = comm.view(comm::symmetric_channel::rows);
+  view.timeout_ns += view.timeout_ns / 8;
+  return view;
+}
+
+// The kernel that sends rows. @param destinations Of each token; null: all ranks. @param sends_own Whether this rank is
+// one of them.
+template <class Comm, class S>
+void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinations, bool sends_own,
+                 matrix_view<const S> x, matrix_view<S> received) {
+  const int num_sms = expect_sm90("dispatch");
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
+  const auto row_bytes = static_cast<int>(bytes(x.cols));
+  const auto plan = send_plan::make(row_bytes);
+  const send_task task{rows_view(comm),
+                       reinterpret_cast<const std::byte*>(x.data),
+                       bytes(x.stride),
+                       x.rows,
+                       destinations,
+                       sends_own,
+                       reinterpret_cast<std::byte*>(received.data),
+                       bytes(received.stride),
+                       received.rows / comm.size(),
+                       row_bytes,
+                       plan.piece_bytes,
+                       plan.pieces,
+                       plan.stage_bytes()};
+  allow_shared_memory(send_rows_kernel, plan.shared_bytes());
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
+  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * warp_size),
+                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
+  check_cuda(cudaGetLastError(), "send_rows_kernel");
+}
+
+// What every transport of a combine asks of its rows. @return max_tokens.
+template <class Comm, class A, class S, class Out>
+std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, bool summed,
+                            const matrix_view<const S>& rows, const matrix_view<S>& returned, int top_k,
+                            const matrix_view<const S>& plus, const matrix_view<Out>& y) {
+  const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
+  expect_matrix(rows, -1, y.cols, "rows to combine");
+  expect_matrix(returned, -1, y.cols, "returned");
+  TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
+  TESSERA_EXPECTS(!summed || rows.rows == returned.rows,
+                  "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
+  TESSERA_EXPECTS(top_k >= 1 && top_k <= warp_size, "top_k = " << top_k << ", expected 1 to 32");
+  expect_tokens(handle, max_tokens, "returned");
+  expect_top_k(handle, top_k);
+  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
+  expect_bulk_rows(rows, "rows to combine");
+  expect_bulk_rows(returned, "returned");
+  expect_bulk_rows(plus, "rows to add");
+  expect_bulk_rows(y, "combined rows");
+  TESSERA_EXPECTS(returned.stride == returned.cols,
+                  "returned rows are " << returned.stride << " elements apart, they must be packed");
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
+  TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
+  return max_tokens;
+}
+
 }  // namespace detail::symmetric
 
-/// Pushes this rank's routing to all ranks and starts sorting what arrives from them, on the communicator's side stream
-/// where it runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after
-/// `exchange_routing_end`; one of each in turns on a slot, both in the same graph capture.
+/// Pushes this rank's routing to all ranks and sorts what arrives from them, on the communicator's side stream where it
+/// runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after `exchange_routing_end`;
+/// one of each in turns on a slot, both in the same graph capture.
 /// @param stream    Where the work is enqueued.
 /// @param comm      R ranks.
 /// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
@@ -103,11 +182,12 @@ inline void launch_await(device_stream stream, const comm::symmetric_view& view)
 /// @param options   Capacity is not supported here: `capacity_factor` is 0. `overflow_policy::drop` admits pairs in the
 /// order (source, token, k) and counts on the receiver what it drops; `error` is a failure of the communicator that
 /// names the rank and its need.
-/// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert.
+/// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert. Kept until
+/// `exchange_routing_end`.
 /// @param handle    From `dispatch_handle::layout_device`, written.
 /// @param workspace Scratch, kept until `exchange_routing_end`; its sort's barrier was 0 before its first use.
 /// @param counts    Counts of this rank's pairs, as a router makes them, to be added up over all ranks; without data
-/// nothing is. They are read here. @param sums Where the sums go, ready with the lists; 0 after a failure.
+/// nothing is. Kept like the routing. @param sums Where the sums go, ready with the lists; 0 after a failure.
 /// @throws invalid_argument if shapes, bounds, options or memory do not fit.
 template <peer_communicator Comm, class Layout, class A>
 void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layout, const dispatch_bounds& bounds,
@@ -148,8 +228,8 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
   if (num_tokens > 0) {
     find_destinations_kernel<Layout>
-        <<<static_cast<unsigned>((num_tokens + push_threads - 1) / push_threads), push_threads, 0, stream.get()>>>(
-            layout, chosen.expert_ids, handle.destinations);
+        <<<static_cast<unsigned>((num_tokens + destination_threads - 1) / destination_threads), destination_threads, 0,
+           stream.get()>>>(layout, chosen.expert_ids, handle.destinations);
     detail::check_cuda(cudaGetLastError(), "find_destinations_kernel");
   }
   push_task<A, Layout> push{view,
@@ -222,38 +302,10 @@ void exchange_routing(device_stream stream, Comm& comm, const Layout& layout, co
 template <peer_communicator Comm, class A, class S>
 void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
                     matrix_view<S> received) {
-  using namespace detail::symmetric;
-  const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
-  expect_matrix(x, -1, received.cols, "rows to dispatch");
-  TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
-  expect_tokens(handle, max_tokens, "received");
-  expect_bulk_rows(x, "rows to dispatch");
-  expect_bulk_rows(received, "received");
-  TESSERA_EXPECTS(received.stride == received.cols,
-                  "received rows are " << received.stride << " elements apart, they must be packed");
+  const std::int64_t max_tokens = detail::symmetric::expect_dispatch(comm, x, received);
+  detail::symmetric::expect_tokens(handle, max_tokens, "received");
   TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
-  expect_window(comm, received.data, received.rows * received.stride, "received");
-  const int num_sms = expect_sm90("dispatch");
-  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
-  const auto row_bytes = static_cast<int>(bytes(x.cols));
-  const auto plan = send_plan::make(row_bytes);
-  const send_task task{comm.view(comm::symmetric_channel::rows),
-                       reinterpret_cast<const std::byte*>(x.data),
-                       bytes(x.stride),
-                       x.rows,
-                       handle.destinations,
-                       reinterpret_cast<std::byte*>(received.data),
-                       bytes(received.stride),
-                       max_tokens,
-                       row_bytes,
-                       plan.piece_bytes,
-                       plan.pieces,
-                       plan.stage_bytes()};
-  allow_shared_memory(send_rows_kernel, plan.shared_bytes());
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
-  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
-                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
-  detail::check_cuda(cudaGetLastError(), "send_rows_kernel");
+  detail::symmetric::launch_send(stream, comm, handle.destinations, true, x, received);
 }
 
 /// Lets the stream wait until the rows of all ranks are there. @param stream,comm,received As in `dispatch_begin`.
@@ -287,26 +339,9 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                   combine_source source, matrix_view<const S> rows, matrix_view<S> returned, int top_k,
                   matrix_view<const S> plus, matrix_view<Out> y) {
   using namespace detail::symmetric;
-  const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
-  expect_matrix(rows, -1, y.cols, "rows to combine");
-  expect_matrix(returned, -1, y.cols, "returned");
-  TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
-  TESSERA_EXPECTS(source == combine_source::expert_rows || rows.rows == returned.rows,
-                  "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
-  TESSERA_EXPECTS(top_k >= 1 && top_k <= detail::warp_size, "top_k = " << top_k << ", expected 1 to 32");
-  expect_tokens(handle, max_tokens, "returned");
-  expect_top_k(handle, top_k);
-  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
-  expect_bulk_rows(rows, "rows to combine");
-  expect_bulk_rows(returned, "returned");
-  expect_bulk_rows(plus, "rows to add");
-  expect_bulk_rows(y, "combined rows");
-  TESSERA_EXPECTS(returned.stride == returned.cols,
-                  "returned rows are " << returned.stride << " elements apart, they must be packed");
-  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
-  expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
+  const std::int64_t max_tokens =
+      expect_combine(comm, handle, source == combine_source::summed_rows, rows, returned, top_k, plus, y);
   const int num_sms = expect_sm90("combine");
-  TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
   const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
   const auto plan = sums_plan::make(max_tokens, row_bytes);
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
@@ -381,8 +416,7 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
                       static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
   detail::check_cuda(cudaGetLastError(), "send_pairs_kernel");
   launch_await(stream, view);
-  combine_rows(stream, matrix_view<const S>{returned.rows, pairs_per_rank, y.cols}, returned.places, weights,
-               plus, y);
+  combine_rows(stream, matrix_view<const S>{returned.rows, pairs_per_rank, y.cols}, returned.places, weights, plus, y);
 }
 
 /// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were

@@ -18,8 +18,8 @@
 
 TESSERA_NAMESPACE_BEGIN
 
-/// What a dispatch between GPUs asks of a communicator: windows of memory that peers write, with flags, and a second
-/// stream. Model: `comm::symmetric`.
+/// What a dispatch between GPUs asks of a communicator: windows of memory that peers write, with flags, a second
+/// stream, and streams of copies. Model: `comm::symmetric`.
 template <class C>
 concept peer_communicator = requires(C& c, comm::symmetric_channel channel, const void* memory) {
   { c.rank() } -> std::same_as<int>;
@@ -31,6 +31,9 @@ concept peer_communicator = requires(C& c, comm::symmetric_channel channel, cons
   { c.side_stream() } -> std::convertible_to<device_stream>;
   c.fork_event();
   c.join_event();
+  { c.copy_streams() } -> std::same_as<int>;
+  { c.copy_stream(0) } -> std::convertible_to<device_stream>;
+  c.copy_event();
 };
 
 /// The routing of all ranks as one destination sees it. All but `block_counts` is memory of the window, at the same
@@ -78,16 +81,19 @@ struct returned_rows {
   S* rows = nullptr;  ///< `combine::reduced`: `[R * max_tokens, d]`, one of each rank and token; `combine::ordered`:
                       ///< `[max_tokens * K, d]`, one of each pair.
   std::int32_t* places = nullptr;  ///< `combine::ordered`: `[max_tokens, K]`, the row of each pair that has come.
+  S* outgoing = nullptr;           ///< `combine::reduced`: `[outgoing, d]`, this rank's sums that copy engines bring.
 
   /// Takes the arrays from `builder`. @param builder Counting or carving. @param bounds Of the dispatch.
-  /// @param hidden d.
+  /// @param hidden d. @param outgoing Rows that `outgoing_rows` says for the transport; not used by `combine::ordered`.
   template <combine_policy Combine>
-  static returned_rows layout(memory_builder& builder, const dispatch_bounds& bounds, std::int64_t hidden, Combine) {
+  static returned_rows layout(memory_builder& builder, const dispatch_bounds& bounds, std::int64_t hidden, Combine,
+                              std::int64_t outgoing = 0) {
     constexpr bool ordered = std::is_same_v<Combine, combine::ordered>;
     const std::int64_t rows_home = ordered ? bounds.max_sent_pairs() : bounds.addressed_rows();
     returned_rows returned;
     returned.rows = builder.take<S>("returned rows", rows_home * hidden);
     returned.places = builder.take<std::int32_t>("places of returned rows", ordered ? rows_home : 0);
+    returned.outgoing = builder.take<S>("outgoing rows", ordered ? 0 : outgoing * hidden);
     return returned;
   }
 };

@@ -29,7 +29,10 @@ TESSERA_NAMESPACE_BEGIN
 /// @tparam Experts The expert container.
 template <class Experts>
 struct layer_options {
-  dispatch_options dispatch = {};             ///< Bounds, capacity, overflow.
+  dispatch_options dispatch = {};  ///< Bounds, capacity, overflow.
+  /// How rows travel over `comm::symmetric`, the same on all ranks; with `combine::ordered` that of dispatch. Other
+  /// communicators do not look at it.
+  tessera::transport::automatic transport = {};
   typename Experts::options activation = {};  ///< Of the activation, routed and shared.
   std::int64_t chunk_tokens = 0;           ///< Tokens of a chunk of gradients and losses; 0: one contribution per call.
   saved_rows rows = saved_rows::received;  ///< Whether received rows are kept; the same on all ranks.

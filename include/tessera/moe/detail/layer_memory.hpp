@@ -33,6 +33,7 @@ struct layer_plan {
         chunk_tokens(chosen.chunk_tokens),
         resends(chosen.rows == saved_rows::resend),
         dispatch(chosen.dispatch),
+        transport(chosen.transport),
         bounds(dispatch_bounds::make(placement.num_ranks(), s.num_experts, placement.num_slots(rank), s.top_k,
                                      s.max_tokens, chosen.dispatch)),
         experts({placement.num_slots(rank), s.hidden, s.intermediate, s.expert_bias}, chosen.activation),
@@ -51,6 +52,8 @@ struct layer_plan {
   }
   // Elements of such rows.
   std::int64_t received_elements() const { return received_rows() * sizes.hidden; }
+  // Rows that copy engines bring home, on their way to other ranks.
+  std::int64_t rows_outgoing() const { return travels ? outgoing_rows(transport, bounds) : 0; }
   gate_splits gate_gradient_splits() const {
     return gate_splits::make(sizes.max_tokens, chunk_tokens, sizes.num_experts, sizes.hidden);
   }
@@ -59,6 +62,7 @@ struct layer_plan {
   std::int64_t chunk_tokens;
   bool resends;
   dispatch_options dispatch;
+  tessera::transport::automatic transport;
   dispatch_bounds bounds;
   experts_type experts;
   shared_type shared;
@@ -116,7 +120,8 @@ struct layer_forward_window {
     received = b.take<typename Layer::storage>("received rows", p.resends ? p.received_elements() : 0);
     if (!p.travels) return;
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
-    returned = decltype(returned)::layout(b, p.bounds, p.sizes.hidden, typename Layer::combine_type{});
+    returned =
+        decltype(returned)::layout(b, p.bounds, p.sizes.hidden, typename Layer::combine_type{}, p.rows_outgoing());
   }
 };
 
@@ -223,7 +228,8 @@ struct layer_backward_scratch {
 
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    if (p.travels) returned = returned_rows<S>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
+    if (p.travels)
+      returned = returned_rows<S>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{}, p.rows_outgoing());
     dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);

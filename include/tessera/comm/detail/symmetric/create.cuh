@@ -99,6 +99,8 @@ inline std::string problem_of(const comm::symmetric_options& options) {
     text << "the timeout is " << options.timeout.count() << " ms, it must be at least 1 ms";
   } else if (options.num_sms < 0) {
     text << "num_sms = " << options.num_sms << ", it must be at least 1, or 0 for the library's choice";
+  } else if (options.copy_streams < 0 || options.copy_streams > 8) {
+    text << "copy_streams = " << options.copy_streams << ", it must be 0 to 8";
   }
   return text.str();
 }

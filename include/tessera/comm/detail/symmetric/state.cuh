@@ -90,6 +90,8 @@ class shared_window {
     cudaStream_t stream = nullptr;
     cudaEvent_t fork = nullptr;
     cudaEvent_t join = nullptr;
+    std::vector<cudaStream_t> copies;
+    cudaEvent_t copied = nullptr;
   };
 
   /// Has nothing yet. @param over Ranks. @param options Checked. @param world_ranks Of all ranks, for errors.
@@ -143,6 +145,11 @@ class shared_window {
       expect_cuda(cudaStreamCreateWithPriority(&s.stream, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
       expect_cuda(cudaEventCreateWithFlags(&s.fork, cudaEventDisableTiming), "cudaEventCreate");
       expect_cuda(cudaEventCreateWithFlags(&s.join, cudaEventDisableTiming), "cudaEventCreate");
+      s.copies.resize(static_cast<std::size_t>(options_.copy_streams));
+      for (cudaStream_t& copies : s.copies) {
+        expect_cuda(cudaStreamCreateWithPriority(&copies, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
+      }
+      expect_cuda(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
     }
     // Own memory is used at its own address, which stays whatever becomes of mappings.
     peers_.fill(nullptr);
@@ -325,6 +332,10 @@ class shared_window {
         if (s.fork != nullptr) static_cast<void>(cudaEventDestroy(s.fork));
         if (s.join != nullptr) static_cast<void>(cudaEventDestroy(s.join));
         if (s.stream != nullptr) static_cast<void>(cudaStreamDestroy(s.stream));
+        for (cudaStream_t copies : s.copies) {
+          if (copies != nullptr) static_cast<void>(cudaStreamDestroy(copies));
+        }
+        if (s.copied != nullptr) static_cast<void>(cudaEventDestroy(s.copied));
       }
       if (own_stream != nullptr) static_cast<void>(cudaStreamDestroy(own_stream));
     }

@@ -119,6 +119,38 @@ __device__ __forceinline__ A widen(T x) {
   return static_cast<A>(x);
 }
 
+// sum += weight * row for the expert rows of a token, in the order of k, columns [column, column + Width).
+// `weight_of(k, place)` is asked where there is a row. @return whether a place is another than -1.
+template <int Batch, class S, class A, int Width, class Weight>
+__device__ __forceinline__ bool add_expert_rows(A (&sum)[Width], const matrix_view<const S>& rows,
+                                                const std::int32_t* places, int top_k, std::int64_t column,
+                                                Weight weight_of) {
+  bool any = false;
+  for (int first = 0; first < top_k; first += Batch) {
+    std::int32_t place[Batch];
+    A weight[Batch];
+    elements<S, Width> row[Batch];
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) {
+      place[i] = first + i < top_k ? __ldg(places + first + i) : -1;
+      any = any || place[i] != -1;
+    }
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) {
+      if (place[i] >= 0) row[i] = load_once<S, Width>(rows.row(place[i]) + column);
+    }
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) weight[i] = place[i] >= 0 ? weight_of(first + i, place[i]) : A(1);
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) {
+      if (place[i] < 0) continue;
+#pragma unroll
+      for (int j = 0; j < Width; ++j) sum[j] += weight[i] * widen<A>(row[i].value[j]);
+    }
+  }
+  return any;
+}
+
 template <class S, class A, class Out>
 struct combine_task {
   row_plan plan;
@@ -138,30 +170,11 @@ __launch_bounds__(row_threads) TESSERA_KERNEL combine_kernel(const __grid_consta
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
   if (vector >= task.plan.vectors || t >= task.y.rows) return;
   const std::int64_t column = static_cast<std::int64_t>(vector) * Width;
-  const std::int32_t* const places = task.expert_row_of + t * task.top_k;
 
   A sum[Width] = {};
-  for (int first = 0; first < task.top_k; first += batch) {
-    std::int32_t place[batch];
-    A weight[batch];
-    elements<S, Width> row[batch];
-#pragma unroll
-    for (int i = 0; i < batch; ++i) place[i] = first + i < task.top_k ? __ldg(places + first + i) : -1;
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      if (place[i] >= 0) row[i] = load_once<S, Width>(task.rows.row(place[i]) + column);
-    }
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      weight[i] = task.weights.data != nullptr && place[i] >= 0 ? __ldg(task.weights.row(t) + first + i) : A(1);
-    }
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      if (place[i] < 0) continue;
-#pragma unroll
-      for (int j = 0; j < Width; ++j) sum[j] += weight[i] * widen<A>(row[i].value[j]);
-    }
-  }
+  add_expert_rows<batch>(
+      sum, task.rows, task.expert_row_of + t * task.top_k, task.top_k, column,
+      [&](int k, std::int32_t) { return task.weights.data != nullptr ? __ldg(task.weights.row(t) + k) : A(1); });
   if (task.plus.data != nullptr) {
     const auto plus = load_once<S, Width>(task.plus.row(t) + column);
 #pragma unroll

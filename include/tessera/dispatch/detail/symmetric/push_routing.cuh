@@ -27,6 +27,7 @@ inline constexpr int no_slot = -1;  // in tables and lists: another rank's pair,
 inline constexpr int dropped_row =
     -2;  // in lists: a pair of this rank's beyond its bound; tables: ~slot - 1, which is less
 inline constexpr int push_threads = 512;
+inline constexpr int destination_threads = 128;
 // Blocks of a sort that wait for tables by themselves; more would keep SMs from other work, and fewer would wait for a
 // launch that few tokens notice.
 inline constexpr int most_waiting_blocks = 16;
@@ -51,14 +52,15 @@ __device__ __forceinline__ slot_ref owner_of(const Layout& layout, const matrix_
   return layout.owner(id, choose_replica(layout, id, token));
 }
 
-// [T] bit r: rank r owns an expert of the token. All that rows wait for before they leave.
+// [T] bit r: rank r owns an expert of the token. All that rows and sums need of a routing, before others know it.
 template <class Layout>
-__launch_bounds__(push_threads) TESSERA_KERNEL
+__launch_bounds__(destination_threads) TESSERA_KERNEL
     find_destinations_kernel(const __grid_constant__ Layout layout,
                              const __grid_constant__ matrix_view<const std::int32_t> ids, std::uint32_t* destinations) {
-  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * push_threads + threadIdx.x;
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * destination_threads + threadIdx.x;
   if (token >= ids.rows) return;
   std::uint32_t mask = 0;
+#pragma unroll 4
   for (int k = 0; k < static_cast<int>(ids.cols); ++k) {
     const auto owner = owner_of(layout, ids, token, k);
     if (owner.rank >= 0) mask |= 1u << owner.rank;

@@ -30,6 +30,7 @@ struct send_task {
   std::int64_t row_stride;
   std::int64_t num_rows;
   const std::uint32_t* destinations;  // [num_rows] bit r: goes to rank r; null: goes to all
+  bool sends_own;                     // rows of this rank's experts; else somebody else copies them
   std::byte* received;                // [R * max_tokens] rows in the window, as this rank addresses its own
   std::int64_t received_stride;
   std::int64_t max_tokens;
@@ -85,7 +86,8 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   }
   __syncwarp();
 
-  // Items are pieces of rows; neighbouring warps of all blocks take neighbouring items.
+  // Items are pieces of rows. A warp begins with two of its own and then takes the next that nobody has: SMs do not
+  // reach the links equally fast, and all would wait for the slowest.
   const std::int64_t items = task.num_rows * task.pieces;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * warps;
   const std::int64_t first = static_cast<std::int64_t>(warp) * gridDim.x + blockIdx.x;
@@ -104,6 +106,7 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   };
 
   constexpr int ahead = send_stages - 2;
+  static_assert(ahead == 2, "two items are under way: the next and the one after");
   if (lane == 0) {
     for (int i = 0; i < ahead; ++i) {
       if (first + i * step < items) load(first + i * step, i);
@@ -119,24 +122,29 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     return;
   }
 
-  std::uint32_t masks = 0;  // of the next 32 items, one in each lane
-  int round = 0;
-  for (std::int64_t item = first; item < items; item += step, ++round) {
-    if (round % warp_size == 0) {
-      const std::int64_t mine = item + lane * step;
-      masks = 0;
-      if (mine < items) {
-        masks = task.destinations == nullptr ? (1u << view.size) - 1u : __ldg(task.destinations + mine / task.pieces);
-      }
-    }
-    const std::uint32_t mask = __shfl_sync(full_warp, masks, round % warp_size);
-    if (lane == 0) {
-      const int stage = round % send_stages;
-      const std::int64_t next = item + ahead * step;
-      if (next < items) {
+  if (lane == 0 && first < items) {
+    const auto ask = [&] { return ahead * step + atomicAdd(view.tickets + 1, 1u); };
+    const auto destinations_of = [&](std::int64_t item) {
+      std::uint32_t mask = (1u << view.size) - 1u;
+      if (item >= items) return 0u;
+      if (task.destinations != nullptr) mask = __ldg(task.destinations + item / task.pieces);
+      return task.sends_own ? mask : mask & ~(1u << view.rank);
+    };
+    std::int64_t item = first;
+    std::int64_t next = first + step;
+    std::int64_t after = ask();  // asked for an item ahead, so that nobody waits for the answer
+    std::uint32_t mask = destinations_of(item);
+    std::uint32_t next_mask = destinations_of(next);
+    for (int round = 0; item < items; ++round) {
+      const std::int64_t loaded = after;
+      std::uint32_t loaded_mask = 0;
+      if (loaded < items) {
+        after = ask();
         bulk::wait_read<1>();  // the piece before last has left its place
-        load(next, (round + ahead) % send_stages);
+        load(loaded, (round + ahead) % send_stages);
+        loaded_mask = destinations_of(loaded);
       }
+      const int stage = round % send_stages;
       hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * stage),
                            static_cast<std::uint32_t>(round / send_stages) & 1u);
       const std::int64_t token = item / task.pieces;
@@ -153,9 +161,13 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
         r = r + 1 == view.size ? 0 : r + 1;
       }
       bulk::commit();
+      item = next;
+      mask = next_mask;
+      next = loaded;
+      next_mask = loaded_mask;
     }
+    bulk::wait_written<0>();
   }
-  if (lane == 0) bulk::wait_written<0>();
   leave(view, generation);
 #else
   static_cast<void>(task);

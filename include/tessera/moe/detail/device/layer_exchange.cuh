@@ -11,6 +11,7 @@
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/symmetric.cuh>
+#include <tessera/dispatch/transport.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_device.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
@@ -42,6 +43,10 @@ void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> 
           "it from comm::symmetric::allocate");
     }
     (symmetric::expect_bulk_rows(rows, "moe_layer: tokens and gradients between GPUs"), ...);
+    const int streams = copy_streams_of(layer.get_options().transport);
+    TESSERA_EXPECTS(layer.comm().copy_streams() >= streams,
+                    "moe_layer: the transport needs symmetric_options::copy_streams = "
+                        << streams << " or more, the communicator has " << layer.comm().copy_streams());
   }
 }
 
@@ -224,10 +229,10 @@ class layer_exchange<Layer, false> {
   const comm::symmetric_failure* failure() const { return comm_.view(comm::symmetric_channel::tables).failure; }
 
   void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
-    dispatch_begin(stream_, comm_, saved.handle, rows, view(received));
+    dispatch_begin(stream_, comm_, saved.handle, rows, view(received), plan_.transport);
   }
   matrix_view<const S> await_rows(matrix_view<const S>, S* received) const {
-    return dispatch_end(stream_, comm_, view(received));
+    return dispatch_end(stream_, comm_, view(received), plan_.transport);
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
@@ -238,7 +243,8 @@ class layer_exchange<Layer, false> {
       combine_pairs(stream_, comm_, saved.handle, pairs, returned, weights, plus, y);
     } else {
       combine_rows(stream_, comm_, saved.handle, weighted ? combine_weights::routing : combine_weights::none,
-                   combine_source::expert_rows, pairs, view(returned.rows), layer_.dims().top_k, plus, y);
+                   combine_source::expert_rows, pairs, view(returned.rows), layer_.dims().top_k, plus, y,
+                   plan_.transport, matrix_view<S>{returned.outgoing, plan_.rows_outgoing(), layer_.dims().hidden});
     }
   }
 
