@@ -5,6 +5,7 @@
 // A communicator of device memory for tests: messages go through the host, over one of host memory. So any number of
 // ranks can be tried on one GPU, and on several hosts that are none.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -95,6 +96,7 @@ class over_host {
   static std::shared_ptr<std::int32_t> make_words() {
     std::int32_t* words = nullptr;
     require(cudaMallocHost(&words, num_words * sizeof(*words)), "cudaMallocHost");
+    std::fill_n(words, num_words, 0);
     return {words, [](std::int32_t* p) { cudaFreeHost(p); }};
   }
   template <class T>

@@ -114,7 +114,7 @@ class nccl {
   /// How long a call may take.
   std::chrono::milliseconds timeout() const noexcept;
   /// Pinned host memory, shared by all handles of this communicator: where an operation that must read counts on the
-  /// host lets the device write them. 16 KiB, valid until the next such operation.
+  /// host lets the device write them. 16 KiB, zeros at first, theirs until the next such operation.
   std::span<std::int32_t> host_words() const noexcept;
 
   /// Collective: the ranks of equal color form a communicator, ordered by key, then by rank. Host: returns when it is

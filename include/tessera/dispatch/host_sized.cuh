@@ -30,6 +30,7 @@
 #include <tessera/dispatch/combine.hpp>
 #include <tessera/dispatch/detail/host_sized/add_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/find_rows.cuh>
+#include <tessera/dispatch/detail/host_sized/pack_rows.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/host_sized.hpp>
 
@@ -76,28 +77,6 @@ inline void expect_no_capture(device_stream stream, const char* operation) {
 
 inline unsigned blocks_for(std::int64_t items, int threads) {
   return static_cast<unsigned>(std::max<std::int64_t>((items + threads - 1) / threads, 1));
-}
-
-// Copies the rows of one level for the other ranks to `sent`, and those that stay to their place in `received`.
-template <class S>
-void pack_rows(device_stream stream, const level_lists& lists, const level_counts& counts, int ranks, int own,
-               matrix_view<const S> source, S* sent, matrix_view<S> received) {
-  const std::int64_t others = counts.sent[static_cast<std::size_t>(ranks)];
-  const std::int64_t kept = counts.own_rows(own);
-  const auto gather = [&](const std::int32_t* rows, matrix_view<S> to) {
-    constexpr int width = 16 / sizeof(S);
-    permute_task<S> task{{}, source, nullptr, rows, to};
-    const std::int64_t groups = (to.rows + 3) / 4;
-    if (moves_vectors<S>(source.cols, source, to)) {
-      task.plan = make_row_plan(source.cols, width);
-      launch_rows(stream, gather_rows_kernel<S, width>, task, groups, "gather_rows_kernel");
-    } else {
-      task.plan = make_row_plan(source.cols, 1);
-      launch_rows(stream, gather_rows_kernel<S, 1>, task, groups, "gather_rows_kernel");
-    }
-  };
-  gather(lists.sent_rows, {sent, others, source.cols});
-  gather(lists.sent_rows + others, received.subrows(counts.received[static_cast<std::size_t>(own)], kept));
 }
 
 // Arguments of an all-to-all in rows.
@@ -151,14 +130,14 @@ void bring_home(device_stream stream, Comm& comm, const host_sized_counts& count
   const auto others = [](const level_counts& of, int ranks, int own) {
     return of.received[static_cast<std::size_t>(ranks)] - of.own_rows(own);
   };
-  const returned_rows<T> nothing{};
+  const brought_rows<T> nothing{};
   T* const sums = reinterpret_cast<T*>(buffers.sums);
   T* const back_within = reinterpret_cast<T*>(buffers.within);
   add(of_arrived(lists.within, counts.within, tokens.place(), false), nothing, nothing,
       others(counts.within, inside.size(), tokens.place()), sums);
   return_rows(stream, inside, counts.within, sums, back_within, width);
-  const returned_rows<T> within{back_within, lists.within, inside.size()};
-  returned_rows<T> across{};
+  const brought_rows<T> within{back_within, lists.within, inside.size()};
+  brought_rows<T> across{};
   if (counts.grid.two_levels()) {
     T* const middle = reinterpret_cast<T*>(buffers.middle);
     T* const back_across = reinterpret_cast<T*>(buffers.across);
@@ -179,17 +158,25 @@ inline void expect_counts(const host_sized_counts& counts, int ranks, int rank) 
                                                   << ": take them from exchange_routing or read_counts");
 }
 
+// The list that the communicator's words were read from, noted behind them.
+inline const std::int32_t** source_of(std::span<std::int32_t> words) {
+  return reinterpret_cast<const std::int32_t**>(words.data() + words.size()) - 1;
+}
+
 // Brings the words of the lists to the host. Waits.
 template <class Comm>
 const std::int32_t* read_words(device_stream stream, Comm& comm, const std::int32_t* words, std::int64_t count) {
   const std::span<std::int32_t> pinned = comm.host_words();
-  TESSERA_EXPECTS(static_cast<std::int64_t>(pinned.size()) >= count,
+  constexpr auto note = static_cast<std::int64_t>(sizeof(const std::int32_t*) / sizeof(std::int32_t));
+  TESSERA_EXPECTS(static_cast<std::int64_t>(pinned.size()) >= count + note,
                   "the counts of " << comm.size() << " ranks are " << count << " words, the communicator has room for "
                                    << pinned.size());
   check_cuda(cudaMemcpyAsync(pinned.data(), words, static_cast<std::size_t>(count) * sizeof(*words),
                              cudaMemcpyDeviceToHost, stream.get()),
              "cudaMemcpyAsync");
+  *source_of(pinned) = nullptr;
   comm.wait(stream);
+  *source_of(pinned) = words;
   return pinned.data();
 }
 
@@ -331,6 +318,16 @@ host_sized_counts read_counts(device_stream stream, Comm& comm, const host_sized
   return host_sized_counts::read(grid, comm.rank(), read_words(stream, comm, lists.words, words));
 }
 
+/// The counts that this communicator has read last, if they were those of these lists; otherwise `read_counts`, which
+/// waits. For the operations after the first of a pass: the first one reads, because the memory of lists may have been
+/// filled anew since. Parameters as there.
+template <host_sized_communicator Comm>
+host_sized_counts known_counts(device_stream stream, Comm& comm, const host_sized_lists& lists) {
+  const std::span<std::int32_t> words = comm.host_words();
+  if (*detail::host_sized::source_of(words) != lists.words) return read_counts(stream, comm, lists);
+  return host_sized_counts::read(grid_of(comm), comm.rank(), words.data());
+}
+
 /// Sends each token once to every rank that owns one of its experts, over a rank of their host. Its adjoint is
 /// `combine` without weights. Enqueues, does not synchronise.
 /// @param stream   Where the work is enqueued; not being captured.
@@ -397,7 +394,7 @@ void combine_rows(device_stream stream, Comm& comm, const host_sized_counts& cou
   static_cast<void>(detail::expect_device("combine"));
   const A* const scale = weights == combine_weights::routing ? handle.pair_weights : nullptr;
   bring_home<S>(stream, comm, counts, lists, buffers, bounds.max_tokens, y.rows, y.cols,
-                [&](const token_list& tokens, const returned_rows<S>& within, const returned_rows<S>& across,
+                [&](const token_list& tokens, const brought_rows<S>& within, const brought_rows<S>& across,
                     std::int64_t rows, S* sums) {
                   const auto add = [&](auto to, const matrix_view<const S>& last) {
                     using to_type = std::remove_pointer_t<decltype(to.data)>;
@@ -436,7 +433,7 @@ void return_pair_values(device_stream stream, Comm& comm, const host_sized_count
   TESSERA_EXPECTS(home.rows <= bounds.max_tokens,
                   home.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
   bring_home<A>(stream, comm, counts, lists, buffers, bounds.max_tokens, home.rows, bounds.top_k,
-                [&](const token_list& tokens, const returned_rows<A>& within, const returned_rows<A>& across,
+                [&](const token_list& tokens, const brought_rows<A>& within, const brought_rows<A>& across,
                     std::int64_t rows, A* sums) {
                   launch_add_values<A>(stream,
                                        {tokens, values, handle.expert_row_of, bounds.top_k, within, across,

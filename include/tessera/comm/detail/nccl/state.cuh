@@ -183,6 +183,7 @@ class rank_state {
     const cudaError_t pinned = cudaMallocHost(reinterpret_cast<void**>(&host_words_), num_host_words * sizeof(*words_));
     if (pinned != cudaSuccess) static_cast<void>(cudaFree(words_));
     expect_cuda(pinned, "cudaMallocHost");
+    std::fill_n(host_words_, num_host_words, 0);
   }
   rank_state(const rank_state&) = delete;
   rank_state& operator=(const rank_state&) = delete;

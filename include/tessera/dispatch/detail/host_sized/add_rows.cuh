@@ -42,7 +42,7 @@ struct token_list {
 
 // What has come back on one level: a row for each rank that a token was sent to.
 template <class T>
-struct returned_rows {
+struct brought_rows {
   const T* rows = nullptr;  // packed; null: nothing comes back here
   level_lists lists{};
   int ranks = 0;
@@ -66,7 +66,7 @@ struct add_rows_task {
   const std::int32_t* expert_row_of;  // [R * max_tokens, K]
   int top_k;
   const A* weights;  // of expert rows; null: 1
-  returned_rows<S> within, across;
+  brought_rows<S> within, across;
   matrix_view<const S> plus;  // no data: nothing
   matrix_view<Out> sums;
 };
@@ -123,7 +123,7 @@ struct add_values_task {
   const A* values;                    // of expert rows
   const std::int32_t* expert_row_of;  // [R * max_tokens, K]
   int top_k;
-  returned_rows<A> within, across;
+  brought_rows<A> within, across;
   matrix_view<A> sums;
 };
 
