@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,9 @@ using device_test::on_ranks;
 using device_test::rank_counts;
 using std::chrono::milliseconds;
 using hosts = ts::comm::hosts<ts::comm::nccl>;
+
+// Kernels are loaded before GPUs wait for each other.
+const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 
 constexpr routing_kind all_kinds[] = {routing_kind::uniform, routing_kind::skewed, routing_kind::one_expert,
                                       routing_kind::gaps};
