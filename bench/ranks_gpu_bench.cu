@@ -16,6 +16,7 @@
 
 #include <tessera/comm/symmetric.cuh>
 #include <tessera/comm/threads.hpp>
+#include <tessera/dispatch/host_sized.cuh>
 #include <tessera/dispatch/transport.cuh>
 #include <tessera/layout/block.hpp>
 #include <tessera/moe/moe_layer.cuh>
@@ -39,7 +40,7 @@ struct exchange_shape {
 
 // One rank's memory, with uniform random routing.
 struct exchange_case {
-  exchange_case(ts::comm::symmetric& c, const exchange_shape& s, const ts::transport::automatic& t)
+  exchange_case(ts::comm::symmetric& c, const exchange_shape& s, const ts::transport::automatic& t = {})
       : comm(c),
         shape(s),
         how(t),
@@ -189,6 +190,69 @@ void measure_exchange(benchmark::State& state, const exchange_shape& s, operatio
   state.counters["wire_gb_per_s"] = wire / us * 1e-3;
   state.counters["logical_gb_per_s"] = logical / us * 1e-3;
   state.counters["window_bytes"] = memory;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dispatch and combine by NCCL's sends and receives, with permutes and counts that the host waits for
+
+// One rank's memory, beside that of an exchange with its routing.
+struct host_sized_case : exchange_case {
+  host_sized_case(ts::comm::symmetric& c, const exchange_shape& s) : exchange_case(c, s), grid(ts::grid_of(c.over())) {
+    ts::memory_builder counting;
+    carve_lists(counting);
+    memory = std::make_unique<device_array<std::byte>>(static_cast<std::int64_t>(counting.bytes()));
+    ts::memory_builder builder(ts::workspace_memory(memory->data(), counting.bytes()), "bench");
+    carve_lists(builder);
+  }
+  void carve_lists(ts::memory_builder& b) {
+    lists = ts::host_sized_lists::layout(b, bounds, grid);
+    tables = ts::host_sized_tables<float>::layout(b, bounds, grid, workspace.sort);
+    buffers = ts::host_sized_buffers::layout(b, bounds, grid, shape.d * 2);
+  }
+  void exchange(cudaStream_t stream) {
+    const ts::routing<float> chosen{{ids.data(), shape.T, shape.K}, {weights.data(), shape.T, shape.K}};
+    counts = ts::exchange_routing(stream, comm.over(), layout, bounds, options, chosen, handle, lists, tables);
+  }
+  void send(cudaStream_t stream) {
+    ts::dispatch_rows(stream, comm.over(), counts, lists, ts::matrix_view<const bfloat16>{x.data(), shape.T, shape.d},
+                      received, buffers);
+  }
+  void bring_home(cudaStream_t stream) {
+    ts::combine_rows(stream, comm.over(), counts, lists, handle, bounds, ts::combine_weights::routing,
+                     ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d},
+                     ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d}, buffers);
+  }
+
+  ts::host_grid grid;
+  std::unique_ptr<device_array<std::byte>> memory;
+  ts::host_sized_lists lists;
+  ts::host_sized_tables<float> tables;
+  ts::host_sized_buffers buffers;
+  ts::host_sized_counts counts;
+};
+
+void measure_host_sized(benchmark::State& state, const exchange_shape& s, operation op) {
+  double wire = 0, memory = 0;
+  const double us = slowest_median_us(20, [&](ts::comm::symmetric& comm) {
+    auto c = std::make_shared<host_sized_case>(comm, s);
+    if (comm.rank() == 0) {
+      wire = static_cast<double>(c->rows_to_others * s.d * 2);
+      memory = static_cast<double>(c->memory->size());
+    }
+    const cudaStream_t once = make_stream();  // NCCL's threads would take the streams of threads for their own
+    c->exchange(once);
+    cudaStreamDestroy(once);
+    return rank_work{{},
+                     [c, op](cudaStream_t stream) {
+                       if (op == operation::dispatch || op == operation::pair) c->exchange(stream);
+                       if (op != operation::combine_rows) c->send(stream);
+                       if (op == operation::combine_rows || op == operation::pair) c->bring_home(stream);
+                     },
+                     false};
+  });
+  report_time(state, us, 0);
+  state.counters["wire_gb_per_s"] = (op == operation::pair ? 2 : 1) * wire / us * 1e-3;
+  state.counters["memory_bytes"] = memory;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -379,6 +443,16 @@ int main(int argc, char** argv) {
     exchange("dispatch", at(4096), operation::dispatch, sms);
     exchange("combine_expert_rows", at(4096), operation::combine_rows, sms);
     exchange("combine_summed_rows", at(4096), operation::combine_sums, sms);
+  }
+  const auto host_sized = [&](const std::string& name, std::int64_t tokens, operation op) {
+    add_case(name + "/T:" + std::to_string(tokens),
+             [=](benchmark::State& state) { measure_host_sized(state, at(tokens), op); });
+  };
+  for (const std::int64_t T : {128, 1024, 4096}) {
+    host_sized("nccl_dispatch", T, operation::dispatch);
+    host_sized("nccl_dispatch_cached", T, operation::rows);
+    host_sized("nccl_combine_expert_rows", T, operation::combine_rows);
+    host_sized("nccl_pair", T, operation::pair);
   }
   // Rows alone, by budget of SMs: with and without a copy of own rows beside the kernel.
   for (const int sms : {4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 132}) {

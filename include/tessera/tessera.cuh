@@ -9,6 +9,7 @@
 #include <tessera/comm/ordered_reduce.cuh>
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
+#include <tessera/dispatch/host_sized.cuh>
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/experts/expert_mlp.cuh>
 #include <tessera/gemm/automatic.cuh>

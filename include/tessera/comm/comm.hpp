@@ -8,6 +8,7 @@
 
 #include <tessera/comm/collectives.hpp>
 #include <tessera/comm/communicator.hpp>
+#include <tessera/comm/hosts.hpp>
 #include <tessera/comm/nccl.hpp>
 #include <tessera/comm/ordered_reduce.hpp>
 #include <tessera/comm/self.hpp>

@@ -61,6 +61,7 @@ inline std::vector<nccl> nccl::create_all(std::span<const int> devices, nccl_opt
 
 inline ncclComm* nccl::native() const noexcept { return state_->native(); }
 inline std::chrono::milliseconds nccl::timeout() const noexcept { return state_->options().timeout; }
+inline std::span<std::int32_t> nccl::host_words() const noexcept { return state_->host_words(); }
 inline bool nccl::failed() const { return state_->failed(); }
 inline void nccl::check() { state_->check(); }
 inline void nccl::wait(device_stream stream) { state_->wait(stream, timeout()); }

@@ -113,6 +113,9 @@ class nccl {
   ncclComm* native() const noexcept;
   /// How long a call may take.
   std::chrono::milliseconds timeout() const noexcept;
+  /// Pinned host memory, shared by all handles of this communicator: where an operation that must read counts on the
+  /// host lets the device write them. 16 KiB, zeros at first, theirs until the next such operation.
+  std::span<std::int32_t> host_words() const noexcept;
 
   /// Collective: the ranks of equal color form a communicator, ordered by key, then by rank. Host: returns when it is
   /// ready. @param color Not negative. @param key Any. @throws invalid_argument on all ranks if the color of any is

@@ -45,7 +45,8 @@ struct symmetric_options {
 ///
 /// **Where that is missing**, because GPUs are no peers, stand in different hosts, are more than eight, or are older
 /// than compute capability 9.0, the communicator is made all the same: `direct` is false on all ranks, `reason` says
-/// why, memory is memory of this rank alone, and collectives work. Dispatch does not: `view` throws.
+/// why, memory is memory of this rank alone, and collectives work. Kernels cannot dispatch, `view` throws; NCCL's sends
+/// and receives can, see `dispatch/host_sized.cuh` and `dispatch_options::host_sized`.
 ///
 /// **Memory.** `allocate` takes memory from the window. All ranks call it with the same sizes in the same order, so
 /// that an array stands at the same offset everywhere; nothing else makes memory symmetric. The window goes with the

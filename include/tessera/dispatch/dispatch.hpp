@@ -7,6 +7,8 @@
 
 #include <tessera/dispatch/combine.hpp>
 #include <tessera/dispatch/handle.hpp>
+#include <tessera/dispatch/host_plan.hpp>
+#include <tessera/dispatch/host_sized.hpp>
 #include <tessera/dispatch/options.hpp>
 #include <tessera/dispatch/replicas.hpp>
 #include <tessera/dispatch/routing_exchange.hpp>

@@ -18,8 +18,9 @@ TESSERA_NAMESPACE_BEGIN
 /// copyable, without state of its own, so that it may be carved again from the same memory in backward.
 ///
 /// In device memory tokens keep their places: token t of rank s is row `v = s * max_tokens + t` of what arrives,
-/// `gather` holds such rows, and `expert_row_of [R * max_tokens, K]` has -1 where a pair is not this rank's and -2
-/// where it was dropped by the bound. The arrays about sent and received rows are host memory's alone.
+/// `gather` holds such rows (sized on the host: rows of what has arrived, packed), and `expert_row_of [R * max_tokens,
+/// K]` has -1 where a pair is not this rank's and -2 where it was dropped by the bound. The arrays about sent and
+/// received rows are host memory's alone.
 ///
 /// In host memory a *sent row* is one (token, rank) with at least one pair there, in the order (rank, token). An
 /// *arriving pair* is in the order (source, token, k); an *expert row* in the order (local expert, source, token, k).

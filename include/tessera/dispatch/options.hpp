@@ -54,6 +54,11 @@ struct dispatch_options {
   double capacity_factor = 0;
   drop_order order = drop_order::position;            ///< Which pairs a capacity drops.
   overflow_policy overflow = overflow_policy::error;  ///< What happens beyond `row_bound`.
+  /// For a layer over `comm::symmetric`: whether rows go by NCCL's sends and receives, with counts that the host waits
+  /// for, as over `comm::nccl`: set it where the communicator is not `direct`. Sizes of memory depend on it.
+  bool host_sized = false;
+  /// For a layer over `comm::hosts`: its `ranks_per_host()`. 0: all ranks.
+  int ranks_per_host = 0;
 
   /// For `row_bound`: room for every pair of every rank.
   static constexpr std::int64_t full_row_bound = -1;

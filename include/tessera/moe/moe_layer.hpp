@@ -67,6 +67,10 @@ struct layer_sizes {
 /// Two micro-batches at once are two layers over two slots of a communicator, with the same state memory and otherwise
 /// memory of their own, each on one stream. Calls on one GPU that share a state are enqueued in one order.
 ///
+/// With `comm::nccl` and `comm::hosts`, and with `comm::symmetric` and `dispatch_options::host_sized`, the host waits
+/// for counts: see `moe_layer.cuh` and `dispatch/host_sized.cuh`. Memory is any device memory then, rows have any
+/// width, and `forward` throws where a row bound is exceeded, on all ranks.
+///
 /// If a call throws, state is unchanged; outputs, saved, deferred and workspace memory are undefined.
 ///
 /// The host half is defined with this header, the device half in `moe_layer.cuh`: which of them is used follows from
@@ -86,7 +90,7 @@ class moe_layer {
   static_assert(
       communicator<Comm>,
       "moe_layer: the fourth argument must be a communicator. Models: comm::self<Space>, comm::threads, comm::mpi, "
-      "comm::symmetric; a user's own derives from comm::collectives");
+      "comm::symmetric, comm::nccl, comm::hosts<comm::nccl>; a user's own derives from comm::collectives");
   static_assert(
       expert_container<Experts, typename Comm::space>,
       "moe_layer: the second argument must be an expert container for the communicator's memory space. Model: "

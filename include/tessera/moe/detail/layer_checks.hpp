@@ -4,10 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
+#include <tessera/comm/self.hpp>
 #include <tessera/core/chunks.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/moe/shape.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -44,14 +47,30 @@ void check_gate_gradients(const shape& s, const Gradients& grads, std::int64_t c
                       << ", but the shape was made with gate_bias = " << (s.gate_bias ? "true" : "false"));
 }
 
-// A layer between GPUs that write into each other's memory, when it is made.
+// A layer between GPUs, when it is made.
 template <class Layer>
 void check_spread(const shape& s, const typename Layer::options& chosen, typename Layer::communicator_type& comm) {
-  if constexpr (requires { comm.direct(); }) {
-    TESSERA_EXPECTS(comm.direct(), "moe_layer: kernels cannot reach the memory of other ranks: " << comm.reason());
+  if constexpr (std::is_same_v<typename Layer::space, space::device> &&
+                !std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>) {
     TESSERA_EXPECTS(chosen.dispatch.capacity_factor == 0,
                     "moe_layer: capacity_factor = " << chosen.dispatch.capacity_factor
                                                     << ", there is no capacity between GPUs: use 0");
+    int ranks_per_host = 0;
+    if constexpr (requires { comm.ranks_per_host(); }) ranks_per_host = comm.ranks_per_host();
+    TESSERA_EXPECTS(host_grid::make(comm.size(), chosen.dispatch.ranks_per_host).ranks_per_host ==
+                        host_grid::make(comm.size(), ranks_per_host).ranks_per_host,
+                    "moe_layer: dispatch_options::ranks_per_host = " << chosen.dispatch.ranks_per_host
+                                                                     << ", the communicator has hosts of "
+                                                                     << ranks_per_host << " ranks (0: all)");
+    if (goes_by_host<typename Layer::communicator_type>(chosen.dispatch)) {
+      TESSERA_EXPECTS((std::is_same_v<typename Layer::combine_type, combine::reduced>),
+                      "moe_layer: sized on the host, rows are added with combine::reduced");
+      return;
+    }
+    if constexpr (requires { comm.direct(); }) {
+      TESSERA_EXPECTS(comm.direct(), "moe_layer: kernels cannot reach the memory of other ranks: "
+                                         << comm.reason() << "; with dispatch_options::host_sized rows go by NCCL");
+    }
     constexpr std::size_t line = 16;
     TESSERA_EXPECTS(
         static_cast<std::size_t>(s.hidden) * sizeof(typename Layer::storage) % line == 0,

@@ -10,6 +10,7 @@
 #include <tessera/core/chunks.hpp>
 #include <tessera/core/memory.hpp>
 #include <tessera/dispatch/dispatch.hpp>
+#include <tessera/dispatch/host_sized.hpp>
 #include <tessera/dispatch/symmetric.hpp>
 #include <tessera/experts/experts.hpp>
 #include <tessera/moe/detail/gate_splits.hpp>
@@ -20,6 +21,14 @@
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
+
+// Whether rows between GPUs go by sends and receives of the communicator, sized on the host.
+template <class Comm>
+bool goes_by_host(const dispatch_options& chosen) {
+  constexpr bool travels =
+      std::is_same_v<typename Comm::space, space::device> && !std::is_same_v<Comm, comm::self<space::device>>;
+  return travels && (!peer_communicator<Comm> || chosen.host_sized);
+}
 
 // Everything that sizes memory: made from the same values by `sizes` and by every call.
 template <class Layer>
@@ -44,6 +53,13 @@ struct layer_plan {
         max_chunks(num_chunks(s.max_tokens, chosen.chunk_tokens)) {}
 
   bool has_shared() const { return sizes.num_shared_experts > 0; }
+  // Whether the host waits for the counts of what travels.
+  bool host_sized() const { return goes_by_host<typename Layer::communicator_type>(dispatch); }
+  host_grid grid() const { return host_grid::make(bounds.num_ranks, dispatch.ranks_per_host); }
+  std::int64_t row_bytes() const {
+    return host_sized_buffers::row_bytes<typename Layer::storage, typename Layer::accumulate>(sizes.hidden,
+                                                                                              sizes.top_k);
+  }
   bool alone() const { return bounds.num_ranks == 1; }
   // Rows that have room for what arrives from all ranks: packed in host memory, by token in device memory.
   std::int64_t received_rows() const {
@@ -86,6 +102,7 @@ struct layer_saved {
   A* weights;                 // [T, K]
   std::int64_t* counts;       // [E + 2] of all ranks
   dispatch_handle<A> handle;  //
+  host_sized_lists lists;     // of what is sized on the host
   S* received;                // [received rows, d]; null at one rank and where x is sent again
   typename Layer::experts_type::saved_view experts;
   typename Layer::shared_type::saved_view shared;
@@ -100,6 +117,7 @@ struct layer_saved {
     counts = b.take<std::int64_t>("global counts", balance_counts::size(s.num_experts));
     handle = plan.on_device ? dispatch_handle<A>::layout_device(b, plan.bounds, plan.travels)
                             : dispatch_handle<A>::layout(b, plan.bounds);
+    if (plan.host_sized()) lists = host_sized_lists::layout(b, plan.bounds, plan.grid());
     experts = plan.experts.carve_saved(b, plan.bounds.max_pairs);
     if (plan.has_shared()) shared = plan.shared.carve_saved(b, s.max_tokens);
   }
@@ -109,16 +127,23 @@ struct layer_saved {
   }
 };
 
-// What other ranks write during forward, which comes first in the workspace.
+// What other ranks write during forward, which comes first in the workspace. Sized on the host, it is scratch.
 template <class Layer>
 struct layer_forward_window {
   typename Layer::storage* received;                  // [received rows, d] where x is sent again
   routing_tables<typename Layer::accumulate> tables;  // null on the host, as is the next
   returned_rows<typename Layer::storage> returned;
+  host_sized_tables<typename Layer::accumulate> gathered;  // null but sized on the host, as is the next
+  host_sized_buffers buffers;
 
   layer_forward_window(memory_builder& b, const layer_plan<Layer>& p) {
     received = b.take<typename Layer::storage>("received rows", p.resends ? p.received_elements() : 0);
     if (!p.travels) return;
+    if (p.host_sized()) {
+      gathered = host_sized_tables<typename Layer::accumulate>::layout(b, p.bounds, p.grid(), {});
+      buffers = host_sized_buffers::layout(b, p.bounds, p.grid(), p.row_bytes());
+      return;
+    }
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
     returned =
         decltype(returned)::layout(b, p.bounds, p.sizes.hidden, typename Layer::combine_type{}, p.rows_outgoing());
@@ -211,7 +236,8 @@ struct layer_backward_scratch {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
-  returned_rows<S> returned;   // on a device; nothing at one rank
+  returned_rows<S> returned;   // on a device; nothing at one rank, and sized on the host
+  host_sized_buffers buffers;  // null but sized on the host
   A* dweights;                 // [T, K]
   dispatch_workspace<S> rows;  // on the host, as are the next packed values and sums
   S* dpairs;                   // [max pairs, d]
@@ -228,8 +254,11 @@ struct layer_backward_scratch {
 
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
-    if (p.travels)
+    if (p.host_sized()) {
+      buffers = host_sized_buffers::layout(b, p.bounds, p.grid(), p.row_bytes());
+    } else if (p.travels) {
       returned = returned_rows<S>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{}, p.rows_outgoing());
+    }
     dweights = b.take<A>("weight gradients", s.max_tokens * s.top_k);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     dpairs = b.take<S>("pair gradients", p.bounds.max_pairs * s.hidden);

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -179,6 +180,10 @@ class rank_state {
     expect_cuda(cudaGetDevice(&device_), "cudaGetDevice");
     // Before GPUs wait for one another, because an allocation may wait for all of them.
     expect_cuda(cudaMalloc(reinterpret_cast<void**>(&words_), 2 * sizeof(*words_)), "cudaMalloc");
+    const cudaError_t pinned = cudaMallocHost(reinterpret_cast<void**>(&host_words_), num_host_words * sizeof(*words_));
+    if (pinned != cudaSuccess) static_cast<void>(cudaFree(words_));
+    expect_cuda(pinned, "cudaMallocHost");
+    std::fill_n(host_words_, num_host_words, 0);
   }
   rank_state(const rank_state&) = delete;
   rank_state& operator=(const rank_state&) = delete;
@@ -192,9 +197,10 @@ class rank_state {
       });
     }
     if (owned_) abort();
-    call_within(patience(), [device = device_, words = words_] {  // freeing may wait for all work of the device
-      static_cast<void>(cudaSetDevice(device));
+    call_within(patience(), [device = device_, words = words_, host_words = host_words_] {
+      static_cast<void>(cudaSetDevice(device));  // freeing may wait for all work of the device
       static_cast<void>(cudaFree(words));
+      static_cast<void>(cudaFreeHost(host_words));
     });
   }
 
@@ -229,6 +235,8 @@ class rank_state {
   ncclComm_t native() const noexcept { return comm_; }
   /// Device memory that a barrier adds up, whatever it holds.
   std::int32_t* token() const noexcept { return words_; }
+  /// Pinned memory that the device writes.
+  std::span<std::int32_t> host_words() const noexcept { return {host_words_, num_host_words}; }
   const comm::nccl_options& options() const noexcept { return options_; }
   const std::shared_ptr<failure_record>& family() const noexcept { return family_; }
   bool failed() const noexcept { return failed_ || family_->failed(); }
@@ -445,12 +453,15 @@ class rank_state {
     });
   }
 
+  static constexpr std::size_t num_host_words = 4096;
+
   comm::nccl_options options_;
   std::shared_ptr<failure_record> family_;
   ncclComm_t comm_ = nullptr;
   bool owned_ = false;
   bool failed_ = false;
   std::int32_t* words_ = nullptr;  // [2]: of barriers and of `least`
+  std::int32_t* host_words_ = nullptr;
   std::shared_ptr<ncclComm_t> child_;
   const char* phase_ = "create";  // of the operation that was called last
   std::int64_t operations_ = 0;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/dispatch/detail/device/arrivals.cuh>
 #include <tessera/dispatch/detail/device/sort.cuh>
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
 #include <tessera/dispatch/symmetric.hpp>
@@ -23,9 +24,6 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail::symmetric {
 
-inline constexpr int no_slot = -1;  // in tables and lists: another rank's pair, or none
-inline constexpr int dropped_row =
-    -2;  // in lists: a pair of this rank's beyond its bound; tables: ~slot - 1, which is less
 inline constexpr int push_threads = 512;
 inline constexpr int destination_threads = 128;
 // Blocks of a sort that wait for tables by themselves; more would keep SMs from other work, and fewer would wait for a
@@ -160,41 +158,6 @@ __device__ __forceinline__ std::int64_t pairs_to(const comm::symmetric_view& vie
   return sum;
 }
 
-// Marks the pairs of this block's tokens that are beyond the bound in the order (source, token, k). Dropped pairs stay
-// countable, because other blocks count the same tables. Rare and slow.
-template <class A>
-__device__ void drop_over_bound(const arrival_task<A>& task) {
-  __shared__ std::int64_t before;  // pairs of earlier tokens
-  const int top_k = static_cast<int>(task.lists.ids.cols);
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * task.plan.tokens_per_block * top_k;
-  const std::int64_t all = task.lists.ids.rows * top_k;
-  const std::int64_t end = first + static_cast<std::int64_t>(task.plan.tokens_per_block) * top_k;
-  const auto mine = [&](std::int64_t pair) {
-    return *static_cast<volatile const std::int32_t*>(task.slots + pair) != no_slot;
-  };
-  if (threadIdx.x == 0) before = 0;
-  __syncthreads();
-  std::int64_t count = 0;
-  for (std::int64_t pair = threadIdx.x; pair < (first < all ? first : all); pair += list_threads) count += mine(pair);
-  count = warp_sum(count);
-  if (threadIdx.x % warp_size == 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(&before), static_cast<unsigned long long>(count));
-  }
-  __syncthreads();
-  if (threadIdx.x < warp_size) {
-    std::int64_t admitted = before;
-    for (std::int64_t base = first; base < end && base < all; base += warp_size) {
-      const std::int64_t pair = base + threadIdx.x;
-      const bool is_mine = pair < end && pair < all && mine(pair);
-      const unsigned ballot = __ballot_sync(full_warp, is_mine);
-      const std::int64_t place = admitted + __popc(ballot & ((1u << threadIdx.x) - 1u));
-      if (is_mine && place >= task.max_pairs) task.slots[pair] = dropped_row - task.slots[pair];
-      admitted += __popc(ballot);
-    }
-  }
-  __syncthreads();
-}
-
 template <class A>
 __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __grid_constant__ arrival_task<A> task) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -223,20 +186,11 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __g
       }
       usable = false;
     } else if (needed > task.max_pairs) {
-      drop_over_bound(task);
+      drop_over_bound(task.plan, task.lists.ids, task.slots, task.max_pairs);
     }
   }
   auto lists = task.lists;
-  if (!usable) {
-    // no pair of this block's tokens is here
-    const std::int64_t pairs = static_cast<std::int64_t>(task.plan.tokens_per_block) * lists.ids.cols;
-    const std::int64_t end = lists.ids.rows * lists.ids.cols;
-    const std::int64_t begin = pairs * blockIdx.x;
-    for (std::int64_t pair = begin + tid; pair < begin + pairs && pair < end; pair += list_threads) {
-      lists.lists.expert_row_of[pair] = no_slot;
-    }
-    lists.ids.rows = 0;
-  }
+  if (!usable) forget_pairs(task.plan, lists);
   if (blockIdx.x == 0 && task.sum_of_counts != nullptr) {
     for (int i = tid; i < task.num_counts; i += list_threads) {
       std::int64_t sum = 0;

@@ -10,6 +10,7 @@
 #include <tessera/comm/load_kernels.cuh>
 #include <tessera/comm/self.cuh>
 #include <tessera/dispatch/dispatch.cuh>
+#include <tessera/dispatch/host_sized.cuh>
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/dispatch/transport.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
@@ -22,10 +23,18 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
 
-// What a device layer does with its communicator: alone, or between GPUs.
+// What a device layer does with its communicator: alone, between GPUs that write into each other's memory, or wherever
+// the communicator reaches, sized on the host.
+enum class exchange_kind { alone, peers, host_sized };
 
 template <class Layer>
 inline constexpr bool layer_is_alone = std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>;
+
+template <class Layer>
+constexpr exchange_kind layer_exchange_kind() {
+  if (layer_is_alone<Layer>) return exchange_kind::alone;
+  return peer_communicator<typename Layer::communicator_type> ? exchange_kind::peers : exchange_kind::host_sized;
+}
 
 template <class Layer>
 void layer_load_kernels() {
@@ -35,7 +44,8 @@ void layer_load_kernels() {
 // What a layer between GPUs refuses before anything is enqueued that other ranks would wait for.
 template <class Layer, class... Rows>
 void check_exchange(const Layer& layer, std::initializer_list<const std::byte*> memories, const Rows&... rows) {
-  if constexpr (!layer_is_alone<Layer>) {
+  if constexpr (layer_exchange_kind<Layer>() == exchange_kind::peers) {
+    if (layer.get_options().dispatch.host_sized) return;
     for (const std::byte* memory : memories) {
       TESSERA_EXPECTS(
           memory == nullptr || layer.comm().contains(memory),
@@ -64,7 +74,7 @@ Comm within(const Comm& comm, int sms) {
 inline constexpr int sms_beside_products = 16;
 
 // Work beside the caller's stream. Between GPUs it is on the communicator's side stream, where lists are made; on one
-// GPU on the stream that the engine lends, or on the caller's.
+// GPU, and sized on the host, on the stream that the engine lends, or on the caller's.
 template <class Layer>
 class layer_side {
  public:
@@ -72,9 +82,10 @@ class layer_side {
   static constexpr bool of_communicator = peer_communicator<comm_type>;
 
   layer_side(const Layer& layer, comm_type& comm) {
-    if constexpr (!of_communicator) {
-      side_ = layer.get_options().side;
-    } else {
+    side_ = layer.get_options().side;
+    if constexpr (of_communicator) {
+      if (layer.get_options().dispatch.host_sized) return;
+      lists_beside_ = true;
       side_ = {comm.side_stream().get(), comm.fork_event(), comm.join_event()};
       beside_rows_ = comm.num_sms() > 0 ? comm.num_sms() : sms_beside_products;
       beside_products_ = device_attribute(cudaDevAttrMultiProcessorCount) - beside_rows_;
@@ -92,7 +103,7 @@ class layer_side {
   // The same in forward, when routing and rows are on their way: behind the making of lists, so that the blocks that
   // send rows stand already.
   device_stream fork_behind_lists(device_stream stream) {
-    if constexpr (!of_communicator) return fork(stream);
+    if (!lists_beside_) return fork(stream);
     forked_ = true;
     return side_.stream;
   }
@@ -110,25 +121,27 @@ class layer_side {
  private:
   side_stream side_;
   bool forked_ = false;
+  bool lists_beside_ = false;
   int beside_rows_ = 0;
   int beside_products_ = 0;
 };
 
 // What the steps of a layer's call do with its communicator. `Layer` gives types, `plan` the sizes, `comm` the handle
 // whose slot and SMs are used; everything is enqueued on `stream`.
-template <class Layer, bool Alone = layer_is_alone<Layer>>
+template <class Layer, exchange_kind Kind = layer_exchange_kind<Layer>()>
 class layer_exchange;
 
 // One GPU: experts read tokens where they are.
 template <class Layer>
-class layer_exchange<Layer, true> {
+class layer_exchange<Layer, exchange_kind::alone> {
  public:
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
 
   using comm_type = typename Layer::communicator_type;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm,
+                 const host_sized_buffers& = {})
       : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
 
   // Chooses experts and makes the lists.
@@ -152,6 +165,7 @@ class layer_exchange<Layer, true> {
   void send_routing(const routing<A>&, bool, const layer_saved<Layer>&, const layer_forward_window<Layer>&,
                     const layer_forward_scratch<Layer>&) const {}
   void await_lists() const {}
+  void begin_backward(const layer_saved<Layer>&) const {}
 
   // Counts of this rank's pairs.
   static const std::int64_t* own_counts(const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>&) {
@@ -189,20 +203,94 @@ class layer_exchange<Layer, true> {
   comm_type& comm_;
 };
 
-// Several GPUs that reach each other's memory.
+// Sized on the host. A pass begins with counts that are read; what follows in it finds them where they were put.
 template <class Layer>
-class layer_exchange<Layer, false> {
+class layer_exchange<Layer, exchange_kind::host_sized> {
  public:
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
-  static_assert(peer_communicator<typename Layer::communicator_type>,
+  using comm_type = typename Layer::communicator_type;
+  static_assert(host_sized_communicator<comm_type>,
                 "moe_layer: the device half needs a communicator that it can dispatch over. Models: "
-                "comm::self<space::device>, comm::symmetric");
+                "comm::self<space::device>, comm::symmetric, comm::nccl, comm::hosts<comm::nccl>");
+  static_assert(peer_communicator<comm_type> || std::is_same_v<typename Layer::combine_type, combine::reduced>,
+                "moe_layer: over comm::nccl and comm::hosts rows are added with combine::reduced");
 
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm,
+                 const host_sized_buffers& buffers = {})
+      : stream_(stream), layer_(layer), plan_(plan), comm_(comm), buffers_(buffers) {}
+
+  // Chooses experts.
+  template <class Inputs>
+  void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
+             const layer_forward_scratch<Layer>& scratch) const {
+    const int num_experts = layer_.dims().num_experts;
+    const balance_counts counts = counting ? balance_counts(scratch.counts, num_experts) : balance_counts{};
+    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
+                    layer_.state().status);
+  }
+  void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
+                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
+    if (counting && Layer::num_losses > 0) {
+      comm_.all_reduce(stream_, static_cast<const std::int64_t*>(scratch.counts), saved.counts,
+                       balance_counts::size(layer_.dims().num_experts));
+    }
+    auto tables = window.gathered;
+    tables.sort = {layer_.state().barrier, scratch.block_counts};
+    static_cast<void>(exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen,
+                                       saved.handle, saved.lists, tables));
+  }
+  void await_lists() const {}
+  void begin_backward(const layer_saved<Layer>& saved) const {
+    static_cast<void>(read_counts(stream_, comm_, saved.lists));
+  }
+
+  static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
+    return scratch.counts;
+  }
+  const comm::symmetric_failure* failure() const { return nullptr; }
+
+  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
+    dispatch_rows(stream_, comm_, counts_of(saved), saved.lists, rows, view(received), buffers_);
+  }
+  matrix_view<const S> await_rows(matrix_view<const S>, S* received) const { return view(received); }
+  matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
+
+  void combine(const layer_saved<Layer>& saved, matrix_view<const A>, bool weighted, matrix_view<const S> pairs,
+               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) const {
+    combine_rows(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds,
+                 weighted ? combine_weights::routing : combine_weights::none, pairs, plus, y, buffers_);
+  }
+
+  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
+    return_pair_values(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds, values, home,
+                       buffers_);
+  }
+
+ private:
+  matrix_view<S> view(S* rows) const { return {rows, plan_.bounds.addressed_rows(), layer_.dims().hidden}; }
+  host_sized_counts counts_of(const layer_saved<Layer>& saved) const {
+    return known_counts(stream_, comm_, saved.lists);
+  }
+
+  device_stream stream_;
+  const Layer& layer_;
+  const layer_plan<Layer>& plan_;
+  comm_type& comm_;
+  host_sized_buffers buffers_;
+};
+
+// Several GPUs that reach each other's memory; where the options ask for it, sized on the host all the same.
+template <class Layer>
+class layer_exchange<Layer, exchange_kind::peers> {
+ public:
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
   using comm_type = typename Layer::communicator_type;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
-      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm,
+                 const host_sized_buffers& buffers = {})
+      : stream_(stream), layer_(layer), plan_(plan), comm_(comm), by_host_(stream, layer, plan, comm, buffers) {}
 
   // Chooses experts. The lists come with what other ranks send.
   template <class Inputs>
@@ -213,6 +301,7 @@ class layer_exchange<Layer, false> {
   }
   void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
                     const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
+    if (plan_.host_sized()) return by_host_.send_routing(chosen, counting, saved, window, scratch);
     exchange_routing_begin(
         stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
         symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}},
@@ -220,24 +309,34 @@ class layer_exchange<Layer, false> {
         counting && Layer::num_losses > 0 ? balance_counts(saved.counts, layer_.dims().num_experts) : balance_counts{});
   }
   // Waits for the lists, which experts need.
-  void await_lists() const { exchange_routing_end(stream_, comm_); }
+  void await_lists() const {
+    if (!plan_.host_sized()) exchange_routing_end(stream_, comm_);
+  }
+  void begin_backward(const layer_saved<Layer>& saved) const {
+    if (plan_.host_sized()) by_host_.begin_backward(saved);
+  }
 
   static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
     return scratch.counts;
   }
   // After a failure nothing is counted.
-  const comm::symmetric_failure* failure() const { return comm_.view(comm::symmetric_channel::tables).failure; }
+  const comm::symmetric_failure* failure() const {
+    return plan_.host_sized() ? nullptr : comm_.view(comm::symmetric_channel::tables).failure;
+  }
 
   void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
+    if (plan_.host_sized()) return by_host_.send_rows(saved, rows, received);
     dispatch_begin(stream_, comm_, saved.handle, rows, view(received), plan_.transport);
   }
-  matrix_view<const S> await_rows(matrix_view<const S>, S* received) const {
+  matrix_view<const S> await_rows(matrix_view<const S> rows, S* received) const {
+    if (plan_.host_sized()) return by_host_.await_rows(rows, received);
     return dispatch_end(stream_, comm_, view(received), plan_.transport);
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
                const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) const {
+    if (plan_.host_sized()) return by_host_.combine(saved, weights, weighted, pairs, returned, plus, y);
     if constexpr (std::is_same_v<typename Layer::combine_type, combine::ordered>) {
       if (!weighted) weights.data = nullptr;
       combine_pairs(stream_, comm_, saved.handle, pairs, returned, weights, plus, y);
@@ -249,6 +348,7 @@ class layer_exchange<Layer, false> {
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
+    if (plan_.host_sized()) return by_host_.values_home(saved, values, home);
     return_pair_values(stream_, comm_, saved.handle, values,
                        matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols});
   }
@@ -263,6 +363,7 @@ class layer_exchange<Layer, false> {
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
   comm_type& comm_;
+  layer_exchange<Layer, exchange_kind::host_sized> by_host_;
 };
 
 }  // namespace detail

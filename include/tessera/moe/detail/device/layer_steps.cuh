@@ -85,7 +85,7 @@ class layer_forward_steps {
   void send(device_stream stream, int rows_sms = 0) const {
     exchange(stream).send_routing(chosen(), counting(), saved_, window_, scratch_);
     auto comm = within(comm_, rows_sms);
-    layer_exchange<Layer>(stream, layer_, plan_, comm).send_rows(saved_, x_, received());
+    layer_exchange<Layer>(stream, layer_, plan_, comm, window_.buffers).send_rows(saved_, x_, received());
   }
   // Waits for lists and rows.
   void receive(device_stream stream) const {
@@ -128,7 +128,7 @@ class layer_forward_steps {
   }
 
  private:
-  layer_exchange<Layer> exchange(device_stream stream) const { return {stream, layer_, plan_, comm_}; }
+  layer_exchange<Layer> exchange(device_stream stream) const { return {stream, layer_, plan_, comm_, window_.buffers}; }
   bool counting() const { return mode_ != pass::eval; }
   auto routing_inputs() const { return router_view(saved_, layer_, in_); }
   routing<A> chosen() const { return saved_.chosen(x_.rows, plan_.sizes); }
@@ -179,7 +179,9 @@ class layer_backward_steps {
   // dy, to the owners of experts: the adjoint of combine. @param rows_sms As in forward.
   void send(device_stream stream, int rows_sms = 0) const {
     auto comm = within(comm_, rows_sms);
-    layer_exchange<Layer>(stream, layer_, plan_, comm).send_rows(saved_, dy_, deferred_.dy_received);
+    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm, scratch_.buffers);
+    exchange.begin_backward(saved_);
+    exchange.send_rows(saved_, dy_, deferred_.dy_received);
   }
   void receive(device_stream stream) const { exchange(stream).await_rows(dy_, deferred_.dy_received); }
   // x again, where received rows were not kept: behind `receive`, before the weights' gradients, and before `experts`
@@ -189,7 +191,7 @@ class layer_backward_steps {
   void resend(device_stream stream, int rows_sms = 0) const {
     if (!resends()) return;
     auto comm = within(comm_, rows_sms);
-    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm);
+    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm, scratch_.buffers);
     exchange.send_rows(saved_, x_, deferred_.x_received);
     exchange.await_rows(x_, deferred_.x_received);
   }
@@ -229,7 +231,9 @@ class layer_backward_steps {
   }
 
  private:
-  layer_exchange<Layer> exchange(device_stream stream) const { return {stream, layer_, plan_, comm_}; }
+  layer_exchange<Layer> exchange(device_stream stream) const {
+    return {stream, layer_, plan_, comm_, scratch_.buffers};
+  }
   matrix_view<S> dpairs() const { return {scratch_.dpairs, plan_.bounds.max_pairs, plan_.sizes.hidden}; }
   matrix_view<A> dweights() const { return {scratch_.dweights, x_.rows, plan_.sizes.top_k}; }
 

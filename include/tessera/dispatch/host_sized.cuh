@@ -1,0 +1,444 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Dispatch and combine between GPUs wherever their communicator reaches, by its sends and receives: the one path that
+/// is **sized on the host**. For sm_80 and later.
+///
+/// `exchange_routing` gathers the routing of all ranks, from which every rank finds out by itself which rows it sends
+/// and receives, and **waits on the host until the stream has come there**, once, to read how many: bounded, see
+/// `wait` of the communicator. `read_counts` waits in the same way. Nothing else here waits, and nothing allocates; but
+/// nothing here can be captured in a CUDA graph, and calls throw on a stream that is being captured.
+///
+/// The lists of the handle are those of `dispatch/symmetric.cuh`, and so are the bits of all results with one level.
+/// Rows stand packed in `received`, in the order (source, token): the gather list names them so. With several hosts
+/// (`host_grid`) a row crosses the network once per host, to the rank there that has its source's number, which hands
+/// it on inside the host. On the way home ranks of a host add up first: an owner its rows of a token in fp32 in the
+/// order of k, rounded; the rank of the rail, to its own rows, those of the other owners in the order of ranks,
+/// rounded; and home, to what its own host has, the sums of the other hosts in the order of hosts, rounded once.
+/// Run-to-run bitwise the same.
+///
+/// Every operation is a collective of the communicator, called in the same order by all ranks.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <sstream>
+#include <type_traits>
+
+#include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/host_sized/add_rows.cuh>
+#include <tessera/dispatch/detail/host_sized/find_rows.cuh>
+#include <tessera/dispatch/detail/host_sized/pack_rows.cuh>
+#include <tessera/dispatch/dispatch.cuh>
+#include <tessera/dispatch/host_sized.hpp>
+
+TESSERA_NAMESPACE_BEGIN
+
+/// How the ranks of a communicator stand on hosts: all on one where it does not say. @param comm R ranks.
+template <host_sized_communicator Comm>
+host_grid grid_of(const Comm& comm) {
+  if constexpr (requires { comm.ranks_per_host(); }) {
+    return host_grid::make(comm.size(), comm.ranks_per_host());
+  } else {
+    return host_grid::make(comm.size(), 0);
+  }
+}
+
+namespace detail::host_sized {
+
+// The communicators of both levels.
+template <class Comm>
+auto& within_host(Comm& comm, const host_grid& grid) {
+  if constexpr (requires { comm.within_host(); }) {
+    return grid.two_levels() ? comm.within_host() : comm.over();
+  } else {
+    static_cast<void>(grid);
+    return comm;
+  }
+}
+template <class Comm>
+auto& across_hosts(Comm& comm) {
+  if constexpr (requires { comm.across_hosts(); }) {
+    return comm.across_hosts();
+  } else {
+    return comm;  // one level: nothing goes over it
+  }
+}
+
+inline void expect_no_capture(device_stream stream, const char* operation) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream.get(), &capture), "cudaStreamIsCapturing");
+  TESSERA_EXPECTS(capture == cudaStreamCaptureStatusNone,
+                  operation << " that is sized on the host cannot be captured in a CUDA graph, the host reads counts: "
+                               "enqueue it, or dispatch over comm::symmetric where GPUs share memory");
+}
+
+inline unsigned blocks_for(std::int64_t items, int threads) {
+  return static_cast<unsigned>(std::max<std::int64_t>((items + threads - 1) / threads, 1));
+}
+
+// Arguments of an all-to-all in rows.
+struct row_blocks {
+  using sizes = std::array<std::int64_t, max_host_sized_ranks>;
+  sizes counts{}, offsets{};
+
+  // @param gap Whether rows of `own` have no place among the others.
+  row_blocks(const level_counts::offsets& from, int ranks, int own, bool gap, std::int64_t width) {
+    std::int64_t left_out = 0;
+    for (int r = 0; r < ranks; ++r) {
+      const auto i = static_cast<std::size_t>(r);
+      const std::int64_t rows = from[i + 1] - from[i];
+      offsets[i] = (from[i] - left_out) * width;
+      counts[i] = r == own ? 0 : rows * width;
+      if (r == own && gap) left_out = rows;
+    }
+  }
+};
+
+// Rows for others out, rows of others in. @param width Elements of a row.
+template <class Comm, class S>
+void send_rows(device_stream stream, Comm& comm, const level_counts& counts, const S* sent, S* received,
+               std::int64_t width) {
+  const row_blocks out(counts.sent, comm.size(), comm.rank(), false, width);
+  const row_blocks in(counts.received, comm.size(), comm.rank(), false, width);
+  comm.all_to_all_v(stream, sent, out.counts.data(), out.offsets.data(), received, in.counts.data(), in.offsets.data());
+}
+
+// The way back: a row for each that came from others, packed, to where those were sent.
+template <class Comm, class S>
+void return_rows(device_stream stream, Comm& comm, const level_counts& counts, const S* sums, S* returned,
+                 std::int64_t width) {
+  const row_blocks out(counts.received, comm.size(), comm.rank(), true, width);
+  const row_blocks in(counts.sent, comm.size(), comm.rank(), false, width);
+  comm.all_to_all_v(stream, sums, out.counts.data(), out.offsets.data(), returned, in.counts.data(), in.offsets.data());
+}
+
+// The way home on all levels: `add(tokens, within, across, rows, sums)` makes the sums of `rows` tokens, to `sums` or
+// home where that is null.
+template <class T, class Comm, class Add>
+void bring_home(device_stream stream, Comm& comm, const host_sized_counts& counts, const host_sized_lists& lists,
+                const host_sized_buffers& buffers, std::int64_t max_tokens, std::int64_t num_tokens, std::int64_t width,
+                Add add) {
+  const token_grid tokens{counts.grid, counts.rank, static_cast<int>(max_tokens)};
+  auto& inside = within_host(comm, counts.grid);
+  const auto of_arrived = [&](const level_lists& level, const level_counts& of, int own, bool rail) {
+    const auto at = static_cast<std::size_t>(own);
+    return token_list{tokens, level.arrived, 0, of.received[at], static_cast<int>(of.own_rows(own)), rail};
+  };
+  const auto others = [](const level_counts& of, int ranks, int own) {
+    return of.received[static_cast<std::size_t>(ranks)] - of.own_rows(own);
+  };
+  const brought_rows<T> nothing{};
+  T* const sums = reinterpret_cast<T*>(buffers.sums);
+  T* const back_within = reinterpret_cast<T*>(buffers.within);
+  add(of_arrived(lists.within, counts.within, tokens.place(), false), nothing, nothing,
+      others(counts.within, inside.size(), tokens.place()), sums);
+  return_rows(stream, inside, counts.within, sums, back_within, width);
+  const brought_rows<T> within{back_within, lists.within, inside.size()};
+  brought_rows<T> across{};
+  if (counts.grid.two_levels()) {
+    T* const middle = reinterpret_cast<T*>(buffers.middle);
+    T* const back_across = reinterpret_cast<T*>(buffers.across);
+    auto& rail = across_hosts(comm);
+    add(of_arrived(lists.across, counts.across, tokens.host(), true), within, nothing,
+        others(counts.across, rail.size(), tokens.host()), middle);
+    return_rows(stream, rail, counts.across, middle, back_across, width);
+    across = {back_across, lists.across, rail.size()};
+  }
+  const token_list own{tokens, nullptr, tokens.host() * tokens.max_tokens, 0, 0, true};
+  add(own, within, across, num_tokens, static_cast<T*>(nullptr));
+}
+
+inline void expect_counts(const host_sized_counts& counts, int ranks, int rank) {
+  TESSERA_EXPECTS(counts.grid.num_ranks == ranks && counts.rank == rank,
+                  "the counts are those of rank " << counts.rank << " of " << counts.grid.num_ranks << ", this is rank "
+                                                  << rank << " of " << ranks
+                                                  << ": take them from exchange_routing or read_counts");
+}
+
+// The list that the communicator's words were read from, noted behind them.
+inline const std::int32_t** source_of(std::span<std::int32_t> words) {
+  return reinterpret_cast<const std::int32_t**>(words.data() + words.size()) - 1;
+}
+
+// Brings the words of the lists to the host. Waits.
+template <class Comm>
+const std::int32_t* read_words(device_stream stream, Comm& comm, const std::int32_t* words, std::int64_t count) {
+  const std::span<std::int32_t> pinned = comm.host_words();
+  constexpr auto note = static_cast<std::int64_t>(sizeof(const std::int32_t*) / sizeof(std::int32_t));
+  TESSERA_EXPECTS(static_cast<std::int64_t>(pinned.size()) >= count + note,
+                  "the counts of " << comm.size() << " ranks are " << count << " words, the communicator has room for "
+                                   << pinned.size());
+  check_cuda(cudaMemcpyAsync(pinned.data(), words, static_cast<std::size_t>(count) * sizeof(*words),
+                             cudaMemcpyDeviceToHost, stream.get()),
+             "cudaMemcpyAsync");
+  *source_of(pinned) = nullptr;
+  comm.wait(stream);
+  *source_of(pinned) = words;
+  return pinned.data();
+}
+
+}  // namespace detail::host_sized
+
+/// Gathers the routing of all ranks, makes the lists, and **waits on the host** for the counts, at most for the
+/// communicator's timeout.
+/// @param stream    Where the work is enqueued; not being captured.
+/// @param comm      R ranks.
+/// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
+/// @param bounds    Sizes, the same on all ranks but for `num_local_experts`.
+/// @param options   Capacity is not supported here: `capacity_factor` is 0. `overflow_policy::drop` admits pairs in the
+/// order (source, token, k) and counts on the receiver what it drops.
+/// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert.
+/// @param handle    From `dispatch_handle::layout_device`, written; `destinations` is not.
+/// @param lists     From `host_sized_lists::layout`, written.
+/// @param tables    Scratch; its sort's barrier was 0 before its first use.
+/// @return what the operations of this handle need.
+/// @throws invalid_argument if shapes, bounds, options or memory do not fit, or the stream is being captured; what
+/// `wait` of the communicator throws.
+/// @throws error on every rank, with the same text, if a rank's bound would be exceeded and the policy is
+/// `overflow_policy::error`; the communicator goes on.
+template <host_sized_communicator Comm, class Layout, class A>
+host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layout& layout,
+                                   const dispatch_bounds& bounds, const dispatch_options& options,
+                                   const routing<A>& chosen, const dispatch_handle<A>& handle,
+                                   const host_sized_lists& lists, const host_sized_tables<A>& tables) {
+  using namespace detail::host_sized;
+  const std::int64_t num_tokens = chosen.expert_ids.rows;
+  const host_grid grid = grid_of(comm);
+  expect_no_capture(stream, "exchange_routing");
+  TESSERA_EXPECTS(bounds.num_ranks == comm.size(),
+                  "bounds of " << bounds.num_ranks << " ranks, the communicator has " << comm.size());
+  TESSERA_EXPECTS(num_tokens <= bounds.max_tokens,
+                  num_tokens << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  TESSERA_EXPECTS(options.capacity_factor == 0,
+                  "capacity_factor = " << options.capacity_factor << ": there is no capacity between GPUs, use 0");
+  TESSERA_EXPECTS(bounds.num_local_experts <= max_experts,
+                  bounds.num_local_experts << " local experts, expected at most " << max_experts);
+  expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
+  expect_matrix(chosen.weights, num_tokens, bounds.top_k, "weights");
+  TESSERA_EXPECTS(layout.num_ranks() == comm.size(), "the layout places experts on " << layout.num_ranks()
+                                                                                     << " ranks, the communicator has "
+                                                                                     << comm.size());
+  TESSERA_EXPECTS(lists.words != nullptr && tables.records != nullptr && tables.sort.barrier != nullptr &&
+                      tables.sort.block_counts != nullptr && handle.expert_row_of != nullptr,
+                  "exchange_routing needs host_sized_lists::layout, host_sized_tables::layout with a router_workspace "
+                  "that has barrier and counts, and a handle of dispatch_handle::layout_device");
+  const int num_sms = detail::expect_device("exchange_routing");
+
+  const std::int64_t own_pairs = bounds.max_tokens * bounds.top_k;
+  const std::int64_t rows = bounds.addressed_rows();
+  const token_grid tokens{grid, comm.rank(), static_cast<int>(bounds.max_tokens)};
+  const record_task<A> record{chosen.expert_ids, chosen.weights, bounds.max_tokens, bounds.num_experts,
+                              tables.records + comm.rank() * own_pairs};
+  record_routing_kernel<A><<<blocks_for(own_pairs, pair_threads), pair_threads, 0, stream.get()>>>(record);
+  detail::check_cuda(cudaGetLastError(), "record_routing_kernel");
+  comm.all_gather(stream, static_cast<const routing_record<A>*>(record.own), tables.records, own_pairs);
+
+  std::int32_t* const pairs = lists.pairs(grid);
+  detail::check_cuda(cudaMemsetAsync(pairs, 0, static_cast<std::size_t>(grid.num_ranks) * sizeof(*pairs), stream.get()),
+                     "cudaMemsetAsync");
+  const owner_task<A, Layout> owners{layout, tokens, bounds.top_k, tables, pairs};
+  find_owners_kernel<A, Layout>
+      <<<blocks_for(rows * bounds.top_k, pair_threads), pair_threads, 0, stream.get()>>>(owners);
+  detail::check_cuda(cudaGetLastError(), "find_owners_kernel");
+
+  const number_task number{tokens,
+                           bounds.top_k,
+                           tables.slots,
+                           tables.owners_within,
+                           tables.owners_across,
+                           lists.within.places,
+                           tables.places_within,
+                           lists.across.places,
+                           tables.places_across,
+                           tables.counts};
+  const auto jobs = static_cast<unsigned>(2 * (grid.ranks_per_host + grid.hosts()));
+  number_rows_kernel<<<jobs, number_threads, 0, stream.get()>>>(number);
+  detail::check_cuda(cudaGetLastError(), "number_rows_kernel");
+
+  const level_task within{grid.ranks_per_host, tokens.place(), tokens.rail_tokens(), tables.places_within,
+                          lists.within};
+  const level_task across{grid.hosts(), tokens.host(), grid.two_levels() ? tokens.max_tokens : 0, tables.places_across,
+                          lists.across};
+  const list_rows_task list{tokens, tables.counts, within, across};
+  const auto list_blocks = std::min(blocks_for(rows, pair_threads), static_cast<unsigned>(2 * num_sms));
+  list_rows_kernel<<<list_blocks, pair_threads, 0, stream.get()>>>(list);
+  detail::check_cuda(cudaGetLastError(), "list_rows_kernel");
+
+  const int slots = std::max(bounds.num_local_experts, 1);
+  const sort_tables_task<A> sort{detail::make_list_plan(rows, slots, num_sms, detail::sort_scratch_bytes),
+                                 {{tables.slots, rows, bounds.top_k},
+                                  {tables.weights, rows, bounds.top_k},
+                                  {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
+                                  tables.sort,
+                                  nullptr,
+                                  &handle.total->capacity_drops,
+                                  &handle.total->received_pairs,
+                                  slots,
+                                  INT32_MAX,
+                                  {}},
+                                 tables.slots,
+                                 pairs,
+                                 grid.num_ranks,
+                                 comm.rank(),
+                                 bounds.max_tokens,
+                                 bounds.max_pairs,
+                                 options.overflow == overflow_policy::drop,
+                                 handle.total};
+  detail::launch_cooperative(stream, sort.plan, detail::list_threads, sort_tables_kernel<A>, sort,
+                             "sort_tables_kernel");
+  const resolve_task resolve{tokens, handle.expert_offsets + slots, handle.gather, within};
+  resolve_rows_kernel<<<blocks_for(bounds.max_pairs, pair_threads), pair_threads, 0, stream.get()>>>(resolve);
+  detail::check_cuda(cudaGetLastError(), "resolve_rows_kernel");
+
+  const std::int64_t offsets = host_sized_counts::words(grid);
+  const std::int32_t* const words = read_words(stream, comm, lists.words, offsets + grid.num_ranks);
+  for (int r = 0; r < grid.num_ranks; ++r) {
+    TESSERA_EXPECTS_AS(error, options.overflow == overflow_policy::drop || words[offsets + r] <= bounds.max_pairs,
+                       "rank " << r << " would receive " << words[offsets + r]
+                               << " pairs, which is more than its bound " << bounds.max_pairs
+                               << ": raise dispatch_options::row_bound, or choose "
+                               << "overflow_policy::drop");
+  }
+  return host_sized_counts::read(grid, comm.rank(), words);
+}
+
+/// The counts of an exchange that was made before, for backward: **waits on the host** for the stream, at most for the
+/// communicator's timeout. @param stream Where the exchange was enqueued, or one that comes after it; not being
+/// captured. @param comm As there. @param lists As there. @return what `exchange_routing` returned.
+template <host_sized_communicator Comm>
+host_sized_counts read_counts(device_stream stream, Comm& comm, const host_sized_lists& lists) {
+  using namespace detail::host_sized;
+  expect_no_capture(stream, "read_counts");
+  TESSERA_EXPECTS(lists.words != nullptr, "read_counts needs the lists of an exchange_routing");
+  const host_grid grid = grid_of(comm);
+  const std::int64_t words = host_sized_counts::words(grid);
+  return host_sized_counts::read(grid, comm.rank(), read_words(stream, comm, lists.words, words));
+}
+
+/// The counts that this communicator has read last, if they were those of these lists; otherwise `read_counts`, which
+/// waits. For the operations after the first of a pass: the first one reads, because the memory of lists may have been
+/// filled anew since. Parameters as there.
+template <host_sized_communicator Comm>
+host_sized_counts known_counts(device_stream stream, Comm& comm, const host_sized_lists& lists) {
+  const std::span<std::int32_t> words = comm.host_words();
+  if (*detail::host_sized::source_of(words) != lists.words) return read_counts(stream, comm, lists);
+  return host_sized_counts::read(grid_of(comm), comm.rank(), words.data());
+}
+
+/// Sends each token once to every rank that owns one of its experts, over a rank of their host. Its adjoint is
+/// `combine` without weights. Enqueues, does not synchronise.
+/// @param stream   Where the work is enqueued; not being captured.
+/// @param comm     R ranks.
+/// @param counts   From `exchange_routing` or `read_counts`.
+/// @param lists    From `exchange_routing`; forward and backward use the same.
+/// @param x        `[T, d]`.
+/// @param received `[>= counts.received_rows(), d]`, packed; rows that the gather list names are written.
+/// @param buffers  Scratch, laid out for rows of at least these bytes.
+template <host_sized_communicator Comm, class S>
+void dispatch_rows(device_stream stream, Comm& comm, const host_sized_counts& counts, const host_sized_lists& lists,
+                   matrix_view<const S> x, matrix_view<S> received, const host_sized_buffers& buffers) {
+  using namespace detail::host_sized;
+  expect_no_capture(stream, "dispatch");
+  expect_counts(counts, comm.size(), comm.rank());
+  expect_matrix(x, -1, received.cols, "rows to dispatch");
+  TESSERA_EXPECTS(received.rows >= counts.received_rows(),
+                  "room for " << received.rows << " received rows, " << counts.received_rows() << " are needed");
+  TESSERA_EXPECTS(received.stride == received.cols,
+                  "received rows are " << received.stride << " elements apart, they must be packed");
+  const host_grid& grid = counts.grid;
+  const int place = grid.place_of(counts.rank);
+  const int host = grid.host_of(counts.rank);
+  auto& inside = within_host(comm, grid);
+  matrix_view<const S> source = x;
+  if (grid.two_levels()) {
+    S* const sent = reinterpret_cast<S*>(buffers.across);
+    auto& rail = across_hosts(comm);
+    const matrix_view<S> middle{reinterpret_cast<S*>(buffers.middle),
+                                counts.across.received[static_cast<std::size_t>(grid.hosts())], x.cols};
+    pack_rows(stream, lists.across, counts.across, rail.size(), host, x, sent, middle);
+    send_rows(stream, rail, counts.across, static_cast<const S*>(sent), middle.data, x.cols);
+    source = middle;
+  }
+  S* const sent = reinterpret_cast<S*>(buffers.within);
+  pack_rows(stream, lists.within, counts.within, inside.size(), place, source, sent, received);
+  send_rows(stream, inside, counts.within, static_cast<const S*>(sent), received.data, x.cols);
+}
+
+/// Brings the outputs of experts home and adds them up: `combine::reduced`. A token without pairs becomes what is added
+/// to it, or zeros. Enqueues, does not synchronise.
+/// @param stream     Where the work is enqueued; not being captured.
+/// @param comm       R ranks.
+/// @param counts     From `exchange_routing` or `read_counts`.
+/// @param lists      From `exchange_routing`.
+/// @param handle     From `exchange_routing`.
+/// @param bounds     As there.
+/// @param weights    Whether rows are multiplied by their routing weights.
+/// @param pairs      `[>= received_pairs, d]` outputs of experts in the order of the handle's rows.
+/// @param plus       `[T, d]` added in the end, such as outputs of shared experts; without data nothing is added.
+/// @param y          `[T, d]`, overwritten.
+/// @param buffers    Scratch, laid out for rows of at least these bytes.
+template <host_sized_communicator Comm, class A, class S, class Out>
+void combine_rows(device_stream stream, Comm& comm, const host_sized_counts& counts, const host_sized_lists& lists,
+                  const dispatch_handle<A>& handle, const dispatch_bounds& bounds, combine_weights weights,
+                  matrix_view<const S> pairs, matrix_view<const S> plus, matrix_view<Out> y,
+                  const host_sized_buffers& buffers) {
+  using namespace detail::host_sized;
+  expect_no_capture(stream, "combine");
+  expect_counts(counts, comm.size(), comm.rank());
+  expect_matrix(pairs, -1, y.cols, "rows to combine");
+  TESSERA_EXPECTS(y.rows <= bounds.max_tokens, y.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
+  static_cast<void>(detail::expect_device("combine"));
+  const A* const scale = weights == combine_weights::routing ? handle.pair_weights : nullptr;
+  bring_home<S>(stream, comm, counts, lists, buffers, bounds.max_tokens, y.rows, y.cols,
+                [&](const token_list& tokens, const brought_rows<S>& within, const brought_rows<S>& across,
+                    std::int64_t rows, S* sums) {
+                  const auto add = [&](auto to, const matrix_view<const S>& last) {
+                    using to_type = std::remove_pointer_t<decltype(to.data)>;
+                    launch_add_rows<S, A, to_type>(
+                        stream,
+                        {{}, tokens, pairs, handle.expert_row_of, bounds.top_k, scale, within, across, last, to});
+                  };
+                  if (tokens.list != nullptr) {
+                    add(matrix_view<S>{sums, rows, y.cols}, {});
+                  } else {
+                    add(y, plus);
+                  }
+                });
+}
+
+/// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were
+/// dropped, become 0. Enqueues, does not synchronise.
+/// @param stream  Where the work is enqueued; not being captured.
+/// @param comm    R ranks.
+/// @param counts  From `exchange_routing` or `read_counts`.
+/// @param lists   From `exchange_routing`.
+/// @param handle  From `exchange_routing`.
+/// @param bounds  As there.
+/// @param values  `[received_pairs]`.
+/// @param home    `[T, K]`, overwritten.
+/// @param buffers Scratch, laid out for rows of at least K numbers.
+template <host_sized_communicator Comm, class A>
+void return_pair_values(device_stream stream, Comm& comm, const host_sized_counts& counts,
+                        const host_sized_lists& lists, const dispatch_handle<A>& handle, const dispatch_bounds& bounds,
+                        const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home,
+                        const host_sized_buffers& buffers) {
+  using namespace detail::host_sized;
+  expect_no_capture(stream, "return_pair_values");
+  expect_counts(counts, comm.size(), comm.rank());
+  expect_matrix(home, -1, bounds.top_k, "pair values");
+  TESSERA_EXPECTS(home.rows <= bounds.max_tokens,
+                  home.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  bring_home<A>(stream, comm, counts, lists, buffers, bounds.max_tokens, home.rows, bounds.top_k,
+                [&](const token_list& tokens, const brought_rows<A>& within, const brought_rows<A>& across,
+                    std::int64_t rows, A* sums) {
+                  launch_add_values<A>(stream,
+                                       {tokens, values, handle.expert_row_of, bounds.top_k, within, across,
+                                        tokens.list != nullptr ? matrix_view<A>{sums, rows, bounds.top_k} : home});
+                });
+}
+
+TESSERA_NAMESPACE_END
