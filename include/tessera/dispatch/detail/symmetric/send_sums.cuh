@@ -37,7 +37,7 @@ inline constexpr int sum_vectors = 8;  // 16 bytes of each row that a lane adds 
 inline constexpr int sum_piece_bytes = sum_vectors * warp_size * 16;
 inline constexpr int sum_slots = 3;         // pieces that a warp has under way from memory
 inline constexpr int sum_buffers = 2;       // pieces of a sending warp that are being stored
-inline constexpr int home_part_pieces = 1;  // of a row that a warp adds up at home
+inline constexpr int home_part_pieces = 2;  // of a row that a warp adds up at home, at most
 
 // The unit of work of a warp: some pieces of the rows of a few neighbouring tokens. Sending, a unit has one flag at its
 // home, so units are the same on all ranks, whatever their blocks; at home, where all warps wait for the last parts to
