@@ -53,6 +53,7 @@ void check_chunks(int slots, int slot) {
       run(with_budgets, how::pair, delay_ns);
     }
     run(with_budgets, how::graph_of_pair, 50000);
+    check_same(through_chunk(comm, with_budgets, how::pair, 20000, meet, ts::saved_rows::resend), expected);
   }));
 }
 
