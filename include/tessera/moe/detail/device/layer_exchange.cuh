@@ -110,7 +110,7 @@ class layer_side {
 };
 
 // What the steps of a layer's call do with its communicator. `Layer` gives types, `plan` the sizes, `comm` the handle
-// whose slot and SMs are used; everything is enqueued on `stream`.
+// whose slot and multiprocessors are used; `on` says where operations are enqueued.
 template <class Layer, bool Alone = layer_is_alone<Layer>>
 class layer_exchange;
 
@@ -123,13 +123,18 @@ class layer_exchange<Layer, true> {
 
   using comm_type = typename Layer::communicator_type;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
-      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+  layer_exchange(const Layer& layer, const layer_plan<Layer>& plan, const comm_type& comm)
+      : layer_(layer), plan_(plan), comm_(comm) {}
+
+  layer_exchange& on(device_stream stream, int = 0) {
+    stream_ = stream;
+    return *this;
+  }
 
   // Chooses experts and makes the lists.
   template <class Inputs>
   void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-             const layer_forward_scratch<Layer>& scratch) const {
+             const layer_forward_scratch<Layer>& scratch) {
     const int num_experts = layer_.dims().num_experts;
     const auto& state = layer_.state();
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
@@ -145,8 +150,8 @@ class layer_exchange<Layer, true> {
     }
   }
   void send_routing(const routing<A>&, bool, const layer_saved<Layer>&, const layer_forward_window<Layer>&,
-                    const layer_forward_scratch<Layer>&) const {}
-  void await_lists() const {}
+                    const layer_forward_scratch<Layer>&) {}
+  void await_lists() {}
 
   // Counts of this rank's pairs.
   static const std::int64_t* own_counts(const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>&) {
@@ -157,31 +162,31 @@ class layer_exchange<Layer, true> {
 
   // Without lists, which a capacity changes.
   template <class Inputs>
-  void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) const {
+  void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) {
     route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
                     layer_.state().status);
   }
 
-  void send_rows(const layer_saved<Layer>&, matrix_view<const S>, S*) const {}
-  matrix_view<const S> await_rows(matrix_view<const S> rows, S*) const { return rows; }
+  void send_rows(const layer_saved<Layer>&, matrix_view<const S>, S*) {}
+  matrix_view<const S> await_rows(matrix_view<const S> rows, S*) { return rows; }
   matrix_view<const S> arrived(matrix_view<const S> rows, S*) const { return rows; }
 
   // y = sums of the tokens' expert rows, and `plus`.
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
-               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) const {
+               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) {
     if (!weighted) weights.data = nullptr;
     combine_rows(stream_, pairs, saved.handle.expert_row_of, weights, plus, y);
   }
 
-  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
+  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
     return_pair_values(stream_, comm_, saved.handle, values, home, pair_values_workspace<A>{});
   }
 
  private:
-  device_stream stream_;
+  device_stream stream_ = static_cast<CUstream_st*>(nullptr);
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
-  comm_type& comm_;
+  comm_type comm_;
 };
 
 // Several GPUs that reach each other's memory.
@@ -196,18 +201,25 @@ class layer_exchange<Layer, false> {
 
   using comm_type = typename Layer::communicator_type;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm)
-      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+  layer_exchange(const Layer& layer, const layer_plan<Layer>& plan, const comm_type& comm)
+      : layer_(layer), plan_(plan), comm_(comm), sms_(comm.num_sms()) {}
+
+  // @param sms Multiprocessors of what travels; 0: those of the communicator's handle.
+  layer_exchange& on(device_stream stream, int sms = 0) {
+    stream_ = stream;
+    comm_.set_num_sms(sms > 0 ? sms : sms_);
+    return *this;
+  }
 
   // Chooses experts. The lists come with what other ranks send.
   template <class Inputs>
   void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
-             const layer_forward_scratch<Layer>& scratch) const {
+             const layer_forward_scratch<Layer>& scratch) {
     route_on_device(stream_, layer_.get_router(), in, chosen, counts_of(counting, scratch), nullptr, router_workspace{},
                     layer_.state().status);
   }
   void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
+                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) {
     exchange_routing_begin(
         stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
         symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}},
@@ -215,7 +227,7 @@ class layer_exchange<Layer, false> {
         counting && Layer::num_losses > 0 ? balance_counts(saved.counts, layer_.dims().num_experts) : balance_counts{});
   }
   // Waits for the lists, which experts need.
-  void await_lists() const { exchange_routing_end(stream_, comm_); }
+  void await_lists() { exchange_routing_end(stream_, comm_); }
 
   static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
     return scratch.counts;
@@ -223,16 +235,16 @@ class layer_exchange<Layer, false> {
   // After a failure nothing is counted.
   const comm::symmetric_failure* failure() const { return comm_.view(comm::symmetric_channel::tables).failure; }
 
-  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
+  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) {
     dispatch_begin(stream_, comm_, saved.handle, rows, view(received));
   }
-  matrix_view<const S> await_rows(matrix_view<const S>, S* received) const {
+  matrix_view<const S> await_rows(matrix_view<const S>, S* received) {
     return dispatch_end(stream_, comm_, view(received));
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
-               const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) const {
+               const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) {
     if constexpr (std::is_same_v<typename Layer::combine_type, combine::ordered>) {
       if (!weighted) weights.data = nullptr;
       combine_pairs(stream_, comm_, saved.handle, pairs, returned, weights, plus, y);
@@ -242,7 +254,7 @@ class layer_exchange<Layer, false> {
     }
   }
 
-  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
+  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
     return_pair_values(stream_, comm_, saved.handle, values,
                        matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols});
   }
@@ -253,10 +265,11 @@ class layer_exchange<Layer, false> {
     return counting ? balance_counts(scratch.counts, layer_.dims().num_experts) : balance_counts{};
   }
 
-  device_stream stream_;
+  device_stream stream_ = static_cast<CUstream_st*>(nullptr);
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
-  comm_type& comm_;
+  comm_type comm_;
+  int sms_;
 };
 
 }  // namespace detail
