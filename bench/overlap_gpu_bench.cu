@@ -140,6 +140,12 @@ struct chunk_case {
   void forward(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
     stage.forward(stream, item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot));
   }
+  template <class Lanes>
+  void backward(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
+    stage.backward_input(stream, item(slot), view<const bfloat16>(x, slot), view<const bfloat16>(dy, slot),
+                         view<bfloat16>(dx, slot));
+    stage.backward_weights(stream, item(slot), view<const bfloat16>(x, slot), view<const bfloat16>(dy, slot));
+  }
   // Forward of `slot` and backward of the other.
   template <class Lanes>
   void pair(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
@@ -190,9 +196,12 @@ double pair_us(const layer_shape& s, int num_layers, what which, int communicati
            auto c = std::make_shared<chunk_case>(comm, s, num_layers);
            auto one_stream = std::make_shared<serial>();
            auto alone = std::make_shared<pl::overlap_stage<chunk, serial>>(*c->layers, *one_stream);
-           const work before = [c, one_stream, alone](cudaStream_t stream) {
-             c->forward(*alone, stream, 0);
-             c->forward(*alone, stream, 1);
+           const work before = [c, one_stream, alone, which](cudaStream_t stream) {
+             for (const int slot : {0, 1}) c->forward(*alone, stream, slot);
+             if (which != what::compute) return;
+             // Products work on what a whole step has brought: their speed depends on the numbers.
+             for (const int slot : {0, 1}) c->backward(*alone, stream, slot);
+             for (const int slot : {0, 1}) c->forward(*alone, stream, slot);
            };
            if (which == what::compute) {
              return rank_work{before, [c](cudaStream_t stream) {
