@@ -335,7 +335,9 @@ result through_chunk(
   chunk_type chunk(blocks, max_rows, d, 2, p.memory.template take<ts::saved_memory>(bytes.saved_bytes),
                    p.memory.template take<ts::deferred_memory>(bytes.deferred_bytes),
                    p.memory.template take<ts::workspace_memory>(bytes.workspace_bytes));
-  pl::overlap_stage<chunk_type, Lanes> stage(chunk, lanes);
+  // both orders of phases, in turn
+  const auto style = delay_ns > 0 ? pl::overlap_style::weights : pl::overlap_style::attention;
+  pl::overlap_stage<chunk_type, Lanes> stage(chunk, lanes, style);
   const cudaStream_t stream = device_test::make_stream();
   device_test::synchronize();
   const auto item = [&](int m) {
