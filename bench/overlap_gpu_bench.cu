@@ -140,6 +140,12 @@ struct chunk_case {
   void forward(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
     stage.forward(stream, item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot));
   }
+  template <class Lanes>
+  void backward(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
+    stage.backward_input(stream, item(slot), view<const bfloat16>(x, slot), view<const bfloat16>(dy, slot),
+                         view<bfloat16>(dx, slot));
+    stage.backward_weights(stream, item(slot), view<const bfloat16>(x, slot), view<const bfloat16>(dy, slot));
+  }
   // Forward of `slot` and backward of the other.
   template <class Lanes>
   void pair(pl::overlap_stage<chunk, Lanes>& stage, cudaStream_t stream, int slot) const {
@@ -182,7 +188,7 @@ struct chunk_case {
 
 enum class what { serial, compute, overlapped };
 
-double pair_us(const layer_shape& s, int num_layers, what which, int communication_sms = 0,
+double pair_us(const layer_shape& s, int num_layers, what which, const pl::device_lanes_options& split = {},
                pl::overlap_style style = pl::overlap_style::attention) {
   using serial = pl::serial_lanes<ts::space::device>;
   return 0.5 * slowest_median_us(1, [&](ts::comm::symmetric& comm) {
@@ -190,9 +196,12 @@ double pair_us(const layer_shape& s, int num_layers, what which, int communicati
            auto c = std::make_shared<chunk_case>(comm, s, num_layers);
            auto one_stream = std::make_shared<serial>();
            auto alone = std::make_shared<pl::overlap_stage<chunk, serial>>(*c->layers, *one_stream);
-           const work before = [c, one_stream, alone](cudaStream_t stream) {
-             c->forward(*alone, stream, 0);
-             c->forward(*alone, stream, 1);
+           const work before = [c, one_stream, alone, which](cudaStream_t stream) {
+             for (const int slot : {0, 1}) c->forward(*alone, stream, slot);
+             if (which != what::compute) return;
+             // Products work on what a whole step has brought: their speed depends on the numbers.
+             for (const int slot : {0, 1}) c->backward(*alone, stream, slot);
+             for (const int slot : {0, 1}) c->forward(*alone, stream, slot);
            };
            if (which == what::compute) {
              return rank_work{before, [c](cudaStream_t stream) {
@@ -206,7 +215,7 @@ double pair_us(const layer_shape& s, int num_layers, what which, int communicati
                                 c->pair(*alone, stream, 0);
                               }};
            }
-           auto lanes = std::make_shared<pl::device_lanes>(pl::device_lanes_options{communication_sms});
+           auto lanes = std::make_shared<pl::device_lanes>(split);
            auto stage = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*c->layers, *lanes, style);
            return rank_work{before, [c, lanes, stage](cudaStream_t stream) {
                               c->pair(*stage, stream, 1);
@@ -226,10 +235,10 @@ std::pair<double, double> without_overlap(const layer_shape& s, int num_layers) 
   return known[key];
 }
 
-void measure_pair(benchmark::State& state, const layer_shape& s, int num_layers, int communication_sms,
+void measure_pair(benchmark::State& state, const layer_shape& s, int num_layers, const pl::device_lanes_options& split,
                   pl::overlap_style style) {
   const auto [serial, compute] = without_overlap(s, num_layers);
-  const double us = pair_us(s, num_layers, what::overlapped, communication_sms, style);
+  const double us = pair_us(s, num_layers, what::overlapped, split, style);
   const double unit = 2.0 * static_cast<double>(s.T) * s.K * static_cast<double>(s.n) * static_cast<double>(s.d);
   report_time(state, us, 9 * num_layers * unit);
   state.counters["serial_us"] = serial;
@@ -252,9 +261,14 @@ int main(int argc, char** argv) {
       for (const auto& [name, style] :
            {std::pair{"figure_4", pl::overlap_style::attention}, std::pair{"weights", pl::overlap_style::weights}}) {
         for (const int sms : {0, 8, 16, 24, 32}) {
-          add_case(std::string("pair/") + s.name + "/layers:" + std::to_string(num_layers) + "/" + name +
-                       "/sms:" + std::to_string(sms),
-                   [=, order = style](benchmark::State& state) { measure_pair(state, s, num_layers, sms, order); });
+          for (const int head_start_us : {0, 10}) {
+            if (sms == 0 && head_start_us > 0) continue;
+            add_case(std::string("pair/") + s.name + "/layers:" + std::to_string(num_layers) + "/" + name +
+                         "/sms:" + std::to_string(sms) + (head_start_us > 0 ? "/head_start" : ""),
+                     [=, order = style](benchmark::State& state) {
+                       measure_pair(state, s, num_layers, {sms, std::chrono::microseconds(head_start_us)}, order);
+                     });
+          }
         }
       }
     }

@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <tessera/comm/symmetric.cuh>
@@ -120,6 +121,9 @@ class rank_layer {
     deferred_ = {take(bytes.deferred_bytes), bytes.deferred_bytes};
     const std::size_t scratch = std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes);
     workspace_ = {take(scratch), scratch};
+    for (const auto& [data, count] : {std::pair(saved_.data, saved_.bytes), std::pair(deferred_.data, deferred_.bytes),
+                                      std::pair(workspace_.data, workspace_.bytes)})
+      require(cudaMemset(data, 0xff, count), "cudaMemset");
     const bool own_state = state_ == nullptr;
     if (own_state) state_ = std::make_shared<buffer<std::byte>>(bytes.state_bytes);
     moe_.emplace(sizes_, routing, placement, comm, ts::state_memory(state_->data(), state_->size()), options);
@@ -352,6 +356,46 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
   const outcome alone = one.results();
   CHECK(got.up == alone.up);
   CHECK(got.down == alone.down);
+}
+
+TEST_CASE("rows that are sent again in backward give the bits of rows that were kept, in a graph too") {
+  const int ranks = num_ranks();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+    auto comm = ts::comm::symmetric::create(t, window(64));
+    const auto r = static_cast<std::size_t>(t.rank());
+    const auto check_same = [](const outcome& a, const outcome& b) {
+      CHECK(same_bits(a.y, b.y));
+      CHECK(same_bits(a.dx, b.dx));
+      CHECK(a.gate == b.gate);
+      CHECK(a.up == b.up);
+      CHECK(a.down == b.down);
+      CHECK(a.shared_up == b.shared_up);
+    };
+    rank_layer<deepseek_like::spread> kept(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks);
+    auto resends = full_bound<deepseek_like::spread>();
+    resends.rows = ts::saved_rows::resend;
+    rank_layer<deepseek_like::spread> again(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                            ts::layout::block(p.sizes.num_experts, ranks), resends);
+    t.barrier({});
+    kept.step(ts::pass::train);
+    kept.sync();
+    const outcome expected = kept.results();
+    t.barrier({});
+    again.step(ts::pass::train);
+    again.sync();
+    check_same(again.results(), expected);
+    t.barrier({});
+    cudaGraphExec_t graph = device_test::capture(again.stream(), [&] { again.step(ts::pass::recompute); });
+    again.poison();
+    t.barrier({});
+    for (int i = 0; i < 20; ++i) require(cudaGraphLaunch(graph, again.stream()), "cudaGraphLaunch");
+    again.sync();
+    check_same(again.results(), expected);
+    t.barrier({});
+    require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+  }));
 }
 
 TEST_CASE("a token that is not a number is reported by its rank") {

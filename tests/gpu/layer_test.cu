@@ -332,6 +332,45 @@ TEST_CASE("eval and recompute give the bits of train, and two runs are the same 
   CHECK(bits(b.dx.host()) == dx);
 }
 
+TEST_CASE("shared experts on a second stream give the bits of one stream, in a graph too") {
+  const auto p = make_problem(
+      {.num_experts = 16, .top_k = 4, .hidden = 128, .intermediate = 64, .num_shared_experts = 2}, 700, true, 3, true);
+  device_case<mixtral_like> one(p, {}, {});
+  ts::side_stream side;
+  check(cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking));
+  check(cudaEventCreateWithFlags(&side.fork, cudaEventDisableTiming));
+  check(cudaEventCreateWithFlags(&side.join, cudaEventDisableTiming));
+  device_case<mixtral_like> two(p, {}, {.side = side});
+  for (auto* c : {&one, &two}) {
+    c->forward(ts::pass::train);
+    c->backward();
+    c->sync();
+  }
+  const auto check_same = [&] {
+    CHECK(widened(two.y.host()) == widened(one.y.host()));
+    CHECK(widened(two.dx.host()) == widened(one.dx.host()));
+    CHECK(two.up_grad.host() == one.up_grad.host());
+    CHECK(two.shared_up_grad.host() == one.shared_up_grad.host());
+    CHECK(two.shared_down_grad.host() == one.shared_down_grad.host());
+  };
+  check_same();
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check(cudaStreamBeginCapture(two.stream, cudaStreamCaptureModeThreadLocal));
+  two.forward(ts::pass::recompute);
+  two.backward();
+  check(cudaStreamEndCapture(two.stream, &graph));
+  check(cudaGraphInstantiate(&exec, graph, 0));
+  for (int i = 0; i < 20; ++i) check(cudaGraphLaunch(exec, two.stream));
+  two.sync();
+  check_same();
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaEventDestroy(side.fork);
+  cudaEventDestroy(side.join);
+  cudaStreamDestroy(side.stream);
+}
+
 TEST_CASE("a captured step is right when it is replayed with other tokens") {
   const ts::shape sizes{.num_experts = 16, .top_k = 4, .hidden = 128, .intermediate = 64, .num_shared_experts = 1};
   const auto first = make_problem(sizes, 512, true, 3, true);

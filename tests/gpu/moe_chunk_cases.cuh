@@ -40,6 +40,12 @@ inline constexpr ts::shape sizes{.num_experts = E,
                                  .max_tokens = max_rows,
                                  .num_shared_experts = 1};
 
+// Every routing has room.
+template <class Comm>
+typename layer_over<Comm>::options options_of(ts::saved_rows rows) {
+  return {.dispatch = {.row_bound = ts::dispatch_options::full_row_bound}, .rows = rows};
+}
+
 // Of two micro-batches.
 inline std::int64_t rows_of(int micro_batch, int rank) {
   return micro_batch == 0 ? max_rows - 13 * rank : 77 / (rank + 1);
@@ -252,9 +258,9 @@ using meeting = std::function<void()>;
 // Layer by layer, each with memory of its own.
 template <class Comm>
 result one_by_one(
-    Comm& comm, const meeting& meet = [] {}, const typename layer_over<Comm>::options& options = {}) {
+    Comm& comm, const meeting& meet = [] {}, ts::saved_rows policy = ts::saved_rows::received) {
   if constexpr (requires { comm.release_all(); }) comm.release_all();
-  problem<Comm> p(comm, options);
+  problem<Comm> p(comm, options_of<Comm>(policy));
   half_mixer mixer;
   const cudaStream_t stream = device_test::make_stream();
   const ts::layer_sizes& bytes = p.first.bytes;
@@ -314,11 +320,11 @@ enum class how { alone, pair, graph_of_pair };
 template <class Comm, class Lanes>
 result through_chunk(
     Comm& comm, Lanes& lanes, how mode, unsigned long long delay_ns = 0, const meeting& meet = [] {},
-    const typename layer_over<Comm>::options& options = {}) {
+    ts::saved_rows policy = ts::saved_rows::received) {
   using layer_type = layer_over<Comm>;
   using chunk_type = pl::moe_chunk<layer_type, half_mixer>;
   if constexpr (requires { comm.release_all(); }) comm.release_all();
-  problem<Comm> p(comm, options);
+  problem<Comm> p(comm, options_of<Comm>(policy));
   half_mixer mixer{p.rank, delay_ns};
   const auto gradients0 = p.first.gradients(), gradients1 = p.last.gradients();
   const std::vector<pl::moe_block<layer_type, half_mixer>> blocks{
@@ -329,7 +335,9 @@ result through_chunk(
   chunk_type chunk(blocks, max_rows, d, 2, p.memory.template take<ts::saved_memory>(bytes.saved_bytes),
                    p.memory.template take<ts::deferred_memory>(bytes.deferred_bytes),
                    p.memory.template take<ts::workspace_memory>(bytes.workspace_bytes));
-  pl::overlap_stage<chunk_type, Lanes> stage(chunk, lanes);
+  // both orders of phases, in turn
+  const auto style = delay_ns > 0 ? pl::overlap_style::weights : pl::overlap_style::attention;
+  pl::overlap_stage<chunk_type, Lanes> stage(chunk, lanes, style);
   const cudaStream_t stream = device_test::make_stream();
   device_test::synchronize();
   const auto item = [&](int m) {

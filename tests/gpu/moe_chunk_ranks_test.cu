@@ -48,11 +48,14 @@ void check_chunks(int slots, int slot) {
     run(one_stream, how::pair, 20000);
     pl::device_lanes two_streams;
     pl::device_lanes with_budgets({.communication_sms = 16});
+    pl::device_lanes ahead({.communication_sms = 16, .head_start = std::chrono::microseconds(10)});
     for (const unsigned long long delay_ns : {0ull, 20000ull, 200000ull}) {
       run(two_streams, how::pair, delay_ns);
       run(with_budgets, how::pair, delay_ns);
+      run(ahead, how::pair, delay_ns);
     }
     run(with_budgets, how::graph_of_pair, 50000);
+    check_same(through_chunk(comm, with_budgets, how::pair, 20000, meet, ts::saved_rows::resend), expected);
   }));
 }
 

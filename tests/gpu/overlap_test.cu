@@ -174,9 +174,8 @@ int main() {
   const run_result two = run_pair(lanes, stream, records);
   expect_order(two, "two streams");
   const pl::overlap_order order = pl::make_overlap_order(layers, layers);
-  for (std::size_t i = 0; i < order.nodes.size(); ++i) {
-    const pl::overlap_node& node = order.nodes[i];
-    const int computes_on = pl::begins_with_communication(order, i) ? sms - budget : blocks_without_limit;
+  for (const pl::overlap_node& node : order.nodes) {
+    const int computes_on = node.communication > 0 ? sms - budget : blocks_without_limit;
     expect(two.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? budget : computes_on),
            std::string(pl::symbol_of(node.what)) + " did not get its budget");
   }
@@ -184,6 +183,16 @@ int main() {
   std::printf("phases in sum %.3f ms, one stream %.3f ms, two streams %.3f ms: %.0f %% of the communication hidden\n",
               sum_ms, one.ms, two.ms, 100 * hidden);
   expect(two.ms < 0.75 * sum_ms, "the pair took " + std::to_string(two.ms) + " ms of " + std::to_string(sum_ms));
+
+  // With a head start computation has no budget where one phase of communication begins with it.
+  pl::device_lanes ahead({.communication_sms = budget, .head_start = std::chrono::microseconds(10)});
+  const run_result given = run_pair(ahead, stream, records);
+  expect_order(given, "with a head start");
+  for (const pl::overlap_node& node : order.nodes) {
+    const int computes_on = node.communication > 1 ? sms - budget : blocks_without_limit;
+    expect(given.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? budget : computes_on),
+           std::string(pl::symbol_of(node.what)) + " did not get its budget with a head start");
+  }
 
   // Work on the caller's stream comes before and after the pair, and a pair may be captured.
   cudaGraph_t graph = nullptr;

@@ -47,7 +47,11 @@ const ts::shape sizes{.num_experts = experts,
                       .num_shared_experts = 1,
                       .gate_bias = true};
 const router::options routing{.balance = {{.coefficient = 0.1F}, {.coefficient = 0.2F}}};
-const layer::options roomy{.dispatch = {.row_bound = ts::dispatch_options::full_row_bound}};
+// Every other block keeps no rows; where the same layers are called one by one, all keep them.
+layer::options options_of(bool resends) {
+  return {.dispatch = {.row_bound = ts::dispatch_options::full_row_bound},
+          .rows = resends ? ts::saved_rows::resend : ts::saved_rows::received};
+}
 
 std::vector<float> noise_of(std::uint64_t seed, std::int64_t count, float scale = 1) {
   std::vector<float> v(static_cast<std::size_t>(count));
@@ -153,9 +157,9 @@ struct test_layer {
     return sum;
   }
 
-  test_layer(threads& comm, std::uint64_t seed, int gradient_rows)
-      : state(layer::sizes(sizes, ts::layout::block(experts, expert_ranks), comm.rank(), roomy).state_bytes),
-        moe(sizes, routing, ts::layout::block(experts, expert_ranks), comm, state, roomy),
+  test_layer(threads& comm, std::uint64_t seed, int gradient_rows, bool resends)
+      : state(layer::sizes(sizes, ts::layout::block(experts, expert_ranks), comm.rank()).state_bytes),
+        moe(sizes, routing, ts::layout::block(experts, expert_ranks), comm, state, options_of(resends)),
         values(noise_of(seed + static_cast<std::uint64_t>(comm.rank()), count(), 1.5F)),
         gradient(static_cast<std::size_t>(gradient_rows * count()), 55.0F) {
     const auto common = noise_of(seed + 17, count(), 1.5F);  // gate and shared experts are the same on all ranks
@@ -199,7 +203,7 @@ std::uint64_t seed_of(int stage, int block) { return static_cast<std::uint64_t>(
 
 // A stage: [embedding] block block [head].
 struct stage_parts {
-  stage_parts(threads& expert_comm, int stage_, int num_stages, int slots, int rows) : stage(stage_) {
+  stage_parts(threads& expert_comm, int stage_, int num_stages, int slots, int rows, bool resends) : stage(stage_) {
     using kinds = test_mixer::kinds;
     const auto mix = [&](kinds kind, int block) {
       mixers.push_back(
@@ -208,7 +212,7 @@ struct stage_parts {
     if (stage == 0) mix(kinds::embedding, 0);
     for (int b = 0; b < moe_blocks; ++b) {
       mix(kinds::middle, b);
-      layers.push_back(std::make_unique<test_layer>(expert_comm, seed_of(stage, b), rows));
+      layers.push_back(std::make_unique<test_layer>(expert_comm, seed_of(stage, b), rows, resends && b % 2 == 1));
     }
     if (stage + 1 == num_stages) mix(kinds::head, 0);
   }
@@ -244,8 +248,9 @@ outcomes serial(int num_stages, const std::vector<std::int64_t>& rows) {
   outcomes result(static_cast<std::size_t>(num_stages), std::vector<outcome>(expert_ranks));
   threads::run(expert_ranks, [&](threads& comm) {
     std::vector<std::unique_ptr<stage_parts>> stages;
-    for (int s = 0; s < num_stages; ++s) stages.push_back(std::make_unique<stage_parts>(comm, s, num_stages, 1, 1));
-    const auto bytes = layer::sizes(sizes, ts::layout::block(experts, expert_ranks), comm.rank(), roomy);
+    for (int s = 0; s < num_stages; ++s)
+      stages.push_back(std::make_unique<stage_parts>(comm, s, num_stages, 1, 1, false));
+    const auto bytes = layer::sizes(sizes, ts::layout::block(experts, expert_ranks), comm.rank(), options_of(false));
     ts::host_buffer workspace(bytes.workspace_bytes);
     struct block {
       test_mixer* mixer;
@@ -326,7 +331,7 @@ struct moe_rank {
     for (int c = 0; c < s.num_chunks; ++c) {
       const auto i = static_cast<std::size_t>(c);
       parts.push_back(std::make_unique<stage_parts>(group, s.stage_of(pipe.rank(), c), s.num_stages,
-                                                    plan.saved_slots[i], plan.gradient_rows[i]));
+                                                    plan.saved_slots[i], plan.gradient_rows[i], true));
       std::vector<chunk_type::block> blocks;
       std::size_t next = 0;
       for (auto& m : parts.back()->mixers) {

@@ -129,7 +129,7 @@ TEST_CASE("gradients of weights can hide both combines") {
   CHECK(text.str() ==
         "compute:       ATTN(F)0 MLP(B)1 MLP(F)0 ATTN(B)1 MLP(W)1 ATTN(W)1 ATTN(F)1 MLP(B)0 MLP(F)1 ATTN(B)0 MLP(W)0 "
         "ATTN(W)0\n"
-        "communication: COMBINE(B)1 DISPATCH(F)0 DISPATCH(B)1 COMBINE(F)0 COMBINE(B)0 DISPATCH(F)1 DISPATCH(B)0 "
+        "communication: COMBINE(B)1 DISPATCH(F)0 DISPATCH(B)1 COMBINE(B)0 COMBINE(F)0 DISPATCH(F)1 DISPATCH(B)0 "
         "COMBINE(F)1\n");
 
   // Layers of experts alone: 1, 1 and 2 units of the products forward, for the gradients of inputs and of weights.
@@ -147,21 +147,21 @@ TEST_CASE("gradients of weights can hide both combines") {
   }
 }
 
-TEST_CASE("an order says which computation begins together with communication") {
+TEST_CASE("an order says how much communication begins with which computation") {
   const auto text_of = [](pl::overlap_style style) {
-    const pl::overlap_order order = pl::make_overlap_order(2, 2, style);
     std::string text;
-    for (std::size_t i = 0; i < order.nodes.size(); ++i) {
-      const pl::overlap_node& node = order.nodes[i];
-      if (!pl::is_communication(node.what) && pl::begins_with_communication(order, i))
-        text += pl::symbol_of(node.what) + std::to_string(node.layer) + " ";
+    for (const pl::overlap_node& node : pl::make_overlap_order(2, 2, style).nodes) {
+      if (node.communication > 0)
+        text += pl::symbol_of(node.what) + std::to_string(node.layer) + ":" + std::to_string(node.communication) + " ";
     }
     return text;
   };
   // COMBINE(B)1; DISPATCH(F)0; DISPATCH(B)1; COMBINE(F)0; COMBINE(B)0; and so on
   CHECK(text_of(pl::overlap_style::attention) ==
-        "ATTN(F)0 MLP(B)1 MLP(W)1 ATTN(B)1 ATTN(W)1 MLP(B)0 MLP(W)0 ATTN(B)0 ");
-  CHECK(text_of(pl::overlap_style::weights) == "ATTN(F)0 MLP(B)1 MLP(F)0 ATTN(B)1 MLP(W)1 MLP(B)0 MLP(F)1 ATTN(B)0 ");
+        "ATTN(F)0:1 MLP(B)1:1 MLP(W)1:1 ATTN(B)1:1 ATTN(W)1:1 MLP(B)0:1 MLP(W)0:1 ATTN(B)0:1 ");
+  // the last COMBINE(F) has no COMBINE(B) ahead of it
+  CHECK(text_of(pl::overlap_style::weights) ==
+        "ATTN(F)0:1 MLP(B)1:1 MLP(F)0:1 MLP(W)1:2 MLP(B)0:1 MLP(F)1:1 ATTN(B)0:1 ");
 }
 
 TEST_CASE("an order has every phase of every layer once, each after what it needs") {

@@ -104,14 +104,15 @@ struct returned_rows {
 /// (bench/README.md).
 struct symmetric_sms {
   int rows;   ///< Of `dispatch_begin` and `combine_pairs`.
-  int lists;  ///< Of `exchange_routing`, beside `rows`.
+  int lists;  ///< Of `exchange_routing`, beside `rows`, or in their place before or after them.
   int sums;   ///< Of `combine_rows`.
 
   /// @param budget SMs the engine gives to dispatch and combine, 0 for the library's choice, which shares the device
   /// among the slots. @param device_sms SMs of the device. @param slots Of the communicator.
   static constexpr symmetric_sms choose(int budget, int device_sms, int slots) {
     const int share = std::max(device_sms / slots, 2);
-    if (budget > 0) return {std::min(budget, device_sms), share / 2, std::min(budget, device_sms)};
+    const int given = std::min(budget, device_sms);
+    if (budget > 0) return {given, std::min(given, share / 2), given};
     return {std::min(64, share / 2), share / 2, share};
   }
 };

@@ -7,6 +7,8 @@
 
 #include <tessera/moe/moe_layer.hpp>
 #include <tessera/moe/presets.hpp>
+#include <tessera/moe/saved_rows.hpp>
 #include <tessera/moe/shape.hpp>
+#include <tessera/moe/side_stream.hpp>
 #include <tessera/moe/state.hpp>
 #include <tessera/moe/weights.hpp>

@@ -65,7 +65,7 @@ template <class Step>
 void moe_chunk<Layer, Mixer>::with_forward(const forward_type& call, Step&& step) {
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
-  auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
+  const auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
   step(tessera::detail::layer_forward_steps<Layer>(*b.layer, comm, pass::train, inputs_of(call), b.weights,
                                                    memory_of(call.layer, call.item.slot).saved, forward_scratch_));
 }
@@ -77,7 +77,7 @@ void moe_chunk<Layer, Mixer>::with_backward(const backward_type& call, Step&& st
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
   const memory& m = memory_of(call.layer, call.item.slot);
-  auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
+  const auto comm = tessera::detail::within(b.layer->comm(), call.lane.num_sms);
   step(tessera::detail::layer_backward_steps<Layer>(*b.layer, comm, inputs_of(call), output_gradient(call), b.weights,
                                                     m.saved, m.deferred, backward_scratch_));
 }
@@ -109,13 +109,13 @@ void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
   tessera::detail::check_forward(*b.layer, inputs_of(call), b.weights, output(call));
   tessera::detail::check_exchange(*b.layer, {m.saved.data, forward_scratch_.data}, experts_input(call), output(call));
   b.before->forward(call.lane.stream, call.item, input(call), view(residual_, rows), view(m.u, rows));
-  with_forward(call, [&](const auto& steps) { steps.route(call.lane.stream, call.lane.num_sms); });
+  with_forward(call, [&](auto&& steps) { steps.route(call.lane.stream, call.lane.num_sms); });
 }
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_dispatch(const forward_type& call) {
-  with_forward(call, [&](const auto& steps) {
+  with_forward(call, [&](auto&& steps) {
     steps.send(call.lane.stream);
     steps.receive(call.lane.stream);
   });
@@ -124,7 +124,7 @@ void moe_chunk<Layer, Mixer>::forward_dispatch(const forward_type& call) {
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
-  with_forward(call, [&](const auto& steps) {
+  with_forward(call, [&](auto&& steps) {
     steps.experts(call.lane.stream, call.lane.num_sms);
     steps.shared(call.lane.stream);
   });
@@ -133,7 +133,7 @@ void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
-  with_forward(call, [&](const auto& steps) {
+  with_forward(call, [&](auto&& steps) {
     steps.combine(call.lane.stream, output(call));
     detail::add_residual<accumulate, element>(call.lane.stream, view(residual_, call.item.rows), output(call));
     steps.count(call.lane.stream);
@@ -150,7 +150,7 @@ void moe_chunk<Layer, Mixer>::backward_combine(const backward_type& call) {
   tessera::detail::check_backward_input(*b.layer, inputs_of(call), output_gradient(call), b.weights, du);
   tessera::detail::check_exchange(*b.layer, {m.saved.data, m.deferred.data, backward_scratch_.data},
                                   experts_input(call), output_gradient(call), du);
-  with_backward(call, [&](const auto& steps) {
+  with_backward(call, [&](auto&& steps) {
     steps.send(call.lane.stream);
     steps.receive(call.lane.stream);
     steps.resend(call.lane.stream);
@@ -160,7 +160,7 @@ void moe_chunk<Layer, Mixer>::backward_combine(const backward_type& call) {
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
-  with_backward(call, [&](const auto& steps) {
+  with_backward(call, [&](auto&& steps) {
     steps.experts(call.lane.stream, call.lane.num_sms);
     steps.shared(call.lane.stream);
   });
@@ -169,7 +169,7 @@ void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
-  with_weights(call, [&](const auto& steps, const auto& grads) {
+  with_weights(call, [&](auto&& steps, const auto& grads) {
     steps.experts(call.lane.stream, grads, call.item.gradient_mode, call.lane.num_sms);
   });
 }
@@ -177,7 +177,7 @@ void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_dispatch(const backward_type& call) {
-  with_backward(call, [&](const auto& steps) {
+  with_backward(call, [&](auto&& steps) {
     steps.combine(call.lane.stream, view(memory_of(call.layer, call.item.slot).du, call.item.rows));
   });
 }
@@ -188,7 +188,7 @@ void moe_chunk<Layer, Mixer>::backward_attention_input(const backward_type& call
   const block& b = block_of(call.layer);
   matrix_view<element> du{nullptr, call.item.rows, 0};
   if (b.layer != nullptr) du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
-  with_backward(call, [&](const auto& steps) { steps.gate(call.lane.stream, du, call.lane.num_sms); });
+  with_backward(call, [&](auto&& steps) { steps.gate(call.lane.stream, du, call.lane.num_sms); });
   b.before->backward_input(call.lane.stream, call.item, input(call), output_gradient(call),
                            matrix_view<const element>(du), input_gradient(call));
 }
@@ -199,9 +199,8 @@ void moe_chunk<Layer, Mixer>::backward_attention_weights(const backward_type& ca
   const block& b = block_of(call.layer);
   matrix_view<const element> du{nullptr, call.item.rows, 0};
   if (b.layer != nullptr) du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
-  with_weights(call, [&](const auto& steps, const auto& grads) {
-    steps.gate(call.lane.stream, grads, call.item.gradient_mode);
-  });
+  with_weights(call,
+               [&](auto&& steps, const auto& grads) { steps.gate(call.lane.stream, grads, call.item.gradient_mode); });
   b.before->backward_weights(call.lane.stream, call.item, input(call), output_gradient(call), du);
 }
 

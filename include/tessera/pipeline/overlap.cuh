@@ -5,11 +5,13 @@
 /// @file
 /// The lanes of an overlapped pair on a device: two streams, events between them, and a budget of multiprocessors.
 
+#include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
@@ -19,14 +21,38 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace pipeline {
 
+namespace detail {
+
+static __global__ void wait_kernel(std::uint64_t ns) {
+  std::uint64_t begin = 0;
+  std::uint64_t now = 0;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - begin < ns);
+}
+
+inline void wait_on_device(device_stream stream, std::chrono::nanoseconds time) {
+  wait_kernel<<<1, 1, 0, stream.get()>>>(static_cast<std::uint64_t>(time.count()));
+  const cudaError_t launched = cudaGetLastError();
+  TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
+                     "the launch of wait_kernel: " << cudaGetErrorString(launched));
+}
+
+}  // namespace detail
+
 /// Options of `device_lanes`.
 struct device_lanes_options {
   /// Multiprocessors for the kernels of the communication lane, in `[0, multiprocessors of the device)`. Phases of the
-  /// compute lane have the others where communication may begin with them (`begins_with_communication`), and no limit
-  /// elsewhere: there the blocks of communication stand already, and computation takes what they leave. 0: neither lane
-  /// is limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel keeps to its budget by the number of
+  /// compute lane that communication begins with (`overlap_node::communication`) have the others. The rest have no
+  /// limit: the blocks of communication stand already, and computation takes what they leave. 0: neither lane is
+  /// limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel keeps to its budget by the number of
   /// blocks it is launched with.
   int communication_sms = 0;
+  /// How long a phase of the compute lane waits where one phase of the communication lane begins with it, so that the
+  /// blocks of that one stand first: then computation may have all multiprocessors that they leave, and those too when
+  /// they end. About 10 us; 0: such phases keep to their budget instead.
+  std::chrono::nanoseconds head_start{0};
 };
 
 /// Two streams: the caller's computes, one that the object owns communicates. Phases enqueue and return; `run` enqueues
@@ -49,6 +75,9 @@ class device_lanes {
                     "device_lanes: communication_sms = " << options.communication_sms << ", device " << device
                                                          << " has " << sms << " multiprocessors: give 0 (no limit) to "
                                                          << sms - 1);
+    TESSERA_EXPECTS(options.head_start.count() >= 0 && options.head_start <= std::chrono::milliseconds(1),
+                    "device_lanes: head_start = " << options.head_start.count() << " ns, expected 0 to 1 ms");
+    head_start_ = options.head_start;
     communication_sms_ = options.communication_sms;
     compute_sms_ = options.communication_sms == 0 ? 0 : sms - options.communication_sms;
     int lowest = 0;
@@ -88,8 +117,11 @@ class device_lanes {
           if (is_communication(order.nodes[after].what) != communicates)
             check(cudaStreamWaitEvent(own, events_[after], 0), "cudaStreamWaitEvent");
         }
-        const int compute_sms = begins_with_communication(order, i) ? compute_sms_ : 0;
-        execute(node, lane<tessera::space::device>{own, communicates ? communication_sms_ : compute_sms});
+        const bool gives_way = !communicates && node.communication == 1 && head_start_.count() > 0;
+        if (gives_way) tessera::pipeline::detail::wait_on_device(own, head_start_);
+        const bool limited = communicates || (node.communication > 0 && !gives_way);
+        const int budget = communicates ? communication_sms_ : compute_sms_;
+        execute(node, lane<tessera::space::device>{own, limited ? budget : 0});
         check(cudaEventRecord(events_[i], own), "cudaEventRecord");
       }
     } catch (...) {
@@ -124,6 +156,7 @@ class device_lanes {
 
   cudaStream_t communication_ = nullptr;
   std::vector<cudaEvent_t> events_;  // one per phase, and two
+  std::chrono::nanoseconds head_start_{0};
   int communication_sms_ = 0;
   int compute_sms_ = 0;
 };

@@ -60,6 +60,9 @@ struct overlap_node {
   phase what = phase::forward_attention;  ///< The phase.
   int layer = 0;                          ///< Layer of its chunk, counted from the chunk's input.
   int after = -1;                         ///< Index of the node whose result it needs, -1 for none.
+  /// Of a phase that computes: how many phases of the communication lane may begin while it runs, if none takes longer
+  /// than what it is under. The first of them begins when this one does.
+  int communication = 0;
 
   /// The same node.
   constexpr bool operator==(const overlap_node&) const = default;
@@ -74,6 +77,20 @@ struct overlap_order {
   bool operator==(const overlap_order&) const = default;
 };
 
+/// Fills in `overlap_node::communication`: a phase that communicates begins with the computation behind the one that it
+/// waits for, and not before the phase ahead of it in its lane. @param order The phases.
+inline void count_communication(overlap_order& order) {
+  int earliest = 0;  // node
+  for (overlap_node& node : order.nodes) node.communication = 0;
+  for (const overlap_node& node : order.nodes) {
+    if (!is_communication(node.what)) continue;
+    earliest = std::max(earliest, node.after + 1);
+    const auto found = std::find_if(order.nodes.begin() + earliest, order.nodes.end(),
+                                    [](const overlap_node& other) { return !is_communication(other.what); });
+    if (found != order.nodes.end()) ++found->communication;
+  }
+}
+
 /// Which computation both combines run under.
 enum class overlap_style : std::uint8_t {
   attention,  ///< Attention: the order of DeepSeek-V3's Figure 4.
@@ -87,8 +104,8 @@ enum class overlap_style : std::uint8_t {
 ///
 /// With `overlap_style::weights` MLP(W) comes later, where nothing waits for it:
 ///
-///     compute:        MLP(B)      MLP(F)       ATTN(B)     MLP(W)  ATTN(W)  ATTN(F)
-///     communication:  DISPATCH(F) DISPATCH(B)  COMBINE(F)          COMBINE(B)
+///     compute:        MLP(B)      MLP(F)       ATTN(B)  MLP(W)                 ATTN(W)  ATTN(F)
+///     communication:  DISPATCH(F) DISPATCH(B)           COMBINE(B) COMBINE(F)
 ///
 /// The forward walks up the layers, the backward down; the first `ATTN(F)` and `COMBINE(B)` come before. `PP`, the
 /// transfer of the chunk's results between ranks, is the batch of messages that follows in the schedule. A chunk
@@ -129,31 +146,24 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers,
       add(backward_dispatch, b, backward_mlp_input);
       if (style == overlap_style::attention) add(backward_mlp_weights, b, backward_mlp_input);
     }
-    if (f < forward_layers) {
-      add(forward_mlp, f, forward_dispatch);
-      add(forward_combine, f, forward_mlp);
-    }
+    const auto combine_forward = [&] {
+      if (f < forward_layers) add(forward_combine, f, forward_mlp);
+    };
+    if (f < forward_layers) add(forward_mlp, f, forward_dispatch);
+    if (style == overlap_style::attention) combine_forward();
     if (b >= 0) {
       add(backward_attention_input, b, backward_dispatch);
       combine_backward(b - 1);
+    }
+    if (style == overlap_style::weights) combine_forward();
+    if (b >= 0) {
       if (style == overlap_style::weights) add(backward_mlp_weights, b, backward_mlp_input);
       add(backward_attention_weights, b, backward_attention_input);
     }
     attention_forward(f + 1);
   }
+  count_communication(order);
   return order;
-}
-
-/// Whether a phase of the communication lane may begin when phase `index`, which computes, does: one that waits for
-/// nothing but the phase before it in the compute lane. Others have begun before, or begin later, while computation
-/// goes on. @param order The order. @param index In `order.nodes`.
-inline bool begins_with_communication(const overlap_order& order, std::size_t index) {
-  int before = -1;
-  for (std::size_t i = 0; i < index; ++i) {
-    if (!is_communication(order.nodes[i].what)) before = static_cast<int>(i);
-  }
-  return std::any_of(order.nodes.begin(), order.nodes.end(),
-                     [&](const overlap_node& node) { return is_communication(node.what) && node.after == before; });
 }
 
 /// The order as text, one line per lane: `compute: ATTN(F)0 MLP(B)1 ...`; the number is the layer.

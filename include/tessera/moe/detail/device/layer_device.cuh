@@ -21,7 +21,7 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
                    workspace_memory workspace) {
   check_forward(layer, in, params, y);
   check_exchange(layer, {saved.data, workspace.data}, in.x, y);
-  const layer_forward_steps<Layer> steps(layer, layer.comm(), mode, in, params, saved, workspace);
+  layer_forward_steps<Layer> steps(layer, layer.comm(), mode, in, params, saved, workspace);
   layer_side<Layer> side(layer, layer.comm());
   steps.route(stream);
   steps.send(stream, steps.has_shared() ? side.rows_sms() : 0);
@@ -40,7 +40,7 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
                           workspace_memory workspace) {
   check_backward_input(layer, in, dy, params, dx);
   check_exchange(layer, {saved.data, deferred.data, workspace.data}, in.x, dy, dx);
-  const layer_backward_steps<Layer> steps(layer, layer.comm(), in, dy, params, saved, deferred, workspace);
+  layer_backward_steps<Layer> steps(layer, layer.comm(), in, dy, params, saved, deferred, workspace);
   layer_side<Layer> side(layer, layer.comm());
   if (steps.has_shared()) steps.shared(side.fork(stream), side.product_sms());
   steps.send(stream, steps.has_shared() ? side.rows_sms() : 0);

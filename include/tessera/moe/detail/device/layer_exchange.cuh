@@ -127,7 +127,8 @@ class layer_side {
 };
 
 // What the steps of a layer's call do with its communicator. `Layer` gives types, `plan` the sizes, `comm` the handle
-// whose slot and SMs are used; everything is enqueued on `stream`.
+// whose slot and multiprocessors are used, `buffers` what is sized on the host needs; `on` says where operations are
+// enqueued.
 template <class Layer, exchange_kind Kind = layer_exchange_kind<Layer>()>
 class layer_exchange;
 
@@ -140,14 +141,19 @@ class layer_exchange<Layer, exchange_kind::alone> {
 
   using comm_type = typename Layer::communicator_type;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm,
+  layer_exchange(const Layer& layer, const layer_plan<Layer>& plan, const comm_type& comm,
                  const host_sized_buffers& = {})
-      : stream_(stream), layer_(layer), plan_(plan), comm_(comm) {}
+      : layer_(layer), plan_(plan), comm_(comm) {}
+
+  layer_exchange& on(device_stream stream, int = 0) {
+    stream_ = stream;
+    return *this;
+  }
 
   // Chooses experts and makes the lists.
   template <class Inputs>
   void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-             const layer_forward_scratch<Layer>& scratch) const {
+             const layer_forward_scratch<Layer>& scratch) {
     const int num_experts = layer_.dims().num_experts;
     const auto& state = layer_.state();
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
@@ -163,9 +169,9 @@ class layer_exchange<Layer, exchange_kind::alone> {
     }
   }
   void send_routing(const routing<A>&, bool, const layer_saved<Layer>&, const layer_forward_window<Layer>&,
-                    const layer_forward_scratch<Layer>&) const {}
-  void await_lists() const {}
-  void begin_backward(const layer_saved<Layer>&) const {}
+                    const layer_forward_scratch<Layer>&) {}
+  void await_lists() {}
+  void begin_backward(const layer_saved<Layer>&) {}
 
   // Counts of this rank's pairs.
   static const std::int64_t* own_counts(const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>&) {
@@ -176,31 +182,31 @@ class layer_exchange<Layer, exchange_kind::alone> {
 
   // Without lists, which a capacity changes.
   template <class Inputs>
-  void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) const {
+  void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) {
     route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
                     layer_.state().status);
   }
 
-  void send_rows(const layer_saved<Layer>&, matrix_view<const S>, S*) const {}
-  matrix_view<const S> await_rows(matrix_view<const S> rows, S*) const { return rows; }
+  void send_rows(const layer_saved<Layer>&, matrix_view<const S>, S*) {}
+  matrix_view<const S> await_rows(matrix_view<const S> rows, S*) { return rows; }
   matrix_view<const S> arrived(matrix_view<const S> rows, S*) const { return rows; }
 
   // y = sums of the tokens' expert rows, and `plus`.
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
-               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) const {
+               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) {
     if (!weighted) weights.data = nullptr;
     combine_rows(stream_, pairs, saved.handle.expert_row_of, weights, plus, y);
   }
 
-  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
+  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
     return_pair_values(stream_, comm_, saved.handle, values, home, pair_values_workspace<A>{});
   }
 
  private:
-  device_stream stream_;
+  device_stream stream_ = static_cast<CUstream_st*>(nullptr);
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
-  comm_type& comm_;
+  comm_type comm_;
 };
 
 // Sized on the host. A pass begins with counts that are read; what follows in it finds them where they were put.
@@ -216,21 +222,26 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
   static_assert(peer_communicator<comm_type> || std::is_same_v<typename Layer::combine_type, combine::reduced>,
                 "moe_layer: over comm::nccl and comm::hosts rows are added with combine::reduced");
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm,
+  layer_exchange(const Layer& layer, const layer_plan<Layer>& plan, const comm_type& comm,
                  const host_sized_buffers& buffers = {})
-      : stream_(stream), layer_(layer), plan_(plan), comm_(comm), buffers_(buffers) {}
+      : layer_(layer), plan_(plan), comm_(comm), buffers_(buffers) {}
+
+  layer_exchange& on(device_stream stream, int = 0) {
+    stream_ = stream;
+    return *this;
+  }
 
   // Chooses experts.
   template <class Inputs>
   void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
-             const layer_forward_scratch<Layer>& scratch) const {
+             const layer_forward_scratch<Layer>& scratch) {
     const int num_experts = layer_.dims().num_experts;
     const balance_counts counts = counting ? balance_counts(scratch.counts, num_experts) : balance_counts{};
     route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
                     layer_.state().status);
   }
   void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
+                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) {
     if (counting && Layer::num_losses > 0) {
       comm_.all_reduce(stream_, static_cast<const std::int64_t*>(scratch.counts), saved.counts,
                        balance_counts::size(layer_.dims().num_experts));
@@ -240,43 +251,39 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
     static_cast<void>(exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen,
                                        saved.handle, saved.lists, tables));
   }
-  void await_lists() const {}
-  void begin_backward(const layer_saved<Layer>& saved) const {
-    static_cast<void>(read_counts(stream_, comm_, saved.lists));
-  }
+  void await_lists() {}
+  void begin_backward(const layer_saved<Layer>& saved) { static_cast<void>(read_counts(stream_, comm_, saved.lists)); }
 
   static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
     return scratch.counts;
   }
   const comm::symmetric_failure* failure() const { return nullptr; }
 
-  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
+  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) {
     dispatch_rows(stream_, comm_, counts_of(saved), saved.lists, rows, view(received), buffers_);
   }
-  matrix_view<const S> await_rows(matrix_view<const S>, S* received) const { return view(received); }
+  matrix_view<const S> await_rows(matrix_view<const S>, S* received) { return view(received); }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
   void combine(const layer_saved<Layer>& saved, matrix_view<const A>, bool weighted, matrix_view<const S> pairs,
-               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) const {
+               const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) {
     combine_rows(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds,
                  weighted ? combine_weights::routing : combine_weights::none, pairs, plus, y, buffers_);
   }
 
-  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
+  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
     return_pair_values(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds, values, home,
                        buffers_);
   }
 
  private:
   matrix_view<S> view(S* rows) const { return {rows, plan_.bounds.addressed_rows(), layer_.dims().hidden}; }
-  host_sized_counts counts_of(const layer_saved<Layer>& saved) const {
-    return known_counts(stream_, comm_, saved.lists);
-  }
+  host_sized_counts counts_of(const layer_saved<Layer>& saved) { return known_counts(stream_, comm_, saved.lists); }
 
-  device_stream stream_;
+  device_stream stream_ = static_cast<CUstream_st*>(nullptr);
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
-  comm_type& comm_;
+  comm_type comm_;
   host_sized_buffers buffers_;
 };
 
@@ -288,20 +295,27 @@ class layer_exchange<Layer, exchange_kind::peers> {
   using S = typename Layer::storage;
   using comm_type = typename Layer::communicator_type;
 
-  layer_exchange(device_stream stream, const Layer& layer, const layer_plan<Layer>& plan, comm_type& comm,
+  layer_exchange(const Layer& layer, const layer_plan<Layer>& plan, const comm_type& comm,
                  const host_sized_buffers& buffers = {})
-      : stream_(stream), layer_(layer), plan_(plan), comm_(comm), by_host_(stream, layer, plan, comm, buffers) {}
+      : layer_(layer), plan_(plan), comm_(comm), buffers_(buffers), sms_(comm.num_sms()) {}
+
+  // @param sms Multiprocessors of what travels; 0: those of the communicator's handle.
+  layer_exchange& on(device_stream stream, int sms = 0) {
+    stream_ = stream;
+    comm_.set_num_sms(sms > 0 ? sms : sms_);
+    return *this;
+  }
 
   // Chooses experts. The lists come with what other ranks send.
   template <class Inputs>
   void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
-             const layer_forward_scratch<Layer>& scratch) const {
+             const layer_forward_scratch<Layer>& scratch) {
     route_on_device(stream_, layer_.get_router(), in, chosen, counts_of(counting, scratch), nullptr, router_workspace{},
                     layer_.state().status);
   }
   void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
-                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) const {
-    if (plan_.host_sized()) return by_host_.send_routing(chosen, counting, saved, window, scratch);
+                    const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) {
+    if (plan_.host_sized()) return by_host().send_routing(chosen, counting, saved, window, scratch);
     exchange_routing_begin(
         stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
         symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}},
@@ -309,11 +323,11 @@ class layer_exchange<Layer, exchange_kind::peers> {
         counting && Layer::num_losses > 0 ? balance_counts(saved.counts, layer_.dims().num_experts) : balance_counts{});
   }
   // Waits for the lists, which experts need.
-  void await_lists() const {
+  void await_lists() {
     if (!plan_.host_sized()) exchange_routing_end(stream_, comm_);
   }
-  void begin_backward(const layer_saved<Layer>& saved) const {
-    if (plan_.host_sized()) by_host_.begin_backward(saved);
+  void begin_backward(const layer_saved<Layer>& saved) {
+    if (plan_.host_sized()) by_host().begin_backward(saved);
   }
 
   static const std::int64_t* own_counts(const layer_saved<Layer>&, const layer_forward_scratch<Layer>& scratch) {
@@ -324,19 +338,19 @@ class layer_exchange<Layer, exchange_kind::peers> {
     return plan_.host_sized() ? nullptr : comm_.view(comm::symmetric_channel::tables).failure;
   }
 
-  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) const {
-    if (plan_.host_sized()) return by_host_.send_rows(saved, rows, received);
+  void send_rows(const layer_saved<Layer>& saved, matrix_view<const S> rows, S* received) {
+    if (plan_.host_sized()) return by_host().send_rows(saved, rows, received);
     dispatch_begin(stream_, comm_, saved.handle, rows, view(received), plan_.transport);
   }
-  matrix_view<const S> await_rows(matrix_view<const S> rows, S* received) const {
-    if (plan_.host_sized()) return by_host_.await_rows(rows, received);
+  matrix_view<const S> await_rows(matrix_view<const S> rows, S* received) {
+    if (plan_.host_sized()) return by_host().await_rows(rows, received);
     return dispatch_end(stream_, comm_, view(received), plan_.transport);
   }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
   void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
-               const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) const {
-    if (plan_.host_sized()) return by_host_.combine(saved, weights, weighted, pairs, returned, plus, y);
+               const returned_rows<S>& returned, matrix_view<const S> plus, matrix_view<S> y) {
+    if (plan_.host_sized()) return by_host().combine(saved, weights, weighted, pairs, returned, plus, y);
     if constexpr (std::is_same_v<typename Layer::combine_type, combine::ordered>) {
       if (!weighted) weights.data = nullptr;
       combine_pairs(stream_, comm_, saved.handle, pairs, returned, weights, plus, y);
@@ -347,23 +361,29 @@ class layer_exchange<Layer, exchange_kind::peers> {
     }
   }
 
-  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) const {
-    if (plan_.host_sized()) return by_host_.values_home(saved, values, home);
+  void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
+    if (plan_.host_sized()) return by_host().values_home(saved, values, home);
     return_pair_values(stream_, comm_, saved.handle, values,
                        matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols});
   }
 
  private:
+  layer_exchange<Layer, exchange_kind::host_sized> by_host() {
+    layer_exchange<Layer, exchange_kind::host_sized> exchange(layer_, plan_, comm_, buffers_);
+    exchange.on(stream_);
+    return exchange;
+  }
   matrix_view<S> view(S* rows) const { return {rows, plan_.bounds.addressed_rows(), layer_.dims().hidden}; }
   balance_counts counts_of(bool counting, const layer_forward_scratch<Layer>& scratch) const {
     return counting ? balance_counts(scratch.counts, layer_.dims().num_experts) : balance_counts{};
   }
 
-  device_stream stream_;
+  device_stream stream_ = static_cast<CUstream_st*>(nullptr);
   const Layer& layer_;
   const layer_plan<Layer>& plan_;
-  comm_type& comm_;
-  layer_exchange<Layer, exchange_kind::host_sized> by_host_;
+  comm_type comm_;
+  host_sized_buffers buffers_;
+  int sms_;
 };
 
 }  // namespace detail

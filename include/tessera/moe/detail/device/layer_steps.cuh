@@ -57,10 +57,11 @@ class layer_forward_steps {
   using inputs = typename Layer::inputs;
   using weights = typename Layer::weights;
 
-  layer_forward_steps(const Layer& layer, comm_type& comm, pass mode, const inputs& in, const weights& params,
+  layer_forward_steps(const layer_forward_steps&) = delete;
+  layer_forward_steps& operator=(const layer_forward_steps&) = delete;
+  layer_forward_steps(const Layer& layer, const comm_type& comm, pass mode, const inputs& in, const weights& params,
                       saved_memory saved, workspace_memory workspace)
       : layer_(layer),
-        comm_(comm),
         mode_(mode),
         in_(in),
         params_(params),
@@ -70,50 +71,50 @@ class layer_forward_steps {
         window_(scratch_builder_, plan_),
         saved_(mode == pass::eval ? scratch_builder_ : saved_builder_, plan_),
         scratch_(scratch_builder_, plan_),
+        exchange_(layer, plan_, comm, window_.buffers),
         x_(with_address(in.x, saved_.logits)) {
     share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
   }
 
   // The gate, the choice of experts; alone, their lists, too.
-  void route(device_stream stream, int sms = 0) const {
+  void route(device_stream stream, int sms = 0) {
     gate_forward(stream, x_, matrix_view<const A>(params_.gate), params_.gate_bias,
                  matrix_view<A>{saved_.logits, x_.rows, layer_.dims().num_experts}, scratch_.gate_parts,
                  scratch_.token_offsets, sms);
-    exchange(stream).route(routing_inputs(), chosen(), counting(), saved_, scratch_);
+    exchange_.on(stream).route(routing_inputs(), chosen(), counting(), saved_, scratch_);
   }
   // Routing and rows, to the owners of experts. @param rows_sms Multiprocessors of the rows; 0: the communicator's.
-  void send(device_stream stream, int rows_sms = 0) const {
-    exchange(stream).send_routing(chosen(), counting(), saved_, window_, scratch_);
-    auto comm = within(comm_, rows_sms);
-    layer_exchange<Layer>(stream, layer_, plan_, comm, window_.buffers).send_rows(saved_, x_, received());
+  void send(device_stream stream, int rows_sms = 0) {
+    exchange_.on(stream).send_routing(chosen(), counting(), saved_, window_, scratch_);
+    exchange_.on(stream, rows_sms).send_rows(saved_, x_, received());
   }
   // Waits for lists and rows.
-  void receive(device_stream stream) const {
-    exchange(stream).await_lists();
-    exchange(stream).await_rows(x_, received());
+  void receive(device_stream stream) {
+    exchange_.on(stream).await_lists();
+    exchange_.on(stream).await_rows(x_, received());
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared(device_stream stream, int sms = 0) const {
+  void shared(device_stream stream, int sms = 0) {
     if (!plan_.has_shared()) return;
     plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, {}, params_.shared,
                          saved_.shared, {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
                          with_first_sms(scratch_.shared, sms));
   }
-  void experts(device_stream stream, int sms = 0) const {
-    plan_.experts.forward(stream, saved_.handle.rows(), exchange(stream).arrived(x_, received()),
+  void experts(device_stream stream, int sms = 0) {
+    plan_.experts.forward(stream, saved_.handle.rows(), exchange_.on(stream).arrived(x_, received()),
                           {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts, pairs(),
                           with_first_sms(scratch_.experts, sms));
   }
   // Rows home: y = their sums, and the shared experts' outputs.
-  void combine(device_stream stream, matrix_view<S> y) const {
+  void combine(device_stream stream, matrix_view<S> y) {
     matrix_view<const S> plus{};
     if (plan_.has_shared()) plus = {scratch_.shared_out, x_.rows, plan_.sizes.hidden};
-    exchange(stream).combine(saved_, matrix_view<const A>(chosen().weights), plan_.weights_on == weight_on::output,
-                             matrix_view<const S>(pairs()), window_.returned, plus, y);
+    exchange_.on(stream).combine(saved_, matrix_view<const A>(chosen().weights), plan_.weights_on == weight_on::output,
+                                 matrix_view<const S>(pairs()), window_.returned, plus, y);
   }
   // Losses and load.
-  void count(device_stream stream) const {
+  void count(device_stream stream) {
     if (!counting()) return;
     const auto& state = layer_.state();
     if constexpr (Layer::num_losses > 0) {
@@ -122,13 +123,11 @@ class layer_forward_steps {
           plan_.chunk_tokens, matrix_view<A>{state.losses, num_chunks(x_.rows, plan_.chunk_tokens), Layer::num_losses});
     }
     if (mode_ == pass::train) {
-      const auto counted = exchange(stream);
-      count_step(stream, state, counted.own_counts(saved_, scratch_), saved_.handle, counted.failure());
+      count_step(stream, state, exchange_.own_counts(saved_, scratch_), saved_.handle, exchange_.failure());
     }
   }
 
  private:
-  layer_exchange<Layer> exchange(device_stream stream) const { return {stream, layer_, plan_, comm_, window_.buffers}; }
   bool counting() const { return mode_ != pass::eval; }
   auto routing_inputs() const { return router_view(saved_, layer_, in_); }
   routing<A> chosen() const { return saved_.chosen(x_.rows, plan_.sizes); }
@@ -136,7 +135,6 @@ class layer_forward_steps {
   matrix_view<S> pairs() const { return {scratch_.pairs, plan_.bounds.max_pairs, plan_.sizes.hidden}; }
 
   const Layer& layer_;
-  comm_type& comm_;
   pass mode_;
   inputs in_;
   weights params_;
@@ -146,6 +144,7 @@ class layer_forward_steps {
   layer_forward_window<Layer> window_;
   layer_saved<Layer> saved_;
   layer_forward_scratch<Layer> scratch_;
+  layer_exchange<Layer> exchange_;
   matrix_view<const S> x_;
 };
 
@@ -158,10 +157,11 @@ class layer_backward_steps {
   using inputs = typename Layer::inputs;
   using weights = typename Layer::weights;
 
-  layer_backward_steps(const Layer& layer, comm_type& comm, const inputs& in, matrix_view<const S> dy,
+  layer_backward_steps(const layer_backward_steps&) = delete;
+  layer_backward_steps& operator=(const layer_backward_steps&) = delete;
+  layer_backward_steps(const Layer& layer, const comm_type& comm, const inputs& in, matrix_view<const S> dy,
                        const weights& params, saved_memory saved, deferred_memory deferred, workspace_memory workspace)
       : layer_(layer),
-        comm_(comm),
         in_(in),
         params_(params),
         plan_(layer.dims(), layer.placement(), comm.rank(), layer.get_options()),
@@ -171,49 +171,46 @@ class layer_backward_steps {
         saved_(saved_builder_, plan_),
         deferred_(deferred_builder_, plan_),
         scratch_(scratch_builder_, plan_),
+        exchange_(layer, plan_, comm, scratch_.buffers),
         x_(with_address(in.x, saved_.logits)),
         dy_(with_address(dy, saved_.logits)) {
     share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
   }
 
   // dy, to the owners of experts: the adjoint of combine. @param rows_sms As in forward.
-  void send(device_stream stream, int rows_sms = 0) const {
-    auto comm = within(comm_, rows_sms);
-    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm, scratch_.buffers);
-    exchange.begin_backward(saved_);
-    exchange.send_rows(saved_, dy_, deferred_.dy_received);
+  void send(device_stream stream, int rows_sms = 0) {
+    exchange_.on(stream, rows_sms).begin_backward(saved_);
+    exchange_.on(stream, rows_sms).send_rows(saved_, dy_, deferred_.dy_received);
   }
-  void receive(device_stream stream) const { exchange(stream).await_rows(dy_, deferred_.dy_received); }
+  void receive(device_stream stream) { exchange_.on(stream).await_rows(dy_, deferred_.dy_received); }
   // x again, where received rows were not kept: behind `receive`, before the weights' gradients, and before `experts`
   // where these read it.
   bool resends() const { return plan_.resends && plan_.travels; }
   bool experts_read_x() const { return plan_.weights_on == weight_on::input; }
-  void resend(device_stream stream, int rows_sms = 0) const {
+  void resend(device_stream stream, int rows_sms = 0) {
     if (!resends()) return;
-    auto comm = within(comm_, rows_sms);
-    const layer_exchange<Layer> exchange(stream, layer_, plan_, comm, scratch_.buffers);
-    exchange.send_rows(saved_, x_, deferred_.x_received);
-    exchange.await_rows(x_, deferred_.x_received);
+    exchange_.on(stream, rows_sms).send_rows(saved_, x_, deferred_.x_received);
+    exchange_.on(stream).await_rows(x_, deferred_.x_received);
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared(device_stream stream, int sms = 0) const {
+  void shared(device_stream stream, int sms = 0) {
     if (!plan_.has_shared()) return;
     plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_, {}, params_.shared,
                                 saved_.shared, deferred_.shared,
                                 {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
                                 with_first_sms(scratch_.shared, sms));
   }
-  void experts(device_stream stream, int sms = 0) const {
-    const auto arrived = exchange(stream);
+  void experts(device_stream stream, int sms = 0) {
+    auto& arrived = exchange_.on(stream);
     plan_.experts.backward_input(
         stream, saved_.handle.rows(), arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
         arrived.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, params_.experts,
         saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights, with_first_sms(scratch_.experts, sms));
   }
   // Home: dx = sums of rows, and the shared experts' part; and the gradients of the routing weights.
-  void combine(device_stream stream, matrix_view<S> dx) const {
-    const auto home = exchange(stream);
+  void combine(device_stream stream, matrix_view<S> dx) {
+    auto& home = exchange_.on(stream);
     matrix_view<const S> plus{};
     if (plan_.has_shared()) plus = {scratch_.shared_dx, x_.rows, plan_.sizes.hidden};
     home.combine(saved_, matrix_view<const A>{nullptr, x_.rows, plan_.sizes.top_k}, false,
@@ -221,7 +218,7 @@ class layer_backward_steps {
     home.values_home(saved_, scratch_.dpair_weights, dweights());
   }
   // The routing and the gate, whose part is added to dx.
-  void gate(device_stream stream, matrix_view<S> dx, int sms = 0) const {
+  void gate(device_stream stream, matrix_view<S> dx, int sms = 0) {
     const matrix_view<A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
     route_backward(stream, layer_.get_router(), router_view(saved_, layer_, in_), saved_.chosen(x_.rows, plan_.sizes),
                    matrix_view<const A>(dweights()), const_balance_counts(saved_.counts, plan_.sizes.num_experts),
@@ -231,14 +228,10 @@ class layer_backward_steps {
   }
 
  private:
-  layer_exchange<Layer> exchange(device_stream stream) const {
-    return {stream, layer_, plan_, comm_, scratch_.buffers};
-  }
   matrix_view<S> dpairs() const { return {scratch_.dpairs, plan_.bounds.max_pairs, plan_.sizes.hidden}; }
   matrix_view<A> dweights() const { return {scratch_.dweights, x_.rows, plan_.sizes.top_k}; }
 
   const Layer& layer_;
-  comm_type& comm_;
   inputs in_;
   weights params_;
   layer_plan<Layer> plan_;
@@ -248,6 +241,7 @@ class layer_backward_steps {
   layer_saved<Layer> saved_;
   layer_deferred<Layer> deferred_;
   layer_backward_scratch<Layer> scratch_;
+  layer_exchange<Layer> exchange_;
   matrix_view<const S> x_;
   matrix_view<const S> dy_;
 };
@@ -275,7 +269,7 @@ class layer_weight_steps {
 
   // Of routed and shared experts.
   void experts(device_stream stream, const gradients& grads, write mode, int sms = 0) const {
-    const layer_exchange<Layer> exchange(stream, layer_, plan_, layer_.comm());
+    layer_exchange<Layer> exchange(layer_, plan_, layer_.comm());
     plan_.experts.backward_weights(
         stream, saved_.handle.rows(), exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
         exchange.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, saved_.experts,
