@@ -109,11 +109,21 @@ void launch_configured(device_stream stream, const gemm::hopper::config& c, cons
     if (c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
       return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
   }
+  // The copy engine alone keeps three stages full; what the fourth would take holds all that a warp stores of a tile.
+#if defined(TESSERA_FOUR_STAGES)
+  static constexpr bool stages_output = false;
+#else
+  static constexpr bool stages_output =
+      Product == product::variable_m && Gathered == gathered::none && !Epilogue::split && Epilogue::clusters;
+#endif
+  static constexpr int stages = stages_output ? 3 : 4, staging = stages_output ? 4 : 2;
   if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
-    return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
+    return launch<kernel_shape<Product, OrderB, Gathered, 256, stages, 1, false, 1, staging>, Epilogue>(
+        stream, c, map_a, map_b, p);
   if constexpr (Epilogue::clusters) {
     if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
-      return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
+      return launch<kernel_shape<Product, OrderB, Gathered, 256, stages, 2, false, 1, staging>, Epilogue>(
+          stream, c, map_a, map_b, p);
   }
   TESSERA_EXPECTS(false, "there is no kernel " << gemm::hopper::to_string(c) << " for this product");
 }

@@ -136,8 +136,8 @@ struct list_task {
   int num_slots;
   int capacity;  // rows of an expert at most
   SlotOf slot_of;
-  matrix_view<std::int32_t> stashed_ids;  // where `list_stash` goes, if the plan has one
-  matrix_view<A> stashed_weights;
+  matrix_view<std::int32_t> stashed_ids = {};  // where `list_stash` goes, if the plan has one
+  matrix_view<A> stashed_weights = {};
 };
 
 // Ids that are negative are no pairs. Lists have -1 in their place, and -2 for ids below -1, which say more to those
