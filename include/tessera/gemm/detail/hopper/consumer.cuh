@@ -42,8 +42,8 @@ template <class Shape>
 __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
   const int thread = static_cast<int>(threadIdx.x % 128);
   const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(slot);
-  if constexpr (Shape::cluster > 1) {
-    if (thread < Shape::cluster) barrier_arrive_remote(barrier, static_cast<std::uint32_t>(thread));
+  if (r.shared()) {
+    if (thread < r.cluster) barrier_arrive_remote(barrier, static_cast<std::uint32_t>(thread));
   } else {
     if (thread == 0) barrier_arrive(barrier);
   }

@@ -22,9 +22,10 @@ enum class gathered { none, a, b };
 /// @tparam OrderB Order of B in `variable_m`; in `variable_k` both operands are `mn`.
 /// @tparam Gathered The operand that is copied row by row instead of by the copy engine.
 /// @tparam TileN Columns of a tile: 128, 192 or 256. @tparam Stages Slots of the operand ring.
-/// @tparam Cluster Blocks that share B. @tparam PingPong Whether each consumer warpgroup computes tiles of its own, one
-/// in its epilogue while the other multiplies, instead of half a tile each. @tparam Parts Matrices whose sum is B, of
-/// which a tile holds the same 64 columns; more than one: of a single group. @tparam Staging Output buffers of a warp.
+/// @tparam Cluster 1, or 2 where a launch may let two blocks share B. @tparam PingPong Whether each consumer warpgroup
+/// computes tiles of its own, one in its epilogue while the other multiplies, instead of half a tile each.
+/// @tparam Parts Matrices whose sum is B, of which a tile holds the same 64 columns; more than one: of a single group.
+/// @tparam Staging Output buffers of a warp.
 template <product Product, contiguous OrderB, gathered Gathered, int TileN, int Stages, int Cluster, bool PingPong,
           int Parts = 1, int Staging = 2>
 struct kernel_shape {
