@@ -33,7 +33,7 @@ constexpr ts::dispatch_bounds bounds_of(int tokens, int experts, int k) {
 // A routing with unused slots, and its lists on both sides.
 struct sorted_routing {
   int tokens, experts, k;
-  ts::dispatch_bounds bounds = bounds_of(tokens, experts, k);
+  ts::dispatch_bounds bounds;
   std::vector<std::int32_t> ids;
   std::vector<float> weights;
   ts::host_buffer memory, scratch;
@@ -73,17 +73,36 @@ struct sorted_routing {
     return ids;
   }
 
+  // A few different weights, so that many are equal, where they decide about pairs.
+  static std::vector<float> make_weights(std::size_t count, bool decide) {
+    std::vector<float> weights = device_test::normal(count, 3);
+    if (decide) {
+      for (float& w : weights) w = std::round(2 * w) / 2;
+    }
+    return weights;
+  }
+  static ts::dispatch_bounds bounded(ts::dispatch_bounds bounds, const ts::dispatch_options& options) {
+    if (options.row_bound > 0) bounds.max_pairs = std::min(bounds.max_pairs, options.row_bound);
+    return bounds;
+  }
+  static std::size_t device_handle_bytes(const ts::dispatch_bounds& bounds) {
+    ts::memory_builder counting;
+    ts::dispatch_handle<float>::layout_device(counting, bounds, false);
+    return counting.bytes();
+  }
+
   sorted_routing(int tokens_, int experts_, int k_, bool holes, const ts::dispatch_options& options = {})
       : tokens(tokens_),
         experts(experts_),
         k(k_),
+        bounds(bounded(bounds_of(tokens, experts, k), options)),
         ids(make_ids(tokens, experts, k, holes)),
-        weights(device_test::normal(ids.size(), 3)),
+        weights(make_weights(ids.size(), options.order == ts::drop_order::weight)),
         memory(handle_bytes(bounds)),
         scratch(scratch_bytes(bounds, options)),
         d_ids(ids),
         d_weights(weights),
-        d_memory(handle_bytes(bounds)),
+        d_memory(device_handle_bytes(bounds)),
         block_counts(static_cast<std::size_t>(ts::router_workspace::block_count_bytes(experts))) {
     barrier.fill(0);
     ts::memory_builder host_builder(ts::workspace_memory(memory), "handle");
@@ -96,7 +115,7 @@ struct sorted_routing {
                          ts::routing<float>{{ids.data(), tokens, k}, {weights.data(), tokens, k}}, host, workspace);
 
     ts::memory_builder device_builder(ts::workspace_memory(d_memory.data(), d_memory.size()), "device handle");
-    device = ts::dispatch_handle<float>::layout(device_builder, bounds);
+    device = ts::dispatch_handle<float>::layout_device(device_builder, bounds, false);
     device_comm on_device;
     ts::exchange_routing(ts::device_stream(cudaStream_t{}), on_device, layout, bounds, options, device_chosen(), device,
                          ts::router_workspace{barrier.data(), block_counts.data()});
@@ -134,7 +153,7 @@ void check_lists(const sorted_routing& r) {
   CHECK(total.received_rows == r.host.total->received_rows);
   CHECK(total.received_pairs == r.host.total->received_pairs);
   CHECK(total.capacity_drops == r.host.total->capacity_drops);
-  CHECK(total.overflow_drops == 0);
+  CHECK(total.overflow_drops == r.host.total->overflow_drops);
 }
 
 template <class T>
@@ -361,6 +380,63 @@ TEST_CASE("dispatch moves nothing, and values of pairs come home") {
   CHECK(home.get() == expected);
 }
 
+TEST_CASE("a capacity drops the lightest pairs of each expert, the last among equals, as on the host") {
+  for (const double factor : {0.25, 1.0, 1.5}) {
+    ts::dispatch_options options;
+    options.capacity_factor = factor;
+    options.order = ts::drop_order::weight;
+    const sorted_routing r(3000, 16, 4, true, options);
+    CHECK((r.host.total->capacity_drops > 0) == (factor < 1.5));
+    check_lists(r);
+    check_lists(sorted_routing(45000, 8, 2, true, options));
+    check_lists(sorted_routing(100, 896, 8, false, options));
+    check_lists(sorted_routing(0, 4, 2, false, options));
+  }
+}
+
+TEST_CASE("a bound drops the pairs beyond it, as on the host, after a capacity") {
+  for (const std::int64_t bound : {std::int64_t{1}, std::int64_t{5000}, std::int64_t{9000}, std::int64_t{11999}}) {
+    for (const double factor : {0.0, 0.9}) {
+      CAPTURE(bound);
+      ts::dispatch_options options;
+      options.row_bound = bound;
+      options.capacity_factor = factor;
+      options.overflow = ts::overflow_policy::drop;
+      const sorted_routing r(3000, 16, 4, factor > 0, options);
+      CHECK((r.host.total->overflow_drops > 0) == (bound < 9000 || factor == 0));
+      check_lists(r);
+    }
+  }
+}
+
+TEST_CASE("a bound that is exceeded is a fault where nothing may be dropped, and a status says by how much") {
+  ts::dispatch_options options;
+  options.row_bound = 39;
+  options.overflow = ts::overflow_policy::drop;
+  const sorted_routing r(20, 4, 2, false, options);
+  device_comm comm;
+  const ts::layout::block layout(4, 1);
+  const ts::router_workspace workspace{r.barrier.data(), r.block_counts.data()};
+  buffer<ts::device_status> status(1);
+  for (const auto policy : {ts::overflow_policy::drop, ts::overflow_policy::error}) {
+    status.fill(0);
+    options.overflow = policy;
+    ts::exchange_routing(ts::device_stream(cudaStream_t{}), comm, layout, r.bounds, options, r.device_chosen(),
+                         r.device, workspace, status.data());
+    device_test::synchronize();
+    check_lists(r);
+    const auto found = status.get()[0];
+    if (policy == ts::overflow_policy::drop) {
+      CHECK(found.fault == ts::device_fault::none);
+    } else {
+      CHECK_THROWS_WITH_AS(ts::expect_ok(found),
+                           "dispatch on the device: 40 pairs, the bound is 39: raise dispatch_options::row_bound to 40 "
+                           "or more, or choose overflow_policy::drop",
+                           ts::error);
+    }
+  }
+}
+
 TEST_CASE("what has no device half is refused with a reason") {
   const sorted_routing r(20, 4, 2, false);
   device_comm comm;
@@ -369,13 +445,10 @@ TEST_CASE("what has no device half is refused with a reason") {
   ts::dispatch_options by_weight;
   by_weight.capacity_factor = 1.0;
   by_weight.order = ts::drop_order::weight;
-  CHECK_THROWS_AS(ts::exchange_routing(ts::device_stream(cudaStream_t{}), comm, layout, r.bounds, by_weight,
-                                       r.device_chosen(), r.device, workspace),
-                  ts::invalid_argument);
   auto small = r.bounds;
   small.max_pairs = 39;
-  CHECK_THROWS_WITH_AS(ts::exchange_routing(ts::device_stream(cudaStream_t{}), comm, layout, small,
-                                            ts::dispatch_options{}, r.device_chosen(), r.device, workspace),
-                       "40 pairs may arrive, the bound is 39: one rank on the device needs row_bound >= T * K",
+  CHECK_THROWS_WITH_AS(ts::exchange_routing(ts::device_stream(cudaStream_t{}), comm, layout, small, by_weight,
+                                            r.device_chosen(), r.device, workspace),
+                       "drop_order::weight on the device needs row_bound >= T * K = 40, it is 39",
                        ts::invalid_argument);
 }

@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <tessera/moe/moe_layer.cuh>
@@ -83,6 +84,9 @@ class rank_layer {
     deferred_ = {take(bytes.deferred_bytes), bytes.deferred_bytes};
     const std::size_t scratch = std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes);
     workspace_ = {take(scratch), scratch};
+    for (const auto& [data, count] : {std::pair(saved_.data, saved_.bytes), std::pair(deferred_.data, deferred_.bytes),
+                                      std::pair(workspace_.data, workspace_.bytes)})
+      require(cudaMemset(data, 0xff, count), "cudaMemset");
     const bool own_state = state_ == nullptr;
     if (own_state) state_ = std::make_shared<buffer<std::byte>>(bytes.state_bytes);
     moe_.emplace(sizes_, routing, placement, comm, ts::state_memory(state_->data(), state_->size()), options);

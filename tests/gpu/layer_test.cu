@@ -198,20 +198,21 @@ std::vector<double> over_chunks(const std::vector<float>& values, std::size_t wi
 }
 
 template <class Policies>
-void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens = 0) {
+void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens = 0,
+                 const ts::dispatch_options& dispatch = {}) {
   auto p = make_problem(sizes, tokens, Policies::gated, 17, true);
   p.chunk_tokens = chunk_tokens;
   if (tokens > 100) p.sequence_offsets = {0, 40, 41, static_cast<std::int32_t>(tokens)};
   typename Policies::router::options routing;
   routing.weigh.scale = 1.5f;
   if constexpr (requires { routing.select.groups; }) routing.select = {.groups = 4, .kept_groups = 2};
-  device_case<Policies> device(p, routing, {});
+  device_case<Policies> device(p, routing, {.dispatch = dispatch});
   device.forward(ts::pass::train);
   device.backward();
   device.moe->end_step(device.stream, device.comm);
   device.sync();
-  const auto expected =
-      run_problem<typename Policies::host_layer>(p, ts::layout::block(sizes.num_experts, 1), {0, tokens}, routing, {});
+  const auto expected = run_problem<typename Policies::host_layer>(p, ts::layout::block(sizes.num_experts, 1),
+                                                                   {0, tokens}, routing, {.dispatch = dispatch});
 
   const auto compare = [](const char* name, const std::vector<double>& got, const std::vector<double>& want,
                           double bound) {
@@ -302,6 +303,36 @@ TEST_CASE("one token and no token work") {
                             1);
   check_layer<mixtral_like>({.num_experts = 8, .top_k = 2, .hidden = 64, .intermediate = 32, .num_shared_experts = 1},
                             0);
+}
+
+TEST_CASE("many experts, and sizes that no tile divides") {
+  check_layer<mixtral_like>({.num_experts = 896, .top_k = 8, .hidden = 72, .intermediate = 40}, 300);
+  check_layer<mixtral_like>({.num_experts = 2, .top_k = 1, .hidden = 2880, .intermediate = 1408}, 90);
+  check_layer<input_weighted>({.num_experts = 2, .top_k = 1, .hidden = 200, .intermediate = 1856}, 150);
+}
+
+TEST_CASE("pairs beyond a capacity or a bound are dropped as on the host") {
+  const ts::shape sizes{.num_experts = 8, .top_k = 2, .hidden = 128, .intermediate = 64};
+  ts::dispatch_options dispatch{.overflow = ts::overflow_policy::drop};
+  dispatch.row_bound = 450;
+  check_layer<mixtral_like>(sizes, 300, 0, dispatch);
+  dispatch.capacity_factor = 0.8;
+  check_layer<mixtral_like>(sizes, 300, 0, dispatch);
+  dispatch.row_bound = 0;
+  check_layer<mixtral_like>(sizes, 300, 0, dispatch);
+  dispatch.order = ts::drop_order::weight;
+  check_layer<mixtral_like>(sizes, 300, 0, dispatch);
+}
+
+TEST_CASE("more pairs than the bound are a fault where nothing may be dropped") {
+  const auto p = make_problem({.num_experts = 8, .top_k = 2, .hidden = 64, .intermediate = 32}, 50, true, 3, true);
+  device_case<mixtral_like> c(p, {}, {.dispatch = {.row_bound = 99}});
+  c.forward(ts::pass::train);
+  c.backward();
+  CHECK_THROWS_AS(c.sync(), ts::error);
+  std::int64_t dropped = 0;
+  check(cudaMemcpy(&dropped, c.moe->state().dropped_by_bound, sizeof(dropped), cudaMemcpyDeviceToHost));
+  CHECK(dropped == 1);
 }
 
 TEST_CASE("eval and recompute give the bits of train, and two runs are the same bits") {

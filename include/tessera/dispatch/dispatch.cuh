@@ -92,21 +92,25 @@ dispatch_handle<A> handle_of(const router_lists<A>& lists, int num_experts) {
   return handle;
 }
 
-/// Sorts a routing by expert, in one cooperative launch: `exchange_routing` where nobody else is. `route_sorted` does
-/// the same in the router's own launch. Enqueues, does not synchronise.
+/// Sorts a routing by expert: `exchange_routing` where nobody else is. `route_sorted` does the same in the router's own
+/// launch. One cooperative launch; a row bound below T * K, or a capacity that drops by weight, takes three. Enqueues,
+/// does not synchronise.
 /// @param stream    Where the work is enqueued.
 /// @param layout    Of one rank; its members are `TESSERA_HD`.
-/// @param bounds    Sizes the handle was laid out with; `max_pairs` is at least T * K.
-/// @param options   A capacity drops by `drop_order::position`.
+/// @param bounds    Sizes the handle was laid out with.
+/// @param options   Capacity and overflow. `overflow_policy::error` drops too, and sets `status`.
+/// `drop_order::weight` needs a row bound of T * K at least.
 /// @param chosen    `[T, K]` ids and weights. Ids outside [0, E) are slots without expert.
-/// @param handle    Written, see the file.
+/// @param handle    Written, see the file; `dispatch_handle::layout_device` has room for every bound.
 /// @param workspace Scratch; its barrier was 0 before its first use and is not shared by concurrent calls.
+/// @param status    Device memory; null: an overflow is only counted, in `handle.total`.
 /// @throws invalid_argument if shapes, bounds or options do not fit.
 template <class Layout, class A>
 void exchange_routing(device_stream stream, comm::self<space::device>&, const Layout& layout,
                       const dispatch_bounds& bounds, const dispatch_options& options, const routing<A>& chosen,
-                      const dispatch_handle<A>& handle, const router_workspace& workspace) {
-  detail::sort_on_device(stream, layout, bounds, options, chosen, handle, workspace);
+                      const dispatch_handle<A>& handle, const router_workspace& workspace,
+                      device_status* status = nullptr) {
+  detail::sort_on_device(stream, layout, bounds, options, chosen, handle, workspace, status);
 }
 
 /// Nothing: one rank's experts read `x` in place.

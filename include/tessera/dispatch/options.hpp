@@ -33,7 +33,8 @@ concept combine_policy = std::is_same_v<C, combine::ordered> || std::is_same_v<C
 /// What happens when a rank would receive more pairs than its bound.
 enum class overflow_policy {
   error,  ///< Every rank throws the same `tessera::error`, naming rank, need and bound; the engine may re-run with a
-          ///< larger bound. Between GPUs it is a failure of the communicator: `check` throws, `reset` goes on.
+          ///< larger bound. Between GPUs it is a failure of the communicator: `check` throws, `reset` goes on. On one
+          ///< GPU it is a fault in the `device_status`, and pairs are dropped as by `drop`.
   drop,   ///< The receiver admits pairs in the order (source rank, token, k) up to its bound; the rest is dropped and
           ///< counted.
 };

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include <tessera/dispatch/detail/device/drop.cuh>
 #include <tessera/dispatch/handle.hpp>
 #include <tessera/dispatch/options.hpp>
 #include <tessera/layout/expert_layout.hpp>
@@ -20,12 +21,15 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
 
-// Ids out of range are no pairs.
+// Ids out of range are no pairs, nor are those that have no row in `rows_before`, if there is one.
 template <class Layout>
 struct layout_slot {
   Layout layout;
-  __device__ int operator()(int expert) const {
-    return expert >= 0 && expert < layout.num_experts() ? static_cast<int>(layout.owner(expert, 0).slot) : -1;
+  const std::int32_t* rows_before = nullptr;  // what an earlier sort has written, and this one writes over
+  __device__ int operator()(int expert, std::int64_t pair) const {
+    if (expert < 0 || expert >= layout.num_experts()) return -1;
+    if (rows_before != nullptr && rows_before[pair] < 0) return -1;
+    return static_cast<int>(layout.owner(expert, 0).slot);
   }
 };
 
@@ -33,7 +37,7 @@ template <class A, class Layout>
 struct sort_task {
   list_plan plan;
   list_task<A, layout_slot<Layout>> lists;
-  typename dispatch_handle<A>::totals* total;
+  typename dispatch_handle<A>::totals* total;  // null: set already
 };
 
 inline constexpr std::size_t sort_scratch_bytes = 16 * list_threads;
@@ -48,7 +52,7 @@ __device__ __forceinline__ void mark_pairs(const list_plan& plan, const list_tas
   for (int pair = static_cast<int>(threadIdx.x); pair < plan.tokens_per_block * top_k; pair += list_threads) {
     const int t = pair / top_k;
     if (first + t >= lists.ids.rows) break;
-    const int slot = lists.slot_of(lists.ids.row(first + t)[pair - t * top_k]);
+    const int slot = lists.slot_of(lists.ids.row(first + t)[pair - t * top_k], first * top_k + pair);
     if (slot >= 0) shared.mark(plan, t, slot);
   }
 }
@@ -61,7 +65,7 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid
   const std::uint32_t phase = gridDim.x > 1 && threadIdx.x == 0 ? barrier_phase(lists.workspace.barrier) : 0u;
   shared.clear<list_threads>(task.plan);
   mark_pairs(task.plan, lists, shared);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && task.total != nullptr) {
     task.total->num_tokens = lists.ids.rows;
     task.total->received_rows = lists.ids.rows;
     task.total->overflow_drops = 0;
@@ -72,24 +76,25 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid
 template <class Layout, class A>
 void sort_on_device(device_stream stream, const Layout& layout, const dispatch_bounds& bounds,
                     const dispatch_options& options, const routing<A>& chosen, const dispatch_handle<A>& handle,
-                    const router_workspace& workspace) {
+                    const router_workspace& workspace, device_status* status) {
   const std::int64_t pairs = chosen.expert_ids.rows * chosen.expert_ids.cols;
   TESSERA_EXPECTS(layout.num_ranks() == 1, "one rank sorts its own pairs, the layout has " << layout.num_ranks());
   TESSERA_EXPECTS(chosen.expert_ids.rows <= bounds.max_tokens,
                   chosen.expert_ids.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
-  TESSERA_EXPECTS(pairs <= bounds.max_pairs, pairs << " pairs may arrive, the bound is " << bounds.max_pairs
-                                                   << ": one rank on the device needs row_bound >= T * K");
   expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
   expect_matrix(chosen.weights, chosen.expert_ids.rows, bounds.top_k, "weights");
-  TESSERA_EXPECTS(options.capacity_factor == 0 || options.order == drop_order::position,
-                  "drop_order::weight has no device half: use drop_order::position");
+  const bool capped = options.capacity_factor > 0;
+  const bool by_weight = capped && options.order == drop_order::weight;
+  const bool bounded = pairs > bounds.max_pairs;
+  TESSERA_EXPECTS(!by_weight || !bounded, "drop_order::weight on the device needs row_bound >= T * K = "
+                                              << pairs << ", it is " << bounds.max_pairs);
   TESSERA_EXPECTS(bounds.num_local_experts >= 1 && bounds.num_local_experts <= max_experts,
                   bounds.num_local_experts << " local experts, expected 1 to " << max_experts);
   TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
                   "sorting on the device needs a router_workspace with a barrier and counts of blocks");
   const int num_sms = expect_device("exchange_routing");
   std::int64_t capacity = INT32_MAX;
-  if (options.capacity_factor > 0) {
+  if (capped) {
     capacity =
         std::min(capacity, static_cast<std::int64_t>(std::ceil(static_cast<double>(pairs) * options.capacity_factor /
                                                                static_cast<double>(bounds.num_experts))));
@@ -104,10 +109,31 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
        &handle.total->capacity_drops,
        &handle.total->received_pairs,
        bounds.num_local_experts,
-       static_cast<int>(capacity),
-       {layout}},
+       by_weight ? INT32_MAX : static_cast<int>(capacity),
+       {layout},
+       bounds.max_pairs},
       handle.total};
-  launch_cooperative(stream, task.plan, list_threads, sort_pairs_kernel<A, Layout>, task, "sort_pairs_kernel");
+  const auto sort = [&] {
+    launch_cooperative(stream, task.plan, list_threads, sort_pairs_kernel<A, Layout>, task, "sort_pairs_kernel");
+  };
+  sort();
+  if (!by_weight && !bounded) return;
+  if (by_weight) {
+    drop_light_pairs_kernel<A><<<static_cast<unsigned>(bounds.num_local_experts), drop_threads, 0, stream.get()>>>(
+        {chosen.expert_ids, handle.expert_offsets, handle.gather, handle.pair_weights, handle.expert_row_of,
+         &handle.total->capacity_drops, static_cast<int>(capacity)});
+    check_cuda(cudaGetLastError(), "drop_light_pairs_kernel");
+  } else {
+    drop_late_pairs_kernel<typename dispatch_handle<A>::totals>
+        <<<1, list_threads, 0, stream.get()>>>({handle.expert_row_of, pairs, bounds.max_pairs, handle.total,
+                                                options.overflow == overflow_policy::error, status});
+    check_cuda(cudaGetLastError(), "drop_late_pairs_kernel");
+  }
+  task.lists.slot_of.rows_before = handle.expert_row_of;
+  task.lists.capacity = INT32_MAX;
+  task.lists.dropped = nullptr;
+  task.total = nullptr;
+  sort();
 }
 
 }  // namespace detail

@@ -159,9 +159,10 @@ class layer_exchange<Layer, exchange_kind::alone> {
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
     const router_workspace sort{state.barrier, scratch.block_counts};
     set_totals(stream_, saved.handle.total, chosen.expert_ids.rows);
-    if (plan_.dispatch.capacity_factor > 0) {
+    if (plan_.dispatch.capacity_factor > 0 || plan_.bounds.max_pairs < plan_.bounds.max_sent_pairs()) {
       choose(in, chosen, counts);
-      exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle, sort);
+      exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle, sort,
+                       state.status);
     } else {
       const router_lists<A> lists{saved.handle.expert_offsets, saved.handle.gather, saved.handle.expert_row_of,
                                   saved.handle.pair_weights};
@@ -180,7 +181,7 @@ class layer_exchange<Layer, exchange_kind::alone> {
 
   const comm::symmetric_failure* failure() const { return nullptr; }
 
-  // Without lists, which a capacity changes.
+  // Without lists, which a capacity and a bound change.
   template <class Inputs>
   void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) {
     route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},

@@ -123,7 +123,8 @@ struct list_stash {
         ids(reinterpret_cast<std::int32_t*>(weights + plan.stash_pairs)) {}
 };
 
-// What is sorted, and what for. `SlotOf` turns an expert id into the slot that the lists are sorted by.
+// What is sorted, and what for. `SlotOf` turns an expert id, of the pair with a number t * K + k, into the slot that
+// the lists are sorted by.
 template <class A, class SlotOf>
 struct list_task {
   matrix_view<const std::int32_t> ids;  // [T, K]
@@ -136,14 +137,15 @@ struct list_task {
   int num_slots;
   int capacity;  // rows of an expert at most
   SlotOf slot_of;
-  matrix_view<std::int32_t> stashed_ids{};  // where `list_stash` goes, if the plan has one
-  matrix_view<A> stashed_weights{};
+  std::int64_t max_rows = INT32_MAX;           // room in `gather` and `pair_weights`
+  matrix_view<std::int32_t> stashed_ids = {};  // where `list_stash` goes, if the plan has one
+  matrix_view<A> stashed_weights = {};
 };
 
 // Ids that are negative are no pairs. Lists have -1 in their place, and -2 for ids below -1, which say more to those
 // who wrote them.
 struct same_slot {
-  __device__ int operator()(int expert) const { return expert; }
+  __device__ int operator()(int expert, std::int64_t /*pair*/) const { return expert; }
 };
 
 // Words of a row of counts that a thread adds up, 4 or 2 experts each; their sums take 16 bytes each of `partial`.
@@ -271,7 +273,7 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
   const auto load_pair = [&](int pair, int& slot, A& weight) {
     const int t = pair / top_k;
     const int k = pair - t * top_k;
-    slot = task.slot_of(stashed ? stash.ids[pair] : task.ids.row(first + t)[k]);
+    slot = task.slot_of(stashed ? stash.ids[pair] : task.ids.row(first + t)[k], first * top_k + pair);
     weight = stashed ? stash.weights[pair] : task.weights.row(first + t)[k];
     return t;
   };
@@ -280,8 +282,10 @@ __device__ __forceinline__ void write_lists(const list_plan& plan, const list_ta
     if (slot >= 0) {
       row = shared.base[slot] + place;
       if (row < shared.end[slot]) {
-        task.lists.gather[row] = static_cast<std::int32_t>(first + t);
-        task.lists.pair_weights[row] = weight;
+        if (row < task.max_rows) {
+          task.lists.gather[row] = static_cast<std::int32_t>(first + t);
+          task.lists.pair_weights[row] = weight;
+        }
       } else {
         row = -1;
       }
