@@ -25,15 +25,12 @@
 #include <tessera/layout/table.hpp>
 #include <tessera/moe/moe_layer.cuh>
 
-#include "../support/layer_fixture.hpp"
+#include "layer_ranks.cuh"
 
 namespace {
 
-using namespace tessera_test;
-using device_test::buffer;
+using namespace layer_ranks;
 using device_test::on_ranks;
-using device_test::require;
-using S = ts::bfloat16;
 
 // Layers load their kernels by themselves, unless the environment says otherwise; and streams do not wait for each
 // other by chance.
@@ -61,202 +58,6 @@ using deepseek_like = policies<ts::router<ts::score::sigmoid, ts::select::group_
                                           ts::balance::bias, ts::balance::sequence_loss, ts::balance::z_loss>,
                                ts::weight_layout::out_in_interleaved>;
 
-std::vector<std::int64_t> split_of(std::int64_t tokens, int ranks) {
-  std::vector<std::int64_t> offsets{0};
-  for (int r = 0; r < ranks; ++r)
-    offsets.push_back(r + 1 == ranks ? tokens : offsets.back() + tokens / (ranks + 1 + r));
-  return offsets;
-}
-
-template <class T>
-std::vector<T> part(const std::vector<T>& values, std::int64_t first, std::int64_t last) {
-  return {values.begin() + first, values.begin() + last};
-}
-
-// What a run leaves behind, of all ranks together.
-struct outcome {
-  std::vector<S> y, dx;
-  std::vector<float> gate, up, down, shared_up, losses;
-  std::vector<std::int64_t> load;
-  std::vector<float> bias;
-  std::int64_t dropped = 0;
-};
-
-template <class Layer>
-typename Layer::options full_bound() {
-  typename Layer::options options;
-  options.dispatch.row_bound = ts::dispatch_options::full_row_bound;
-  return options;
-}
-
-// One rank's layer and its memory.
-template <class Layer>
-class rank_layer {
- public:
-  using comm_type = typename Layer::communicator_type;
-  using layout_type = typename Layer::layout_type;
-  using state_buffer = std::shared_ptr<buffer<std::byte>>;
-  rank_layer(comm_type& comm, const layer_problem& p, typename Layer::router_options routing, std::int64_t first,
-             std::int64_t last, std::int64_t max_tokens)
-      : rank_layer(comm, p, routing, first, last, max_tokens, layout_type(p.sizes.num_experts, comm.size()),
-                   full_bound<Layer>()) {}
-  // @param state Of a layer that this one shares it with; null: its own, reset.
-  rank_layer(comm_type& comm, const layer_problem& p, typename Layer::router_options routing, std::int64_t first,
-             std::int64_t last, std::int64_t max_tokens, const layout_type& placement,
-             const typename Layer::options& options, state_buffer state = nullptr)
-      : comm_(comm), sizes_(p.sizes), tokens_(last - first), state_(std::move(state)) {
-    sizes_.max_tokens = max_tokens;
-    const auto bytes = Layer::sizes(sizes_, placement, comm.rank(), options);
-    const auto take = [&](std::size_t n) -> std::byte* {
-      if constexpr (requires { comm.allocate(n); }) {
-        return comm.allocate(n);
-      } else {
-        std::byte* data = nullptr;
-        require(cudaMalloc(&data, n), "cudaMalloc");  // as long as the program
-        return data;
-      }
-    };
-    saved_ = {take(bytes.saved_bytes), bytes.saved_bytes};
-    deferred_ = {take(bytes.deferred_bytes), bytes.deferred_bytes};
-    const std::size_t scratch = std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes);
-    workspace_ = {take(scratch), scratch};
-    const bool own_state = state_ == nullptr;
-    if (own_state) state_ = std::make_shared<buffer<std::byte>>(bytes.state_bytes);
-    moe_.emplace(sizes_, routing, placement, comm, ts::state_memory(state_->data(), state_->size()), options);
-    stream_ = device_test::make_stream();
-    if (own_state) {
-      moe_->reset_state(stream_);
-      require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-      const auto bias = cast<float>(p.bias);
-      require(cudaMemcpy(moe_->state().bias, bias.data(), bias.size() * sizeof(float), cudaMemcpyHostToDevice), "copy");
-    }
-
-    const std::int64_t d = sizes_.hidden;
-    const auto of_experts = [&](const std::vector<double>& all) {
-      return local_rows<S>(all, static_cast<std::int64_t>(all.size()) / sizes_.num_experts, placement, comm.rank());
-    };
-    x_.emplace(cast<S>(part(p.x, first * d, last * d)));
-    dy_.emplace(cast<S>(part(p.dy, first * d, last * d)));
-    y_.emplace(x_->size());
-    dx_.emplace(x_->size());
-    gate_.emplace(cast<float>(p.gate));
-    up_.emplace(of_experts(p.up));
-    down_.emplace(of_experts(p.down));
-    shared_up_.emplace(cast<S>(p.shared_up));
-    shared_down_.emplace(cast<S>(p.shared_down));
-    gate_grad_.emplace(gate_->size());
-    up_grad_.emplace(up_->size());
-    down_grad_.emplace(down_->size());
-    shared_up_grad_.emplace(shared_up_->size());
-    shared_down_grad_.emplace(shared_down_->size());
-    for (const std::int32_t o : p.sequence_offsets) {
-      const auto at = std::clamp<std::int64_t>(o - first, 0, tokens_);
-      if (sequences_.empty() || at > sequences_.back()) sequences_.push_back(static_cast<std::int32_t>(at));
-    }
-    if (sequences_.front() != 0) sequences_.insert(sequences_.begin(), 0);
-    sequence_offsets_.emplace(sequences_);
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  }
-  ~rank_layer() { cudaStreamDestroy(stream_); }
-
-  void step(ts::pass mode) {
-    const typename Layer::inputs in{.x = {x_->data(), tokens_, sizes_.hidden},
-                                    .sequence_offsets = {sequence_offsets_->data(), sequence_offsets_->size()}};
-    const typename Layer::weights weights{.gate = {gate_->data(), sizes_.num_experts, sizes_.hidden},
-                                          .experts = {up_->data(), down_->data()},
-                                          .shared = {shared_up_->data(), shared_down_->data()}};
-    const ts::matrix_view<const S> dy{dy_->data(), tokens_, sizes_.hidden};
-    moe_->forward(stream_, mode, in, weights, {y_->data(), tokens_, sizes_.hidden}, saved_, workspace_);
-    if (mode == ts::pass::eval) return;
-    moe_->backward_input(stream_, in, dy, weights, saved_, {dx_->data(), tokens_, sizes_.hidden}, deferred_,
-                         workspace_);
-    moe_->backward_weights(stream_, in, dy, saved_, deferred_,
-                           {.gate = gate_grad_->data(),
-                            .experts = {up_grad_->data(), down_grad_->data()},
-                            .shared = {shared_up_grad_->data(), shared_down_grad_->data()}},
-                           ts::write::overwrite);
-  }
-  // Bytes that are no result, wherever a step writes one. Nothing may be under way.
-  void poison() {
-    for (auto* rows : {&y_, &dx_}) (*rows)->fill(0xff);
-    for (auto* sums : {&gate_grad_, &up_grad_, &down_grad_, &shared_up_grad_, &shared_down_grad_}) (*sums)->fill(0xff);
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  }
-  std::vector<S> tokens() const { return x_->get(); }
-  void set_tokens(const std::vector<S>& x) { x_->set(x); }
-  void end_step() { moe_->end_step(stream_, comm_); }
-  void sync() {
-    if constexpr (requires { comm_.wait(stream_); }) {
-      comm_.wait(stream_);
-    } else {
-      require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-    }
-    ts::device_status status;
-    require(cudaMemcpy(&status, moe_->state().status, sizeof(status), cudaMemcpyDeviceToHost), "copy");
-    ts::expect_ok(status);
-  }
-  cudaStream_t stream() const { return stream_; }
-  const state_buffer& state() const { return state_; }
-
-  outcome results() const {
-    outcome o;
-    o.y = y_->get();
-    o.dx = dx_->get();
-    o.gate = gate_grad_->get();
-    o.up = up_grad_->get();
-    o.down = down_grad_->get();
-    o.shared_up = shared_up_grad_->get();
-    o.load.resize(static_cast<std::size_t>(sizes_.num_experts));
-    o.bias.resize(o.load.size());
-    o.losses.resize(Layer::num_losses);
-    const auto& state = moe_->state();
-    const auto get = [](auto& to, const auto* from) {
-      require(cudaMemcpy(to.data(), from, to.size() * sizeof(to[0]), cudaMemcpyDeviceToHost), "copy");
-    };
-    get(o.load, state.global_load);
-    get(o.bias, state.bias);
-    get(o.losses, state.losses);
-    require(cudaMemcpy(&o.dropped, state.dropped_by_bound, sizeof(o.dropped), cudaMemcpyDeviceToHost), "copy");
-    return o;
-  }
-
- private:
-  comm_type& comm_;
-  ts::shape sizes_;
-  std::int64_t tokens_;
-  cudaStream_t stream_ = nullptr;
-  ts::saved_memory saved_;
-  ts::deferred_memory deferred_;
-  ts::workspace_memory workspace_;
-  state_buffer state_;
-  std::optional<Layer> moe_;
-  std::optional<buffer<S>> x_, dy_, y_, dx_, up_, down_, shared_up_, shared_down_;
-  std::optional<buffer<float>> gate_, gate_grad_, up_grad_, down_grad_, shared_up_grad_, shared_down_grad_;
-  std::vector<std::int32_t> sequences_;
-  std::optional<buffer<std::int32_t>> sequence_offsets_;
-};
-
-outcome join(const std::vector<outcome>& ranks) {
-  outcome all = ranks[0];
-  for (std::size_t r = 1; r < ranks.size(); ++r) {
-    const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
-    const auto add = [](auto& to, const auto& from) {
-      for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
-    };
-    append(all.y, ranks[r].y);
-    append(all.dx, ranks[r].dx);
-    append(all.up, ranks[r].up);
-    append(all.down, ranks[r].down);
-    add(all.gate, ranks[r].gate);
-    add(all.shared_up, ranks[r].shared_up);
-    add(all.losses, ranks[r].losses);
-    all.dropped += ranks[r].dropped;
-    CHECK(all.load == ranks[r].load);
-    CHECK(all.bias == ranks[r].bias);
-  }
-  return all;
-}
-
 int num_ranks() { return (std::min)(device_test::num_gpus(), 4); }
 
 ts::comm::symmetric_options window(std::size_t mib) {
@@ -280,17 +81,6 @@ deepseek_like::router::options router_options() {
   routing.weigh.scale = 1.5f;
   routing.select = {.groups = 4, .kept_groups = 2};
   return routing;
-}
-
-template <class T>
-std::vector<double> widened(const std::vector<T>& values) {
-  std::vector<double> out;
-  for (const T& v : values) out.push_back(widen(v));
-  return out;
-}
-
-bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
 }
 
 }  // namespace
