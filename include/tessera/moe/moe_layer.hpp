@@ -36,8 +36,8 @@ struct layer_options {
   typename Experts::options activation = {};  ///< Of the activation, routed and shared.
   std::int64_t chunk_tokens = 0;           ///< Tokens of a chunk of gradients and losses; 0: one contribution per call.
   saved_rows rows = saved_rows::received;  ///< Whether received rows are kept; the same on all ranks.
-  side_stream side = {};  ///< One GPU: shared experts run on it, beside routed ones. Over `comm::symmetric` they run on
-                          ///< the communicator's own.
+  side_stream side = {};  ///< One GPU, or sized on the host: shared experts run on it, beside routed ones. Else, over
+                          ///< `comm::symmetric`, they run on the communicator's own.
 };
 
 /// Bytes of each memory class on one rank. Pure functions of bounds: equal sizes give equal bytes.
