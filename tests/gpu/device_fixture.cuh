@@ -26,7 +26,12 @@ inline void require(cudaError_t status, const char* what) {
 
 inline void synchronize() { require(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
 
+/// Waits for the default stream. Streams of `make_stream` do not, and setting memory returns before it is set, as does
+/// a copy out of pageable memory: without this a kernel on such a stream may come first.
+inline void finish_default_stream() { require(cudaStreamSynchronize(cudaStream_t{}), "cudaStreamSynchronize"); }
+
 /// Device memory, filled with bytes that are no plausible result (NaN as float, a large negative number as integer).
+/// What is written has been written when a call returns, for every stream.
 template <class T>
 class buffer {
  public:
@@ -40,10 +45,14 @@ class buffer {
   ~buffer() { cudaFree(data_); }
 
   void fill(int byte) {
-    if (size_ > 0) require(cudaMemset(data_, byte, size_ * sizeof(T)), "cudaMemset");
+    if (size_ == 0) return;
+    require(cudaMemset(data_, byte, size_ * sizeof(T)), "cudaMemset");
+    finish_default_stream();
   }
   void set(const std::vector<T>& values) {
-    if (size_ > 0) require(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "copy");
+    if (size_ == 0) return;
+    require(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "copy");
+    finish_default_stream();
   }
   std::vector<T> get() const {
     std::vector<T> values(size_);
