@@ -6,9 +6,12 @@
 
 #define DOCTEST_CONFIG_IMPLEMENT
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
@@ -182,6 +185,17 @@ struct problem {
                      lists(), workspace(), d_status.data());
   }
 };
+
+// Each block writes its part late.
+__global__ void copy_slowly_kernel(float* to, const float* from, std::size_t count) {
+  const long long begin = clock64();
+  while (clock64() - begin < 20000) {
+  }
+  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
+       i += std::size_t{gridDim.x} * blockDim.x) {
+    to[i] = from[i];
+  }
+}
 
 std::string name_of(const shape& s) {
   std::string name = "T";
@@ -481,6 +495,73 @@ TEST_CASE("a graph's replays see changed logits") {
   }
   cudaGraphExecDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+TEST_CASE("a kernel that starts early waits for what is ahead of it in its stream") {
+  for (const shape& s : {shape{8192, 256, 8}, shape{1500, 896, 8}, shape{20, 64, 8}}) {
+    CAPTURE(name_of(s));
+    problem<plain> p(s, 53);
+    const cudaStream_t stream = device_test::make_stream();
+    buffer<float> logits[2] = {buffer<float>(p.logits), buffer<float>(device_test::normal(p.logits.size(), 54))};
+    std::vector<std::int32_t> expected[2], expected_rows[2];
+    for (int i = 0; i < 2; ++i) {
+      p.d_logits.set(logits[i].get());
+      p.sorted(stream);
+      device_test::synchronize();
+      expected[i] = p.d_ids.get();
+      expected_rows[i] = p.d_row_of.get();
+    }
+    CHECK(expected[0] != expected[1]);
+    constexpr int runs = 40, pairs_of_runs = 2 * runs;
+    buffer<std::int32_t> ids(pairs_of_runs * p.pairs());
+    // logits by a kernel or by a copy, ids by a memory set; then the same again, behind the router's own kernel
+    const auto run = [&](int i, int kept, bool sets) {
+      if (i % 4 < 2) {
+        copy_slowly_kernel<<<64, 128, 0, stream>>>(p.d_logits.data(), logits[i % 2].data(), p.logits.size());
+      } else {
+        device_test::require(cudaMemcpyAsync(p.d_logits.data(), logits[i % 2].data(), p.logits.size() * sizeof(float),
+                                             cudaMemcpyDeviceToDevice, stream),
+                             "copy");
+      }
+      if (sets) {
+        device_test::require(cudaMemsetAsync(p.d_ids.data(), 0xff, p.pairs() * sizeof(std::int32_t), stream), "set");
+        device_test::require(cudaMemsetAsync(p.d_row_of.data(), 0xff, p.pairs() * sizeof(std::int32_t), stream), "set");
+      }
+      p.sorted(stream);
+      p.sorted(stream);
+      const auto keep = [&](int at, const buffer<std::int32_t>& from) {
+        device_test::require(cudaMemcpyAsync(ids.data() + static_cast<std::size_t>(at) * p.pairs(), from.data(),
+                                             p.pairs() * sizeof(std::int32_t), cudaMemcpyDeviceToDevice, stream),
+                             "copy");
+      };
+      keep(2 * kept, p.d_ids);
+      keep(2 * kept + 1, p.d_row_of);
+    };
+    const auto wrong = [&](int count) {
+      device_test::synchronize();
+      const auto got = ids.get();
+      int result = 0;
+      for (int i = 0; i < 2 * count; ++i) {
+        const auto& want = i % 2 == 0 ? expected[i / 2 % 2] : expected_rows[i / 2 % 2];
+        if (!std::equal(want.begin(), want.end(), got.begin() + std::ptrdiff_t{i} * std::ssize(want))) ++result;
+      }
+      return result;
+    };
+    for (const bool sets : {true, false}) {
+      CAPTURE(sets);
+      ids.fill(0xff);
+      for (int i = 0; i < runs; ++i) run(i, i, sets);
+      CHECK(wrong(runs) == 0);
+      cudaGraphExec_t graph = device_test::capture(stream, [&] {
+        for (int i = 0; i < 4; ++i) run(i, i, sets);
+      });
+      ids.fill(0xff);
+      for (int i = 0; i < 10; ++i) device_test::require(cudaGraphLaunch(graph, stream), "cudaGraphLaunch");
+      CHECK(wrong(4) == 0);
+      cudaGraphExecDestroy(graph);
+    }
+    cudaStreamDestroy(stream);
+  }
 }
 
 TEST_CASE("a token whose logits are not finite gets no experts, and the status names it") {
