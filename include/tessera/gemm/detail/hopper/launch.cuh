@@ -110,12 +110,8 @@ void launch_configured(device_stream stream, const gemm::hopper::config& c, cons
       return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
   }
   // The copy engine alone keeps three stages full; what the fourth would take holds all that a warp stores of a tile.
-#if defined(TESSERA_FOUR_STAGES)
-  static constexpr bool stages_output = false;
-#else
   static constexpr bool stages_output =
       Product == product::variable_m && Gathered == gathered::none && !Epilogue::split && Epilogue::clusters;
-#endif
   static constexpr int stages = stages_output ? 3 : 4, staging = stages_output ? 4 : 2;
   static constexpr int most_blocks = Epilogue::clusters ? 2 : 1;
   if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster >= 1 && c.cluster <= most_blocks)

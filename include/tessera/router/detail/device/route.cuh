@@ -297,9 +297,6 @@ void launch_cooperative(device_stream stream, const list_plan& plan, int threads
     attributes[count].id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all of them run, or none
     attributes[count++].val.cooperative = 1;
   }
-#if defined(TESSERA_NO_EARLY_START)
-  starts_early = false;
-#endif
   if (starts_early && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     // code for earlier devices, which runs on later ones too, does not wait for the kernel before it
     cudaFuncAttributes compiled{};
