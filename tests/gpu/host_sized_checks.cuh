@@ -66,13 +66,16 @@ template <class Comm, class Layout>
 class host_sized_rank {
  public:
   host_sized_rank(Comm& comm, const routing_case& c, const Layout& layout, const ts::dispatch_options& options)
+      : host_sized_rank(comm, c, layout, layout.num_slots(comm.rank()), options) {}
+  /// @param num_slots Of this rank, where the layout reads memory that only the device sees.
+  host_sized_rank(Comm& comm, const routing_case& c, const Layout& layout, int num_slots,
+                  const ts::dispatch_options& options)
       : comm_(comm),
         c_(c),
         layout_(layout),
         options_(options),
         grid_(ts::grid_of(comm)),
-        bounds_(ts::dispatch_bounds::make(comm.size(), c.num_experts, layout.num_slots(comm.rank()), c.top_k,
-                                          c.max_tokens, options)),
+        bounds_(ts::dispatch_bounds::make(comm.size(), c.num_experts, num_slots, c.top_k, c.max_tokens, options)),
         stream_(device_test::make_stream()) {
     ts::memory_builder counting;
     carve(counting);

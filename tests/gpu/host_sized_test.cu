@@ -50,7 +50,7 @@ void check_case(const routing_case& c, const Layout& layout, LayoutOn layout_on,
   for (int round = 0; round < rounds; ++round) expected.emplace_back(c, layout, options, 31u + unsigned(round));
   CHECK_NOTHROW(on_shared_gpus(static_cast<int>(c.tokens.size()), [&](over_host& comm) {
     const auto run = [&](auto& over) {
-      host_sized_rank rank(over, c, layout_on(comm.rank()), options);
+      host_sized_rank rank(over, c, layout_on(comm.rank()), layout.num_slots(comm.rank()), options);
       for (const expected_world& e : expected) rank.check(e.data, e.lists, e.outputs, found);
     };
     if (ranks_per_host == 0) {

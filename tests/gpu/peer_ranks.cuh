@@ -7,10 +7,12 @@
 // SMs.
 
 #include <algorithm>
+#include <barrier>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -24,6 +26,16 @@
 namespace device_test {
 
 class peer_ranks;
+
+/// A failure in words, or nothing where there is none.
+inline std::string text_of(const tessera::comm::symmetric_failure& f) {
+  if (f.state == 0) return {};
+  constexpr const char* channels[] = {"tables", "rows", "sums", "values"};
+  constexpr const char* steps[] = {"entry", "arrival", "chunk", "overflow"};
+  return "rank " + std::to_string(f.rank) + " failed over rank " + std::to_string(f.peer) + ": " +
+         channels[static_cast<int>(f.channel)] + ", " + steps[static_cast<int>(f.step)] + ", generation " +
+         std::to_string(f.generation);
+}
 
 /// One rank: a model of `peer_communicator`.
 class peer_rank {
@@ -72,7 +84,7 @@ class peer_rank {
     auto* place = reinterpret_cast<T*>(window_[rank_] + used_);
     used_ += static_cast<std::size_t>(count) * sizeof(T);
     if (used_ > window_bytes) {
-      std::printf("the window is too small\n");
+      std::printf("the window of %zu bytes is too small, %zu are needed so far\n", window_bytes, used_);
       std::exit(1);
     }
     return place;
@@ -108,7 +120,8 @@ class peer_rank {
 
 class peer_ranks {
  public:
-  peer_ranks(int size, std::size_t window_bytes, int copy_streams = 0) : ranks_(static_cast<std::size_t>(size)) {
+  peer_ranks(int size, std::size_t window_bytes, int copy_streams = 0)
+      : ranks_(static_cast<std::size_t>(size)), all_(size) {
     int devices = 0;
     require(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
     devices = std::min(devices, size);
@@ -194,9 +207,15 @@ class peer_ranks {
     for (auto& thread : threads) thread.join();
   }
 
+  /// Called by all ranks of a `run`: nobody returns before all have come. Ranks that launch many graphs call it before
+  /// each. A launch that finds its queue full keeps others from launching on the same GPU until there is room: what the
+  /// queue waits for must have been launched by then.
+  void wait_for_all() { all_.arrive_and_wait(); }
+
  private:
   static constexpr std::size_t local_bytes = 1024;
   std::vector<peer_rank> ranks_;
+  std::barrier<> all_;
 };
 
 }  // namespace device_test

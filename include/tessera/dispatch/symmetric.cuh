@@ -222,16 +222,16 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   const int num_sms = expect_sm90("exchange_routing");
   const auto view = comm.view(comm::symmetric_channel::tables);
 
-  // Rows wait for their destinations only; tables and lists take the side stream.
+  // Rows wait for their destinations only; tables and lists take the side stream. Both wait for other ranks: graphs of
+  // all ranks have the same shape, without tokens too, so that the branches of each begin in the same order.
   const device_stream side = comm.side_stream();
   detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
   detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
-  if (num_tokens > 0) {
-    find_destinations_kernel<Layout>
-        <<<static_cast<unsigned>((num_tokens + destination_threads - 1) / destination_threads), destination_threads, 0,
-           stream.get()>>>(layout, chosen.expert_ids, handle.destinations);
-    detail::check_cuda(cudaGetLastError(), "find_destinations_kernel");
-  }
+  const auto token_blocks =
+      static_cast<unsigned>(std::max<std::int64_t>((num_tokens + destination_threads - 1) / destination_threads, 1));
+  find_destinations_kernel<Layout>
+      <<<token_blocks, destination_threads, 0, stream.get()>>>(layout, chosen.expert_ids, handle.destinations);
+  detail::check_cuda(cudaGetLastError(), "find_destinations_kernel");
   push_task<A, Layout> push{view,
                             layout,
                             chosen.expert_ids,
