@@ -66,9 +66,8 @@ __device__ __forceinline__ bool block_failed(const symmetric_view& view) {
   return __syncthreads_or(failed(view) ? 1 : 0) != 0;
 }
 
-/// Writes the first failure down, at `here` and where the host sees it. Its arguments are values: a reference to a view
-/// that is a kernel's parameter would be read through the driver's copy of the parameters in memory, which kernels that
-/// wait for long would alone depend on.
+/// Writes the first failure down, at `here` and where the host sees it. Arguments are values: a reference to a view
+/// that is a kernel's parameter would be an address of the driver's copy of the parameters, which no other flag needs.
 static __device__ __noinline__ void write_down(comm::symmetric_failure* here, comm::symmetric_failure* host, int rank,
                                                int peer, comm::symmetric_channel channel, symmetric_step step,
                                                std::uint32_t generation) {
