@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -92,6 +94,7 @@ class rank_layer {
     moe_.emplace(sizes_, routing, placement, comm, ts::state_memory(state_->data(), state_->size()), options);
     stream_ = device_test::make_stream();
     if (own_state) {
+      require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // cudaMemset is over: nothing else orders the two
       moe_->reset_state(stream_);
       require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
       const auto bias = cast<float>(p.bias);
@@ -124,7 +127,13 @@ class rank_layer {
     sequence_offsets_.emplace(sequences_);
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
-  ~rank_layer() { cudaStreamDestroy(stream_); }
+  rank_layer(const rank_layer&) = delete;
+  rank_layer& operator=(const rank_layer&) = delete;
+  // When a rank throws, kernels may be under way that read what is freed here; their waits end by themselves.
+  ~rank_layer() {
+    cudaDeviceSynchronize();
+    cudaStreamDestroy(stream_);
+  }
 
   void step(ts::pass mode) {
     const typename Layer::inputs in{.x = {x_->data(), tokens_, sizes_.hidden},
@@ -134,14 +143,17 @@ class rank_layer {
                                           .shared = {shared_up_->data(), shared_down_->data()}};
     const ts::matrix_view<const S> dy{dy_->data(), tokens_, sizes_.hidden};
     moe_->forward(stream_, mode, in, weights, {y_->data(), tokens_, sizes_.hidden}, saved_, workspace_);
+    look("forward");
     if (mode == ts::pass::eval) return;
     moe_->backward_input(stream_, in, dy, weights, saved_, {dx_->data(), tokens_, sizes_.hidden}, deferred_,
                          workspace_);
+    look("backward_input");
     moe_->backward_weights(stream_, in, dy, saved_, deferred_,
                            {.gate = gate_grad_->data(),
                             .experts = {up_grad_->data(), down_grad_->data()},
                             .shared = {shared_up_grad_->data(), shared_down_grad_->data()}},
                            ts::write::overwrite);
+    look("backward_weights");
   }
   // Bytes that are no result, wherever a step writes one. Nothing may be under way.
   void poison() {
@@ -150,11 +162,19 @@ class rank_layer {
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
   std::vector<S> tokens() const { return x_->get(); }
-  void set_tokens(const std::vector<S>& x) { x_->set(x); }
+  void set_tokens(const std::vector<S>& x) {
+    x_->set(x);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // a copy from pageable memory may still be under way
+  }
   void end_step() { moe_->end_step(stream_, comm_); }
   void sync() {
     if constexpr (requires { comm_.wait(stream_); }) {
-      comm_.wait(stream_);
+      try {
+        comm_.wait(stream_);
+      } catch (const ts::cuda_error& e) {
+        tell("wait", e.what());
+        throw;
+      }
     } else {
       require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     }
@@ -188,6 +208,26 @@ class rank_layer {
   }
 
  private:
+  // With TESSERA_TEST_PHASES in the environment, which call of a step a CUDA error belongs to. All ranks wait then, but
+  // none in a capture.
+  void look(const char* call) const {
+    static const bool asked = std::getenv("TESSERA_TEST_PHASES") != nullptr;
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (!asked || cudaStreamIsCapturing(stream_, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone)
+      return;
+    const cudaError_t status = cudaStreamSynchronize(stream_);
+    if (status != cudaSuccess) tell(call, cudaGetErrorString(status));
+  }
+  // What an exception does not say: whose error it is, and whether a kernel had seen a failure before.
+  void tell(const char* call, const char* error) const {
+    std::fprintf(stderr, "rank %d: %s: %s\n", comm_.rank(), call, error);
+    if constexpr (requires { comm_.failure(); }) {
+      if (const auto seen = comm_.failure())
+        std::fprintf(stderr, "rank %d had seen a failure: peer %d, channel %d, step %d, generation %u\n", comm_.rank(),
+                     seen->peer, static_cast<int>(seen->channel), static_cast<int>(seen->step), seen->generation);
+    }
+  }
+
   comm_type& comm_;
   ts::shape sizes_;
   std::int64_t tokens_;

@@ -66,19 +66,26 @@ __device__ __forceinline__ bool block_failed(const symmetric_view& view) {
   return __syncthreads_or(failed(view) ? 1 : 0) != 0;
 }
 
-/// Writes the first failure down, here and where the host sees it.
-static __device__ __noinline__ void record(const symmetric_view& view, int peer, symmetric_step step,
-                                           std::uint32_t generation) {
-  if (atomicCAS(&view.failure->state, 0u, 1u) != 0u) return;
-  for (comm::symmetric_failure* copy : {view.failure, view.host_failure}) {
+/// Writes the first failure down, at `here` and where the host sees it. Arguments are values: a reference to a view
+/// that is a kernel's parameter would be an address of the driver's copy of the parameters, which no other flag needs.
+static __device__ __noinline__ void write_down(comm::symmetric_failure* here, comm::symmetric_failure* host, int rank,
+                                               int peer, comm::symmetric_channel channel, symmetric_step step,
+                                               std::uint32_t generation) {
+  if (atomicCAS(&here->state, 0u, 1u) != 0u) return;
+  for (int i = 0; i < 2; ++i) {
+    comm::symmetric_failure* const copy = i == 0 ? here : host;
     if (copy == nullptr) continue;
-    copy->rank = view.rank;
+    copy->rank = rank;
     copy->peer = peer;
-    copy->channel = view.channel;
+    copy->channel = channel;
     copy->step = step;
     copy->generation = generation;
     post(&copy->state, 2);
   }
+}
+__device__ __forceinline__ void record(const symmetric_view& view, int peer, symmetric_step step,
+                                       std::uint32_t generation) {
+  write_down(view.failure, view.host_failure, view.rank, peer, view.channel, step, generation);
 }
 
 /// Waits until a flag of this rank's has come to `generation`. @param peer Who posts it. @return false after the
