@@ -26,11 +26,13 @@ done
 python3 bench/table.py "$results"/gpu_{gemm,router,layer}.json
 # Between 2 and 4 GPUs, where NCCL was found and there are as many. NVLink multicast is not used and stays off.
 for ranks in 2 4; do
-  if [[ -x $build/bench/ranks_gpu_bench && $(nvidia-smi --list-gpus | wc -l) -ge $ranks ]]; then
-    echo "== $ranks ranks" >&2
-    CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((ranks - 1))) NCCL_NVLS_ENABLE=0 \
-      "$build/bench/ranks_gpu_bench" --benchmark_format=json 2>/dev/null |
-      sed -e '/"host_name":/d' -e '/"executable":/d' -e '/"load_avg":/d' >"$results/gpu_ranks_$ranks.json"
-    python3 bench/table.py "$results/gpu_ranks_$ranks.json"
-  fi
+  for name in ranks overlap; do
+    if [[ -x $build/bench/${name}_gpu_bench && $(nvidia-smi --list-gpus | wc -l) -ge $ranks ]]; then
+      echo "== $name, $ranks GPUs" >&2
+      CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((ranks - 1))) NCCL_NVLS_ENABLE=0 \
+        "$build/bench/${name}_gpu_bench" --benchmark_format=json 2>/dev/null |
+        sed -e '/"host_name":/d' -e '/"executable":/d' -e '/"load_avg":/d' >"$results/gpu_${name}_$ranks.json"
+      python3 bench/table.py "$results/gpu_${name}_$ranks.json"
+    fi
+  done
 done
