@@ -1,0 +1,103 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/dispatch/detail/symmetric/bulk.cuh>
+#include <tessera/dispatch/detail/symmetric/sums_units.cuh>
+
+// Flags of units that have been sent, posted by a warp of their own.
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+// Where sending warps leave the units whose flags are to be posted: a release to other GPUs takes a microsecond or
+// more, which a warp of its own spends.
+struct flag_mail {
+  static constexpr std::uint32_t done = 0xffffffffu;
+  std::uint32_t address;  // of a word of shared memory for each sending warp
+
+  __device__ std::uint32_t read(int warp) const {
+    std::uint32_t value;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+                 : "=r"(value)
+                 : "r"(address + static_cast<std::uint32_t>(4 * warp))
+                 : "memory");
+    return value;
+  }
+  __device__ void write(int warp, std::uint32_t value) const {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address + static_cast<std::uint32_t>(4 * warp)),
+                 "r"(value)
+                 : "memory");
+  }
+  __device__ void send(int warp, std::uint32_t value) const {
+    while (read(warp) != 0) continue;
+    write(warp, value);
+  }
+};
+
+// Hands over the flag of a unit when some pieces have been sent after it, which is when its own have been written. One
+// thread's.
+class late_post {
+ public:
+  static constexpr int lag = 3;
+  __device__ late_post(flag_mail mail, int warp) : mail_(mail), warp_(warp) {}
+  // After each piece's commit.
+  __device__ void sent() {
+    ++groups_;
+    if (waiting_ != 0 && groups_ == lag) flush();
+  }
+  // After the last piece of a unit.
+  __device__ void unit(int unit) {
+    if (groups_ == 0) return mail_.send(warp_, static_cast<std::uint32_t>(unit) + 1);  // nothing of it is under way
+    if (waiting_ != 0) flush();
+    waiting_ = static_cast<std::uint32_t>(unit) + 1;
+    groups_ = 0;
+  }
+  __device__ void last() {
+    groups_ = 0;
+    if (waiting_ != 0) flush();
+    mail_.send(warp_, flag_mail::done);
+  }
+
+ private:
+  __device__ void flush() {
+    // what was sent since then may still be under way
+    if (groups_ == 0) bulk::wait_written<0>();
+    if (groups_ == 1) bulk::wait_written<1>();
+    if (groups_ == 2) bulk::wait_written<2>();
+    if (groups_ >= 3) bulk::wait_written<3>();
+    mail_.send(warp_, waiting_);
+    waiting_ = 0;
+  }
+
+  flag_mail mail_;
+  int warp_;
+  std::uint32_t waiting_ = 0;  // the unit before, and 1
+  int groups_ = 0;             // committed since then
+};
+
+// A lane for each sending warp.
+inline __device__ void post_role(const comm::symmetric_view& view, std::uint32_t generation, flag_mail mail, int lane) {
+  const int peers = view.size - 1;
+  bool open = lane < send_warps && peers > 0;
+  while (__any_sync(full_warp, open)) {
+    if (!open) continue;
+    const std::uint32_t got = mail.read(lane);
+    if (got == flag_mail::done) open = false;
+    if (got == 0 || got == flag_mail::done) continue;
+    mail.write(lane, 0);
+    const int unit = static_cast<int>(got - 1);
+    const int chunk = unit / peers;
+    post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + chunk,
+                 peer_of_send(view, unit - chunk * peers)),
+         generation);
+  }
+}
+
+}  // namespace detail::symmetric
+
+TESSERA_NAMESPACE_END
