@@ -9,6 +9,7 @@
 /// Sizes d and n are multiples of 8; weights and rows start at multiples of 16 bytes. `P` is the last row offset, read
 /// on the device; buffers of `max_pairs` rows bound it.
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -44,6 +45,12 @@ void with_source(const expert_rows& rows, F&& f) {
     f(std::integral_constant<gathered, gathered::a>{});
   else
     f(std::integral_constant<gathered, gathered::none>{});
+}
+
+// Rows that products may touch. Tiles reach past the last row of a group; where rows are read in place, in an array
+// that has fewer rows than there is room for, they must not reach past its end.
+inline std::int64_t rows_in_reach(const expert_rows& rows, std::int64_t source_rows, std::int64_t max_rows) {
+  return rows.gather == nullptr && source_rows > 0 ? std::min(source_rows, max_rows) : max_rows;
 }
 
 // `c(g, m, n) (=|+=) sum_i rows[source of i][m] * packed[i][n]`, where the gathered operand may have to be the second
@@ -84,7 +91,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
   const detail::device_products<Gemm> products(scratch.tile_counter);
   const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
-  const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, saved.h.rows};
+  const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts,
+                                        detail::rows_in_reach(rows, x.rows, saved.h.rows)};
   const auto up = WeightLayout::up(w.up, up_width(), d, w.up_stride);
   const auto down = WeightLayout::down(w.down, d, n, w.down_stride);
   const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
@@ -117,7 +125,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   using gemm::hopper::gathered;
   const detail::device_products<Gemm> products(scratch.tile_counter);
   const auto first = products.limited(scratch.first_sms);
-  const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
+  const std::int64_t d = dims_.hidden, n = dims_.intermediate;
+  const std::int64_t max_rows = detail::rows_in_reach(rows, dy.rows, saved.h.rows);
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, max_rows};
   const auto up = detail::transposed(WeightLayout::up(w.up, up_width(), d, w.up_stride));
   const auto down = detail::transposed(WeightLayout::down(w.down, d, n, w.down_stride));
@@ -162,7 +171,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
   const detail::device_products<Gemm> products(scratch.tile_counter);
   const auto first = products.limited(scratch.first_sms);
-  const std::int64_t d = dims_.hidden, n = dims_.intermediate, max_rows = saved.h.rows;
+  const std::int64_t d = dims_.hidden, n = dims_.intermediate;
+  const std::int64_t max_rows = detail::rows_in_reach(groups, dy.rows, saved.h.rows);
   const bool on_input = weighting.values != nullptr && weighting.applied == weight_on::input;
   const bool accumulates = mode == write::accumulate;
   const gemm::row_operand<bfloat16> act{deferred.activation.data, deferred.activation.stride, nullptr};
