@@ -62,7 +62,7 @@ struct exchange_case {
     std::mt19937 generator(static_cast<unsigned>(comm.rank()) + 1);
     std::vector<std::int32_t> chosen;
     std::vector<float> w;
-    for (std::int64_t t = 0; t < s.T; ++t) {
+    for (std::int64_t token = 0; token < s.T; ++token) {
       const std::size_t begin = chosen.size();
       std::uint32_t remote = 0;
       while (chosen.size() < begin + static_cast<std::size_t>(s.K)) {

@@ -30,6 +30,7 @@ namespace {
 namespace ts = tessera;
 namespace flags = tessera::detail::symmetric;
 using bf16 = ts::bfloat16;
+using device_test::has_gpus;
 using device_test::peer_rank;
 using device_test::peer_ranks;
 using device_test::require;
@@ -353,6 +354,7 @@ TEST_CASE("10000 rounds as replays of graphs, with another routing in each, and 
   constexpr int replays = 500;
   for (const int size : {2, 3, 4}) {
     CAPTURE(size);
+    if (!has_gpus(size, size / 2)) continue;
     peer_ranks ranks(size, window_bytes);
     auto chains = make_chains(ranks);
     std::mutex mutex;
@@ -391,6 +393,7 @@ TEST_CASE("a rank that stops at any phase, or half-way through it, is named by a
   constexpr int stopped = 1;
   for (const int size : {2, 3}) {
     CAPTURE(size);
+    if (!has_gpus(size, size / 2)) continue;
     peer_ranks ranks(size, window_bytes);
     auto chains = make_chains(ranks);
     for (int r = 0; r < size; ++r) ranks[r].timeout_ns = 300'000'000;
@@ -448,6 +451,7 @@ TEST_CASE("a rank that stops at any phase, or half-way through it, is named by a
 TEST_CASE("a bound that is too small names the rank and its need, and after reset the need is enough") {
   for (const int size : {2, 3}) {
     CAPTURE(size);
+    if (!has_gpus(size, size / 2)) continue;
     peer_ranks ranks(size, window_bytes);
     auto chains = make_chains(ranks);
     // of round 0

@@ -202,6 +202,9 @@ void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens
                  const ts::dispatch_options& dispatch = {}) {
   auto p = make_problem(sizes, tokens, Policies::gated, 17, true);
   p.chunk_tokens = chunk_tokens;
+  // Logits of long rows lie so far apart that softmax of two of them is 0 in fp32, and a tie there alone.
+  if (sizes.hidden > 1000)
+    std::transform(p.gate.begin(), p.gate.end(), p.gate.begin(), [](double g) { return g / 16; });
   if (tokens > 100) p.sequence_offsets = {0, 40, 41, static_cast<std::int32_t>(tokens)};
   typename Policies::router::options routing;
   routing.weigh.scale = 1.5f;

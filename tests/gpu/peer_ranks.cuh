@@ -118,6 +118,16 @@ class peer_rank {
   cudaEvent_t copied_ = nullptr;
 };
 
+/// Whether ranks need not share GPUs more than `sharing` ranks to one; says so where they would. Ranks that share one
+/// take turns at its launches, too, and many small operations that wait for each other may not come to an end in time.
+inline bool has_gpus(int ranks, int sharing) {
+  int devices = 0;
+  require(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
+  if (ranks <= devices * sharing) return true;
+  std::printf("%d ranks on %d GPUs: left out\n", ranks, devices);
+  return false;
+}
+
 class peer_ranks {
  public:
   peer_ranks(int size, std::size_t window_bytes, int copy_streams = 0)

@@ -29,6 +29,7 @@ namespace {
 namespace ts = tessera;
 namespace transport = tessera::transport;
 using bf16 = ts::bfloat16;
+using device_test::has_gpus;
 using device_test::peer_rank;
 using device_test::peer_ranks;
 using device_test::require;
@@ -325,6 +326,7 @@ void for_each_transport(int ranks, F f) {
 void check_problem(const problem& p) {
   CAPTURE(p.ranks());
   CAPTURE(p.max_tokens);
+  if (!has_gpus(p.ranks(), 1)) return;
   peer_ranks ranks(p.ranks(), window_bytes, std::max(p.ranks(), 3));
   findings found;
   std::vector<rank_data> data;
@@ -380,6 +382,7 @@ TEST_CASE("rows of which a bound has dropped pairs, or all of them") {
 
 TEST_CASE("a graph with each transport is replayed with other tokens") {
   const problem p{{120, 77, 100}, 128, 512, 24, 4};
+  if (!has_gpus(p.ranks(), 1)) return;
   std::vector<std::vector<rank_data>> data(2);
   for (int r = 0; r < p.ranks(); ++r) {
     data[0].emplace_back(p, r, 21);
@@ -425,6 +428,7 @@ TEST_CASE("a graph with each transport is replayed with other tokens") {
 
 TEST_CASE("a rank that does not come is named by the others within the timeout, and every stream ends") {
   const problem p{{30, 28, 20}, 30, 64, 9, 4};
+  if (!has_gpus(p.ranks(), 1)) return;
   enum class missing { rows, sums };
   for_each_transport(p.ranks(), [&](const std::string& name, const auto& how, bool early) {
     if (early) return;

@@ -36,9 +36,9 @@ struct activation_epilogue {
   template <int TileN>
   static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
 
-  template <int TileN, class Output>
+  template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               Output& output, const nothing_held&) {
+                                               warp_output& output, const nothing_held&) {
     const int width = (Activation::gated ? 2 : 1) * p.intermediate;
     const bfloat16* const bias = p.bias == nullptr ? nullptr : p.bias + static_cast<std::int64_t>(t.group) * width;
     const auto emit = [&](const fragment& f, const output_matrix<bfloat16>& matrix, int layer, int column) {
@@ -147,9 +147,9 @@ struct activation_backward_epilogue {
     }
   }
 
-  template <int TileN, class Output, class Held>
+  template <int TileN, class Held>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               Output& output, const Held& first) {
+                                               warp_output& output, const Held& first) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int n = p.intermediate, rows = t.m_end;
     float weight[2] = {1.0f, 1.0f}, dweight[2] = {0.0f, 0.0f};
@@ -248,7 +248,7 @@ struct activation_backward_epilogue {
   static __device__ __forceinline__ void take_h(const warp_output& output, const columns_of_h& h, fragment& gate,
                                                 [[maybe_unused]] fragment& up) {
     const std::uint32_t low = output.buffer(0), high = output.buffer(1);
-    output.acquire_all();
+    output.acquire_both();
     warp_output::fill(low, h.part[0]);
     if constexpr (Activation::gated) warp_output::fill(high, h.part[1]);
     __syncwarp();
@@ -272,8 +272,8 @@ struct activation_backward_epilogue {
       up[8 * Half + i] = __byte_perm(h.x, h.y, 0x7632);
     }
   }
-  template <int Half, class Output>
-  static __device__ __forceinline__ void emit_interleaved(const params& p, Output& output, const fragment& gate,
+  template <int Half>
+  static __device__ __forceinline__ void emit_interleaved(const params& p, warp_output& output, const fragment& gate,
                                                           const fragment& up, int first_row, int rows, int column) {
     const std::uint32_t buffer = output.acquire();
 #pragma unroll

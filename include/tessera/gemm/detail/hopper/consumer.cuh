@@ -42,8 +42,8 @@ template <class Shape>
 __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
   const int thread = static_cast<int>(threadIdx.x % 128);
   const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(slot);
-  if (r.shared()) {
-    if (thread < r.cluster) barrier_arrive_remote(barrier, static_cast<std::uint32_t>(thread));
+  if constexpr (Shape::cluster > 1) {
+    if (thread < Shape::cluster) barrier_arrive_remote(barrier, static_cast<std::uint32_t>(thread));
   } else {
     if (thread == 0) barrier_arrive(barrier);
   }
@@ -133,7 +133,7 @@ __device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<S
 /// Hands a warpgroup's blocks to the epilogue.
 template <class Shape, class Epilogue, int Blocks, class P, class Held>
 __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::blocks][Shape::accumulators], const tile& t,
-                                           int first_row, output_ring<Shape::staging>& output, const Held& held) {
+                                           int first_row, warp_output& output, const Held& held) {
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) {
     const int row = first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16;
@@ -150,12 +150,12 @@ __device__ __forceinline__ void prepare_tile(const P& p, const tile& t, int firs
         p.epilogue, t, first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16, held);
 }
 
-/// A consumer warpgroup's whole work. @param which 0 or 1. @param staging This warp's buffers.
+/// A consumer warpgroup's whole work. @param which 0 or 1. @param staging This warp's two buffers.
 template <class Shape, class Accumulation, class Epilogue, class P>
 __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint32_t staging) {
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
-  output_ring<Shape::staging> output(staging);
+  warp_output output(staging);
   for (int turn = 0;; ++turn) {
     const tile t = read_tile(r, slot);
     if (t.group < 0) break;

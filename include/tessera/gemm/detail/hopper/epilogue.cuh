@@ -6,14 +6,14 @@
 /// From accumulators to memory: one warp's rows through shared memory to the copy engine, and the epilogue that stores,
 /// with a bias or added to what is there.
 ///
-/// A warp puts 16 rows x 128 bytes into one of its buffers and goes on while the copy engine stores them: the next
+/// A warp puts 16 rows x 128 bytes into one of its two buffers and goes on while the copy engine stores them: the next
 /// tile's products start before this one's last store has left. Only where a group ends within the 16 rows does the
 /// warp store them itself, because the rows below are its neighbour's.
 ///
 /// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); `clusters`
 /// (whether its kernel for clusters exists); `held<Blocks>`, what a warp keeps in registers while products are summed;
 /// and what a warp calls for its 16 rows: `prepare<TileN>(params, tile, first_row, held)` before the products,
-/// `write<TileN>(params, sums, tile, first_row, output, held)` after them, `output` an `output_ring`.
+/// `write<TileN>(params, sums, tile, first_row, output, held)` after them.
 
 #include <cstdint>
 #include <type_traits>
@@ -39,19 +39,26 @@ struct output_matrix {
   bool layer_per_group;       ///< Whether groups are layers; then nothing else lies below a group's rows.
 };
 
-/// A warp's buffers of 16 rows x 128 bytes, two or more. Rows are swizzled as the copy engine expects: 16-byte unit `u`
-/// of row `r` stands at unit `u ^ r % 8`. All lanes call together.
+/// A warp's two buffers of 16 rows x 128 bytes. Rows are swizzled as the copy engine expects: 16-byte unit `u` of row
+/// `r` stands at unit `u ^ r % 8`. All lanes call together.
 class warp_output {
  public:
-  /// @param address Of the buffers, aligned to 1024 bytes.
+  /// @param address Of both buffers, aligned to 1024 bytes.
   __device__ explicit warp_output(std::uint32_t address) : address_(address) {}
 
-  /// All buffers, once no store reads them.
-  __device__ __forceinline__ void acquire_all() const {
+  /// The buffer that was written longer ago, once its store has read it.
+  __device__ __forceinline__ std::uint32_t acquire() {
+    which_ ^= 1;
+    if (lane() == 0) tma_store_wait_read<1>();
+    __syncwarp();
+    return buffer(which_);
+  }
+  /// Both buffers, once no store reads them.
+  __device__ __forceinline__ void acquire_both() const {
     if (lane() == 0) tma_store_wait_read<0>();
     __syncwarp();
   }
-  /// One of the buffers. @param which From 0 on.
+  /// One of the buffers. @param which 0 or 1.
   __device__ __forceinline__ std::uint32_t buffer(int which) const {
     return address_ + static_cast<std::uint32_t>(which) * staging_bytes;
   }
@@ -134,10 +141,8 @@ class warp_output {
     return address(buffer, lane() / 4 + 8 * half, byte);
   }
 
- protected:
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
-
  private:
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ int line(int i) { return 4 * i + lane() / 8; }
   static __device__ __forceinline__ int unit() { return lane() % 8; }
   static __device__ __forceinline__ std::uint32_t address(std::uint32_t buffer, int row, int byte) {
@@ -171,23 +176,6 @@ class warp_output {
   }
 
   std::uint32_t address_;
-};
-
-/// A warp's `Buffers` buffers, in turn.
-template <int Buffers>
-class output_ring : public warp_output {
- public:
-  using warp_output::warp_output;
-
-  /// The buffer that was written longest ago, once its store has read it.
-  __device__ __forceinline__ std::uint32_t acquire() {
-    which_ = which_ + 1 == Buffers ? 0 : which_ + 1;
-    if (lane() == 0) tma_store_wait_read<Buffers - 1>();
-    __syncwarp();
-    return buffer(which_);
-  }
-
- private:
   int which_ = 0;
 };
 
@@ -241,9 +229,9 @@ struct store_epilogue {
   template <int TileN>
   static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
 
-  template <int TileN, class Output>
+  template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               Output& output, const nothing_held&) {
+                                               warp_output& output, const nothing_held&) {
     const int columns = p.c.columns, layer = p.c.layer_per_group ? t.group : 0;
     for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
       const int column = t.n + Chunk * chunk_rows;
@@ -309,9 +297,9 @@ struct parts_epilogue {
   template <int TileN>
   static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
 
-  template <int TileN, class Output>
+  template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               Output& output, const nothing_held&) {
+                                               warp_output& output, const nothing_held&) {
     static_assert(TileN == Parts * chunk_rows);
 #pragma unroll
     for (int i = 0; i < 32; ++i)

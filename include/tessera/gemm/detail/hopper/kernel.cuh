@@ -31,13 +31,11 @@ __global__ void __launch_bounds__(Shape::threads, 1)
                        base + layout::tiles,
                        base + layout::tile_full,
                        base + layout::tile_empty,
-                       base + layout::turns,
-                       Shape::cluster > 1 ? static_cast<int>(cluster_size()) : 1,
-                       Shape::cluster > 1 ? static_cast<int>(cluster_rank()) : 0};
+                       base + layout::turns};
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   static constexpr int gathering_warps = Shape::gather == gathered::none ? 0 : 4;
-  const int releases = (Shape::ping_pong ? 1 : 2) * r.cluster;
+  static constexpr int releases = (Shape::ping_pong ? 1 : 2) * Shape::cluster;
 
   if (threadIdx.x == 0) {
     tma_prefetch(map_a);
@@ -54,18 +52,21 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     for (std::uint32_t i = 0; i < 2; ++i) barrier_init(r.turns + 8 * i, 1);
     barrier_init_fence();
   }
-  if (r.shared())
+  int rank = 0;
+  if constexpr (Shape::cluster > 1) {
+    rank = static_cast<int>(cluster_rank());
     cluster_barrier();
-  else
+  } else {
     __syncthreads();
+  }
 
   if (warpgroup == 0) {
     registers_release<Shape::producer_registers>();
     static constexpr int step_n = Shape::tile_n / (Epilogue::split ? 2 : Shape::parts);
     if constexpr (Shape::gather != gathered::none) {
-      produce_gathered<Shape, Epilogue::split, step_n>(map_a, map_b, p, r);
+      produce_gathered<Shape, Epilogue::split, step_n>(map_a, map_b, p, r, rank);
     } else {
-      if (warp == 0) produce<Shape, Epilogue::split, step_n>(map_a, map_b, p, r);
+      if (warp == 0) produce<Shape, Epilogue::split, step_n>(map_a, map_b, p, r, rank);
     }
   } else {
     registers_take<Shape::consumer_registers>();
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     consume<Shape, Accumulation, Epilogue>(p, r, warpgroup - 1, base + staging);
   }
   // A block must not end while its neighbour may still arrive on its barriers.
-  if (r.shared()) cluster_barrier();
+  if constexpr (Shape::cluster > 1) cluster_barrier();
 #endif
 }
 

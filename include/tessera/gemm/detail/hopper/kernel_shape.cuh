@@ -22,19 +22,18 @@ enum class gathered { none, a, b };
 /// @tparam OrderB Order of B in `variable_m`; in `variable_k` both operands are `mn`.
 /// @tparam Gathered The operand that is copied row by row instead of by the copy engine.
 /// @tparam TileN Columns of a tile: 128, 192 or 256. @tparam Stages Slots of the operand ring.
-/// @tparam Cluster 1, or 2 where a launch may let two blocks share B. @tparam PingPong Whether each consumer warpgroup
-/// computes tiles of its own, one in its epilogue while the other multiplies, instead of half a tile each.
-/// @tparam Parts Matrices whose sum is B, of which a tile holds the same 64 columns; more than one: of a single group.
-/// @tparam Staging Output buffers of a warp.
+/// @tparam Cluster Blocks that share B. @tparam PingPong Whether each consumer warpgroup computes tiles of its own, one
+/// in its epilogue while the other multiplies, instead of half a tile each. @tparam Parts Matrices whose sum is B, of
+/// which a tile holds the same 64 columns; more than one: of a single group.
 template <product Product, contiguous OrderB, gathered Gathered, int TileN, int Stages, int Cluster, bool PingPong,
-          int Parts = 1, int Staging = 2>
+          int Parts = 1>
 struct kernel_shape {
   static constexpr product kind = Product;
   static constexpr contiguous order_a = Product == product::variable_k ? contiguous::mn : contiguous::k;
   static constexpr contiguous order_b = Product == product::variable_k ? contiguous::mn : OrderB;
   static constexpr gathered gather = Gathered;
   static constexpr int tile_m = 128, tile_n = TileN, tile_k = 64;
-  static constexpr int stages = Stages, cluster = Cluster, parts = Parts, staging = Staging;
+  static constexpr int stages = Stages, cluster = Cluster, parts = Parts;
   static constexpr bool ping_pong = PingPong;
 
   static constexpr int chunks_a = tile_m / chunk_rows, chunks_b = tile_n / chunk_rows;
@@ -56,13 +55,13 @@ struct kernel_shape {
   static constexpr int stage_bytes = (chunks_a + chunks_b) * chunk_bytes;
 };
 
-inline constexpr int staging_bytes = 16 * 128;  ///< One of a warp's output buffers: 16 rows x 128 bytes.
+inline constexpr int staging_bytes = 16 * 128;  ///< One of a warp's two output buffers: 16 rows x 128 bytes.
 
 /// Places in shared memory, from its 1024-byte aligned start.
 template <class Shape>
 struct shared_layout {
   static constexpr int staging = Shape::stages * Shape::stage_bytes;
-  static constexpr int warp_staging = Shape::staging * staging_bytes;
+  static constexpr int warp_staging = 2 * staging_bytes;
   static constexpr int tiles = staging + Shape::consumer_warps * warp_staging;
   static constexpr int full = tiles + Shape::tile_slots * 32;
   static constexpr int empty = full + Shape::stages * 8;

@@ -86,7 +86,7 @@ void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorM
   expect_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(c.cluster);
+  attribute.val.clusterDim.x = Shape::cluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t launch_config{};
   launch_config.gridDim = dim3(static_cast<unsigned>(c.grid));
@@ -94,11 +94,11 @@ void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorM
   launch_config.dynamicSmemBytes = bytes;
   launch_config.stream = stream.get();
   launch_config.attrs = &attribute;
-  launch_config.numAttrs = c.cluster > 1 ? 1 : 0;
+  launch_config.numAttrs = Shape::cluster > 1 ? 1 : 0;
   expect_cuda(cudaLaunchKernelEx(&launch_config, kernel, map_a, map_b, p), "the launch of multiply_kernel");
 }
 
-/// Enqueues the kernel that a configuration names: the two that exist for each product and epilogue. @tparam PingPong
+/// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue. @tparam PingPong
 /// Whether the ping-pong one is among them.
 template <product Product, contiguous OrderB, gathered Gathered, class Epilogue, bool PingPong>
 void launch_configured(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a,
@@ -109,14 +109,12 @@ void launch_configured(device_stream stream, const gemm::hopper::config& c, cons
     if (c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
       return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
   }
-  // The copy engine alone keeps three stages full; what the fourth would take holds all that a warp stores of a tile.
-  static constexpr bool stages_output =
-      Product == product::variable_m && Gathered == gathered::none && !Epilogue::split && Epilogue::clusters;
-  static constexpr int stages = stages_output ? 3 : 4, staging = stages_output ? 4 : 2;
-  static constexpr int most_blocks = Epilogue::clusters ? 2 : 1;
-  if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster >= 1 && c.cluster <= most_blocks)
-    return launch<kernel_shape<Product, OrderB, Gathered, 256, stages, most_blocks, false, 1, staging>, Epilogue>(
-        stream, c, map_a, map_b, p);
+  if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
+    return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
+  if constexpr (Epilogue::clusters) {
+    if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
+      return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
+  }
   TESSERA_EXPECTS(false, "there is no kernel " << gemm::hopper::to_string(c) << " for this product");
 }
 

@@ -22,11 +22,6 @@ struct rings {
   std::uint32_t tile_full;   ///< Barriers of its filled slots.
   std::uint32_t tile_empty;  ///< Barriers of its free slots.
   std::uint32_t turns;       ///< Barriers of whose turn it is to multiply.
-  int cluster;               ///< Blocks of the cluster.
-  int rank;                  ///< This block's number among them.
-
-  /// Whether other blocks write into this one's ring.
-  __device__ bool shared() const { return Shape::cluster > 1 && cluster > 1; }
 
   /// Operands of a slot: chunks of A, then chunks of B.
   __device__ std::uint32_t stage(int slot) const {
@@ -61,19 +56,19 @@ __device__ __forceinline__ void publish_tile(const rings<Shape>& r, ring_positio
 }
 
 /// Indices of the tiles of this cluster, ascending: with a counter, as clusters ask for them; without, in turn.
+template <int Cluster>
 class tile_order {
  public:
-  /// @param counter Null: in turn. @param paired Whether blocks are clusters of two; these take tiles in turn.
-  __device__ tile_order(std::int32_t* counter, bool paired)
-      : counter_(paired ? nullptr : counter),
-        stride_(static_cast<int>(gridDim.x) >> (paired ? 1 : 0)),
-        next_(static_cast<int>(blockIdx.x) >> (paired ? 1 : 0)) {}
+  __device__ explicit tile_order(std::int32_t* counter)
+      : counter_(counter),
+        stride_(static_cast<int>(gridDim.x) / Cluster),
+        next_(static_cast<int>(blockIdx.x) / Cluster) {}
 
   /// The next index; all lanes of the scheduling warp. The request for the one after it is already under way when
   /// this returns.
   __device__ int next() {
     const int index = __shfl_sync(0xffffffffu, next_, 0);
-    if (counter_ != nullptr) {
+    if (Cluster == 1 && counter_ != nullptr) {
       if (threadIdx.x % 32 == 0) next_ = stride_ + atomicAdd(counter_, 1);
     } else {
       next_ = index + stride_;
@@ -83,7 +78,7 @@ class tile_order {
 
   /// Puts the counter back to zero once every block is done asking; one thread.
   __device__ void finish() {
-    if (counter_ == nullptr) return;
+    if (Cluster != 1 || counter_ == nullptr) return;
     __threadfence();
     if (atomicAdd(counter_ + 1, 1) == static_cast<int>(gridDim.x) - 1) {
       counter_[0] = 0;
@@ -121,11 +116,10 @@ __device__ __forceinline__ int used_chunks_b(const tile& t, int n) {
 /// columns of one part after the other.
 template <class Shape, bool Split, class P>
 __device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t target, std::uint32_t barrier,
-                                       const tile& t, int chunks, int k, const P& p, const rings<Shape>& r) {
-  const int first = r.shared() ? r.rank : 0, step = r.shared() ? r.cluster : 1;
+                                       const tile& t, int chunks, int k, const P& p, int rank) {
 #pragma unroll
-  for (int i = 0; i < Shape::chunks_b; ++i) {
-    const int c = first + i * step;
+  for (int i = 0; i < Shape::chunks_b / Shape::cluster; ++i) {
+    const int c = i * Shape::cluster + (Shape::cluster > 1 ? rank : 0);
     if (c >= chunks) break;
     const int group = Shape::parts > 1 ? c : t.group * p.b_group_step;
     const int column = Shape::parts > 1 ? t.n
@@ -134,13 +128,13 @@ __device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t tar
     const std::uint32_t chunk = target + static_cast<std::uint32_t>(c) * chunk_bytes;
     constexpr auto everyone = static_cast<std::uint16_t>((1 << Shape::cluster) - 1);
     if constexpr (Shape::kind == product::variable_k) {
-      if (r.shared())
+      if constexpr (Shape::cluster > 1)
         tma_load_multicast(chunk, map, barrier, everyone, column, k);
       else
         tma_load(chunk, map, barrier, column, k);
     } else {
       const int x = Shape::order_b == contiguous::k ? k : column, y = Shape::order_b == contiguous::k ? column : k;
-      if (r.shared())
+      if constexpr (Shape::cluster > 1)
         tma_load_multicast(chunk, map, barrier, everyone, x, y, group);
       else
         tma_load(chunk, map, barrier, x, y, group);
@@ -175,7 +169,7 @@ __device__ __forceinline__ const bfloat16* offset_row(const bfloat16* base, std:
 template <class Shape>
 __device__ __forceinline__ void wait_empty(const rings<Shape>& r, const ring_position<Shape::stages>& at) {
   const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(at.slot);
-  if (r.shared())
+  if constexpr (Shape::cluster > 1)
     barrier_wait_cluster(barrier, at.parity ^ 1);
   else
     barrier_wait(barrier, at.parity ^ 1);
@@ -183,14 +177,15 @@ __device__ __forceinline__ void wait_empty(const rings<Shape>& r, const ring_pos
 
 /// One warp, in which one thread feeds the copy engine with both operands.
 template <class Shape, bool Split, int StepN, class P>
-__device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r) {
-  tile_walk<Shape::kind, Shape::tile_m, StepN> walk(p.sizes, r.shared());
-  tile_order order(p.tile_counter, r.shared());
+__device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
+                        int rank) {
+  tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
+  tile_order<Shape::cluster> order(p.tile_counter);
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   const bool leader = threadIdx.x % 32 == 0;
   for (;;) {
-    const tile t = walk.find(order.next(), r.rank);
+    const tile t = walk.find(order.next(), rank);
     if (leader) publish_tile(r, slot, t);
     __syncwarp();
     if (t.group < 0) break;
@@ -205,7 +200,7 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
         const std::uint32_t stage = r.stage(at.slot);
         barrier_arrive_expect(full, bytes);
         load_a<Shape>(map_a, stage, full, t, chunks_a, k);
-        load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, r);
+        load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
       }
       __syncwarp();
       at.advance();
@@ -221,8 +216,8 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
 /// the whole ring is under way. They are ordinary writes to the matrix units, which is why consumers fence after the
 /// wait.
 template <class Shape, bool Split, int StepN, class P>
-__device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p,
-                                 const rings<Shape>& r) {
+__device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
+                                 int rank) {
   static constexpr bool rows_are_k = Shape::kind == product::variable_k;
   static constexpr bool of_a = Shape::gather == gathered::a;
   // Lines of 128 bytes: 8 threads copy one; 128 threads, 16 at a time.
@@ -230,8 +225,8 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
   static constexpr int lines_each = lines / 16;
   static constexpr int chunks_of_line = rows_are_k ? (of_a ? Shape::chunks_a : Shape::chunks_b) : 1;
 
-  tile_walk<Shape::kind, Shape::tile_m, StepN> walk(p.sizes, r.shared());
-  tile_order order(p.tile_counter, r.shared());
+  tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
+  tile_order<Shape::cluster> order(p.tile_counter);
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   const int thread = static_cast<int>(threadIdx.x);
@@ -245,7 +240,7 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
   for (;;) {
     tile t;
     if (warp == 0) {
-      t = walk.find(order.next(), r.rank);
+      t = walk.find(order.next(), rank);
       if (leader) publish_tile(r, slot, t);
       __syncwarp();
     } else {
@@ -299,7 +294,7 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
         const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
         barrier_arrive_expect(full, bytes);
         if constexpr (of_a)
-          load_b<Shape, Split>(map_b, stage_b, full, t, chunks_b, k, p, r);
+          load_b<Shape, Split>(map_b, stage_b, full, t, chunks_b, k, p, rank);
         else
           load_a<Shape>(map_a, stage, full, t, chunks_a, k);
       }

@@ -92,13 +92,6 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// Blocks of this block's cluster.
-__device__ __forceinline__ std::uint32_t cluster_size() {
-  std::uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return size;
-}
-
 /// Rank of this block in its cluster.
 __device__ __forceinline__ std::uint32_t cluster_rank() {
   std::uint32_t rank;

@@ -39,13 +39,12 @@ struct extents {
 /// column, so that blocks that run together share operands in the second-level cache.
 ///
 /// All lanes of a warp call together; successive calls ask for ascending tiles.
-/// @tparam Product Which extent is variable. @tparam TileM,TileN Extents of a tile of one block.
-template <product Product, int TileM, int TileN>
+/// @tparam Product Which extent is variable. @tparam TileM,TileN Extents of a tile of one block. @tparam Cluster Blocks
+/// that compute neighbours along M together.
+template <product Product, int TileM, int TileN, int Cluster>
 class tile_walk {
  public:
-  /// @param e Extents. @param paired Whether blocks are clusters of two, which compute neighbours along M together.
-  __device__ explicit tile_walk(const extents& e, bool paired = false)
-      : e_(e), tiles_n_((e.n + TileN - 1) / TileN), cluster_log2_(paired ? 1 : 0) {}
+  __device__ explicit tile_walk(const extents& e) : e_(e), tiles_n_((e.n + TileN - 1) / TileN) {}
 
   /// Tile `index` of block `rank` of a cluster.
   __device__ tile find(int index, int rank) {
@@ -58,7 +57,7 @@ class tile_walk {
         end = __ldg(e_.row_offsets + g + 1);
       }
       const int rows = Product == product::variable_m ? end - begin : e_.m;
-      const int tiles = g < e_.num_groups ? steps_m(rows) * tiles_n_ : 0;
+      const int tiles = g < e_.num_groups ? (rows + step_m - 1) / step_m * tiles_n_ : 0;
       int sum = tiles;  // of this lane's group and those before it
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -80,19 +79,18 @@ class tile_walk {
   }
 
  private:
-  // Tiles of a cluster along M.
-  __device__ int steps_m(int rows) const { return ((rows + TileM - 1) / TileM + cluster_log2_) >> cluster_log2_; }
+  static constexpr int step_m = TileM * Cluster;
+  static constexpr int band_rows = 8 / Cluster;
 
   __device__ tile place(int group, int local, int begin, int end, int rank) const {
     const int rows = Product == product::variable_m ? end - begin : e_.m;
-    const int band_rows = 8 >> cluster_log2_;
-    const int tiles_m = steps_m(rows);
+    const int tiles_m = (rows + step_m - 1) / step_m;
     const int band = local / (band_rows * tiles_n_);
     const int in_band = local - band * band_rows * tiles_n_;
     const int rest = tiles_m - band * band_rows;
     const int height = rest < band_rows ? rest : band_rows;
     const int column = in_band / height;
-    const int m = (((band * band_rows + in_band - column * height) << cluster_log2_) + rank) * TileM;
+    const int m = (band * band_rows + in_band - column * height) * step_m + rank * TileM;
     if constexpr (Product == product::variable_m)
       return {group, begin + m, end, column * TileN, 0, e_.k};
     else
@@ -101,7 +99,6 @@ class tile_walk {
 
   extents e_;
   int tiles_n_;
-  int cluster_log2_;
   int base_group_ = 0;
   int base_tile_ = 0;
 };

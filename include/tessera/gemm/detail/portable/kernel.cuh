@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(portable::launch_bound, 2) multiply_tiles_kern
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int warp_row = warp / 2 * warp_rows, warp_column = warp % 2 * warp_columns;
 
-  hopper::tile_walk<Product, tile_rows, step_n> tiles(p.sizes);
+  hopper::tile_walk<Product, tile_rows, step_n, 1> tiles(p.sizes);
   for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
     const hopper::tile t = tiles.find(index, 0);
     if (t.group < 0) break;
