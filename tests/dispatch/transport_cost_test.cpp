@@ -126,20 +126,32 @@ TEST_CASE("what computation hides costs the SMs that are taken from it, and neve
 TEST_CASE("automatic takes the cheapest, and says why") {
   const auto dispatch = [](const ts::transport_case& c) { return ts::transport::automatic(c).dispatch(); };
   const auto combine = [](const ts::transport_case& c) { return ts::transport::automatic(c).combine(); };
-  // few tokens: latency decides
+  // few tokens: latency decides. Measured with 2 and 4 ranks: 22.3 and 31.6 us against 27.4 and 45.5 by copies,
+  // and 17.4 and 32.9 against 83.5 and 115.7 home. By all_gather it was 20.6 and 31.1, which the model does not tell
+  // apart.
   for (const int ranks : {2, 3, 4, 8}) {
     CHECK(dispatch(sizes(ranks, 128)) == kind::all_to_all);
     CHECK(combine(sizes(ranks, 128)) == kind::all_to_all);
   }
-  // nothing beside it: at two ranks nearly every row goes everywhere, and copies are the fastest; later bytes decide
-  CHECK(dispatch(sizes(2, 8192)) == kind::copy_engines);
-  CHECK(dispatch(sizes(4, 4096)) == kind::all_to_all);
+  // nothing beside it: the kernel is as fast as copies even where nearly every row goes everywhere, at two ranks.
+  // Measured for 4096 tokens: 175.8 us against 183.6 by copies with two ranks, 471.6 against 496.9 with four; 228.1
+  // against 300.0 and 491.4 against 707.7 home. Of more than 8192 tokens, which were not measured, the model gives two
+  // ranks equal times within 2 per cent, and nothing is demanded
+  for (const std::int64_t tokens : {1024, 4096, 8192}) {
+    for (const int ranks : {2, 4}) {
+      CHECK(dispatch(sizes(ranks, tokens)) == kind::all_to_all);
+      CHECK(combine(sizes(ranks, tokens)) == kind::all_to_all);
+    }
+  }
   CHECK(dispatch(sizes(8, 4096)) == kind::all_to_all);
-  CHECK(combine(sizes(4, 4096)) == kind::all_to_all);
-  // beside computation that hides it: SMs decide
+  // beside computation that hides it: SMs decide. This is what the model says; it was not measured
   CHECK(dispatch(sizes(2, 4096, 2000)) == kind::copy_engines);
   CHECK(dispatch(sizes(4, 4096, 2000)) == kind::copy_engines);
   CHECK(dispatch(with_sms(sizes(4, 4096, 2000), 12)) == kind::copy_engines);
+  // several streams of copies share less than one has: 820.3 us with three against 496.9
+  auto spread = sizes(4, 4096);
+  spread.copy_streams = 3;
+  CHECK(ts::dispatch_time(kind::copy_engines, spread).us > ts::dispatch_time(kind::copy_engines, sizes(4, 4096)).us);
   // one expert for a token: seven of eight copies would be for nothing, and cannot be hidden
   auto sparse = sizes(8, 4096, 300);
   sparse.top_k = 1;
@@ -175,24 +187,25 @@ TEST_CASE("copies ask for room on the way home for what goes to each peer, and f
   CHECK(ts::copy_streams_of(ts::transport::copy_engines{.streams = 3}) == 4);
 }
 
-// Medians of the slowest rank on 2 and 4 H200, in microseconds: dispatch_cached, combine_expert_rows and copy_engines
-// of bench/results/gpu_ranks_2.json and gpu_ranks_4.json.
+// Medians of the slowest rank on 2 and 4 H200, in microseconds, of bench/results/gpu_ranks_2.json and gpu_ranks_4.json.
+// Dispatch is dispatch_cached where that was measured, else dispatch less 4 us for the exchange of routings, which is
+// what lies between the two where both were (3.3 to 5.2 us for 4096 tokens). Combine is combine_expert_rows.
 TEST_CASE("the model agrees with what was measured on 2 and 4 H200 within 15 per cent") {
   struct figure {
     int ranks;
     std::int64_t tokens;
     double dispatch_us, combine_us;
   };
-  for (const figure& f : {figure{2, 512, 27.1, 57.1},
-                          {2, 1024, 48.6, 87.5},
-                          {2, 2048, 91.2, 132.3},
-                          {2, 4096, 172.9, 238.2},
-                          {2, 8192, 338.2, 456.1},
-                          {4, 512, 65.5, 104.7},
-                          {4, 1024, 126.3, 167.5},
-                          {4, 2048, 242.5, 278.0},
-                          {4, 4096, 471.0, 513.6},
-                          {4, 8192, 930.2, 1000.2}}) {
+  for (const figure& f : {figure{2, 512, 30.9, 48.3},
+                          {2, 1024, 49.7, 75.3},
+                          {2, 2048, 91.9, 129.3},
+                          {2, 4096, 171.8, 228.1},
+                          {2, 8192, 330.2, 418.5},
+                          {4, 512, 65.1, 82.3},
+                          {4, 1024, 126.3, 146.3},
+                          {4, 2048, 240.4, 256.7},
+                          {4, 4096, 467.6, 491.4},
+                          {4, 8192, 917.6, 948.0}}) {
     CAPTURE(f.ranks);
     CAPTURE(f.tokens);
     CHECK(ts::dispatch_time(kind::all_to_all, sizes(f.ranks, f.tokens)).us ==
@@ -200,33 +213,68 @@ TEST_CASE("the model agrees with what was measured on 2 and 4 H200 within 15 per
     CHECK(ts::combine_time(kind::all_to_all, sizes(f.ranks, f.tokens)).us ==
           doctest::Approx(f.combine_us).epsilon(0.15));
   }
-  // dispatch with its routing less what the routing took with 64 SMs (12 and 14 us); at 24 SMs it is 12 % slower
   struct budget {
     int ranks, sms;
     double dispatch_us, combine_us;
   };
-  for (const budget& b : {budget{2, 4, 578.8, 3192.2},
-                          {2, 8, 294.5, 1808.5},
-                          {2, 12, 198.7, 1237.7},
-                          {2, 16, 179.9, 919.5},
-                          {2, 24, 196.7, 635.6},
-                          {2, 32, 171.1, 496.5},
-                          {2, 132, 167.8, 238.0},
-                          {4, 4, 1046.6, 6014.1},
-                          {4, 8, 531.0, 3417.8},
-                          {4, 12, 466.5, 2321.7},
-                          {4, 16, 468.6, 1710.2},
-                          {4, 24, 513.6, 1158.0},
-                          {4, 32, 463.0, 890.4},
-                          {4, 132, 461.1, 513.6}}) {
+  for (const budget& b :
+       {budget{2, 4, 578.1, 2809.1}, {2, 8, 295.3, 1426.0},  {2, 12, 200.7, 962.2},  {2, 16, 170.3, 727.9},
+        {2, 24, 172.2, 495.3},       {2, 32, 171.6, 378.9},  {2, 48, 171.5, 265.1},  {2, 64, 171.8, 231.5},
+        {2, 96, 173.7, 225.3},       {2, 132, 177.0, 228.1}, {4, 4, 1046.3, 4622.3}, {4, 8, 532.8, 2351.2},
+        {4, 12, 463.0, 1574.8},      {4, 16, 463.1, 1189.2}, {4, 24, 463.4, 807.8},  {4, 32, 463.4, 624.6},
+        {4, 48, 465.9, 528.9},       {4, 64, 467.2, 493.9},  {4, 96, 469.2, 496.0},  {4, 132, 476.2, 491.5}}) {
     CAPTURE(b.ranks);
     CAPTURE(b.sms);
     const auto c = with_sms(sizes(b.ranks, 4096), b.sms);
     CHECK(ts::dispatch_time(kind::all_to_all, c).us == doctest::Approx(b.dispatch_us).epsilon(0.15));
-    CHECK(ts::combine_time(kind::all_to_all, c).us == doctest::Approx(b.combine_us).epsilon(0.2));
+    CHECK(ts::combine_time(kind::all_to_all, c).us == doctest::Approx(b.combine_us).epsilon(0.15));
   }
-  CHECK(ts::copies_us(sizes(2, 4096), {}) == doctest::Approx(153.4).epsilon(0.15));
-  CHECK(ts::copies_us(sizes(4, 4096), {}) == doctest::Approx(486.2).epsilon(0.15));
-  CHECK(ts::copies_us(sizes(2, 128), {}) == doctest::Approx(7.8).epsilon(0.2));
-  CHECK(ts::copies_us(sizes(4, 128), {}) == doctest::Approx(29.2).epsilon(0.2));
+  CHECK(ts::dispatch_time(kind::all_gather, sizes(2, 4096)).us == doctest::Approx(171.8).epsilon(0.15));
+  CHECK(ts::dispatch_time(kind::all_gather, sizes(4, 4096)).us == doctest::Approx(515.3).epsilon(0.15));
+}
+
+TEST_CASE("the model agrees with measured copies by copy engines within 15 per cent") {
+  struct copied {
+    int ranks, streams;
+    std::int64_t tokens;
+    double dispatch_us, combine_us;
+  };
+  for (const copied& f : {copied{2, 1, 128, 21.7, 83.5},
+                          {2, 1, 1024, 63.1, 141.7},
+                          {2, 1, 4096, 181.1, 300.0},
+                          {4, 1, 128, 41.2, 115.7},
+                          {4, 1, 1024, 148.9, 285.1},
+                          {4, 1, 4096, 491.7, 707.7},
+                          {4, 3, 128, 47.0, 97.7},
+                          {4, 3, 1024, 226.6, 276.4},
+                          {4, 3, 4096, 835.7, 897.8}}) {
+    CAPTURE(f.ranks);
+    CAPTURE(f.streams);
+    CAPTURE(f.tokens);
+    auto c = sizes(f.ranks, f.tokens);
+    c.copy_streams = f.streams;
+    CHECK(ts::dispatch_time(kind::copy_engines, c).us == doctest::Approx(f.dispatch_us).epsilon(0.15));
+    CHECK(ts::combine_time(kind::copy_engines, c).us == doctest::Approx(f.combine_us).epsilon(0.15));
+  }
+  // copies alone
+  CHECK(ts::copies_us(sizes(2, 128), {}) == doctest::Approx(8.0).epsilon(0.15));
+  CHECK(ts::copies_us(sizes(4, 128), {}) == doctest::Approx(27.9).epsilon(0.15));
+  CHECK(ts::copies_us(sizes(2, 4096), {}) == doctest::Approx(153.8).epsilon(0.15));
+  CHECK(ts::copies_us(sizes(4, 4096), {}) == doctest::Approx(507.6).epsilon(0.15));
+}
+
+// A launch is not all of the fixed time: it grows with the first rows. Two ranks that bring 128 tokens home take 17 us,
+// and the model says half as much again; a dispatch of them takes a fifth more than it says. What is chosen for few
+// tokens does not hang on this: copies take 84 and 116 us to bring them home.
+TEST_CASE("the model is worse where few tokens travel") {
+  struct figure {
+    int ranks;
+    double dispatch_us, combine_us, combine_tolerance;
+  };
+  for (const figure& f : {figure{2, 18.3, 17.4, 0.4}, {4, 27.6, 32.9, 0.15}}) {
+    CAPTURE(f.ranks);
+    CHECK(ts::dispatch_time(kind::all_to_all, sizes(f.ranks, 128)).us == doctest::Approx(f.dispatch_us).epsilon(0.2));
+    CHECK(ts::combine_time(kind::all_to_all, sizes(f.ranks, 128)).us ==
+          doctest::Approx(f.combine_us).epsilon(f.combine_tolerance));
+  }
 }

@@ -321,6 +321,13 @@ void for_each_transport(int ranks, F f) {
   sizes.row_bytes = 14336;
   sizes.copy_streams = 1;
   f("automatic", transport::automatic(sizes), false);
+  sizes.compute_us = 1e4;  // hides copies there, and those home cost more than that: each way another transport
+  ts::transport_machine slow_home;
+  slow_home.copied_sums_us = 1e6;
+  const transport::automatic mixed(sizes, slow_home);
+  if (ranks > 1) CHECK(mixed.dispatch() == ts::transport_kind::copy_engines);
+  CHECK(mixed.combine() == ts::transport_kind::all_to_all);
+  f("automatic: copies there, all_to_all home", mixed, false);
 }
 
 void check_problem(const problem& p) {

@@ -44,23 +44,25 @@ struct transport_case {
   double compute_us = 0;
 };
 
-/// Constants of a machine. Defaults: 4 H200 behind NVSwitch, fitted to the figures in bench/results/gpu_ranks_2.json
-/// and gpu_ranks_4.json; tests/dispatch/transport_cost_test.cpp compares them.
+/// Constants of a machine. Defaults: 4 H200 behind NVSwitch, fitted by least squares of relative errors to the figures
+/// in bench/results/gpu_ranks_2.json and gpu_ranks_4.json; tests/dispatch/transport_cost_test.cpp compares them.
 struct transport_machine {
-  int num_sms = 132;               ///< Of a GPU.
-  double store_gb_s = 350;         ///< Out of a GPU by bulk stores, all SMs together.
-  double sm_store_gb_s = 50.6;     ///< By bulk stores of one SM, rows that stay among them.
-  double copy_gb_s = 383;          ///< Out of a GPU by copy engines.
-  double copy_us = 4;              ///< Of one more copy behind another.
-  double memory_gb_s = 4000;       ///< Read and written by kernels that add rows up on all SMs.
-  double sm_pair_gb_s = 49;        ///< Expert rows that one SM adds up in the kernel that sends sums.
-  double sm_returned_gb_s = 11.5;  ///< Sums that one SM of that kernel sends and adds at home.
-  double send_us = 7;              ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
-  double send_us_per_peer = 2.5;   ///< The same for each further rank.
-  double sums_us = 34;             ///< Of the kernel that sends sums, beside its bytes.
-  double copied_send_us = 12;      ///< Of copies, beside them: three small kernels and two events. An estimate.
-  double copied_sums_us = 16;      ///< Of copies on the way home and the kernels around them. An estimate.
-  double small_kernel_us = 3;      ///< A kernel of a chunk. An estimate.
+  int num_sms = 132;                ///< Of a GPU.
+  double store_gb_s = 353;          ///< Out of a GPU by bulk stores, all SMs together.
+  double sm_store_gb_s = 51.2;      ///< By bulk stores of one SM, rows that stay among them.
+  double copy_gb_s = 360;           ///< Out of a GPU by copy engines, one stream of copies.
+  double streams_copy_gb_s = 224;   ///< The same by several streams at once, all together.
+  double copy_us = 3.5;             ///< Of one more copy behind another.
+  double memory_gb_s = 3570;        ///< Read and written by kernels that add rows up on all SMs.
+  double sm_pair_gb_s = 68.5;       ///< Expert rows that one SM adds up in the kernel that sends sums.
+  double sm_returned_gb_s = 13.75;  ///< Sums that one SM of that kernel sends and adds at home.
+  double send_us = 9.8;             ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
+  double send_us_per_peer = 0.8;    ///< The same for each further rank.
+  double sums_us = 20;              ///< Of the kernel that sends sums, beside its bytes.
+  double copied_send_us = 15.5;     ///< Of copies, beside them: three small kernels and two events.
+  double copied_sums_us = 25;       ///< Of copies on the way home and the kernels around them, beside those of a chunk.
+  /// A kernel of a chunk. With the figures' 4 chunks only `copied_sums_us` and 12 of these together are known.
+  double small_kernel_us = 3.6;
 };
 
 /// Ranks that own an expert of a token, on average: `R (1 - C(E - E/R, K) / C(E, K))`.
@@ -88,6 +90,12 @@ namespace detail {
 
 inline double us_of(double bytes, double gb_per_s) { return bytes / gb_per_s * 1e-3; }
 
+// What is limited by links, memory and SMs at once is slower than by the worst of them, though only where they are
+// close.
+inline double limited_by(double link, double memory, double sms) {
+  return std::sqrt(std::hypot(link * link, memory * memory, sms * sms));
+}
+
 // Computation and transfer begin together. The first is stretched by the SMs that the second takes; what follows waits
 // for both.
 inline transport_time beside(transport_time time, double compute_us) {
@@ -104,7 +112,8 @@ inline double copies_us(const transport_case& c, const transport_machine& machin
   if (peers == 0) return 0;
   const double bytes = static_cast<double>(peers) * static_cast<double>(c.num_tokens * c.row_bytes);
   const int streams = std::clamp(c.copy_streams, 1, peers);
-  return detail::us_of(bytes, machine.copy_gb_s) + machine.copy_us * peers * pieces / streams;
+  return detail::us_of(bytes, streams == 1 ? machine.copy_gb_s : machine.streams_copy_gb_s) +
+         machine.copy_us * peers * pieces / streams;
 }
 
 /// Time of sending rows to the owners of experts, without the exchange of routings, which is the same for all.
@@ -149,17 +158,19 @@ inline transport_time combine_time(transport_kind kind, const transport_case& c,
     const int chunks = std::max(c.chunks, 1);
     const double sum = detail::us_of(pairs * away + returned, machine.memory_gb_s);
     const double home = detail::us_of(pairs * (1 - away) + returned + rows * row_bytes, machine.memory_gb_s);
-    const double kernels = sum + home + 3 * chunks * machine.small_kernel_us;
-    time.us = machine.copied_sums_us + std::max(copies_us(c, machine, chunks), kernels) + (sum + home) / chunks;
+    // the small kernels of chunks stand one behind another, between copies: nothing hides them
+    time.us = machine.copied_sums_us + 3 * chunks * machine.small_kernel_us +
+              std::max(copies_us(c, machine, chunks), sum + home) + (sum + home) / chunks;
     time.sm_us = sum + home;
   } else {
-    // a kernel that is limited by its links and by its SMs at once is slower than by one of them
     time.wire_bytes = returned;
     const double link = detail::us_of(returned, machine.store_gb_s);
+    // expert rows, sums that arrive, and tokens: read, written and read, written
+    const double memory = detail::us_of(pairs + 2 * returned + rows * row_bytes, machine.memory_gb_s);
     const double sms =
         (detail::us_of(pairs, machine.sm_pair_gb_s) + detail::us_of(returned, machine.sm_returned_gb_s)) /
         std::max(c.combine_sms, 1);
-    time.us = machine.sums_us + std::hypot(link, sms);
+    time.us = machine.sums_us + detail::limited_by(link, memory, sms);
     time.sm_us = time.us * std::min(c.combine_sms, machine.num_sms) / machine.num_sms;
   }
   return detail::beside(time, c.compute_us);
