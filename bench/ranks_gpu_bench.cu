@@ -499,7 +499,7 @@ int main(int argc, char** argv) {
   for (const layer_shape& s :
        {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
         layer_shape{"30B_n1024_T8192", 8192, 4096, 1024, 64, 4},
-        layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpu_ranks::all().size(), 8}}) {
+        layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * std::max(gpu_ranks::count(), 1), 8}}) {
     for (const bool backward : {false, true}) {
       add_case(std::string("layer/") + s.name + (backward ? "/backward" : "/forward"),
                [=](benchmark::State& state) { measure_layer(state, s, backward); });
