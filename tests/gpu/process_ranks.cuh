@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -201,7 +202,7 @@ class rank_launcher {
  private:
   static int start(int processes, int argc, char** argv) {
     if (processes > shared_region::max_ranks) return EXIT_FAILURE;
-    std::string path = "/tmp/tessera_ranks_XXXXXX";
+    std::string path = (std::filesystem::temp_directory_path() / "tessera_ranks_XXXXXX").string();
     const int file = mkstemp(path.data());
     if (file < 0 || ftruncate(file, static_cast<off_t>(shared_region::bytes())) != 0) return EXIT_FAILURE;
     close(file);
