@@ -27,6 +27,7 @@
 #include <tessera/pipeline/moe_chunk.cuh>
 #include <tessera/pipeline/overlap.cuh>
 
+#include "rank_layer.cuh"
 #include "rank_timing.cuh"
 
 namespace {
@@ -35,16 +36,6 @@ namespace ts = tessera;
 namespace pl = tessera::pipeline;
 using namespace tessera_bench;
 using ts::bfloat16;
-
-struct layer_shape {
-  const char* name;
-  std::int64_t T, d, n;
-  int E, K;
-};
-
-using router = ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized>;
-using spread_layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16_gradients>,
-                                   ts::layout::block, ts::comm::symmetric>;
 
 // h = u = x and dx = dh + du, eight numbers a thread.
 __global__ void __launch_bounds__(256) copy_kernel(const uint4* x, uint4* h, uint4* u, std::int64_t count) {
@@ -90,44 +81,22 @@ struct copying_mixer {
 
 using chunk = pl::moe_chunk<spread_layer, copying_mixer>;
 
-// One rank's chunk with room for two micro-batches, weights and tokens.
-struct chunk_case {
+// One rank's chunk with room for two micro-batches, and tokens.
+struct chunk_case : rank_layer {
   chunk_case(ts::comm::symmetric& comm, const layer_shape& s, int num_layers)
-      : tokens(s.T),
-        sizes{.num_experts = s.E,
-              .top_k = s.K,
-              .hidden = static_cast<int>(s.d),
-              .intermediate = static_cast<int>(s.n),
-              .max_tokens = s.T},
-        placement(s.E, comm.size()),
-        state(static_cast<std::int64_t>(spread_layer::sizes(sizes, placement, comm.rank()).state_bytes)),
+      : rank_layer(comm, s),
         x(2 * s.T * s.d, static_cast<unsigned>(comm.rank()) + 11, 1),
         dy(2 * s.T * s.d, static_cast<unsigned>(comm.rank()) + 21, 1),
         y(2 * s.T * s.d),
         dx(2 * s.T * s.d),
-        up(placement.num_slots(comm.rank()) * 2 * s.n * s.d, static_cast<unsigned>(comm.rank()) + 31,
-           1 / std::sqrt(static_cast<float>(s.d))),
-        down(placement.num_slots(comm.rank()) * s.d * s.n, static_cast<unsigned>(comm.rank()) + 41,
-             1 / std::sqrt(static_cast<float>(s.n))),
-        gate(s.E * s.d, 5, 1 / std::sqrt(static_cast<float>(s.d))),
-        dgate(gate.size()),
-        dup(up.size()),
-        ddown(down.size()),
-        moe(sizes, {}, placement, comm, ts::state_memory(state.data(), static_cast<std::size_t>(state.size()))) {
-    moe.reset_state(cudaStreamLegacy);
-    gradients.gate = dgate.data();
-    gradients.experts.up = dup.data();
-    gradients.experts.down = ddown.data();
-    pl::moe_block<spread_layer, copying_mixer> block{&mixer, &moe, {}, {&gradients, 1}};
-    block.weights.gate = {gate.data(), sizes.num_experts, sizes.hidden};
-    block.weights.experts.up = up.data();
-    block.weights.experts.down = down.data();
+        written(gradients()) {
+    const pl::moe_block<spread_layer, copying_mixer> block{&mixer, &moe, weights(), {&written, 1}};
     const std::vector<pl::moe_block<spread_layer, copying_mixer>> blocks(static_cast<std::size_t>(num_layers), block);
-    const auto bytes = chunk::sizes(blocks, s.T, s.d, 2);
-    layers = std::make_unique<chunk>(blocks, s.T, s.d, 2,
-                                     ts::saved_memory(comm.allocate(bytes.saved_bytes), bytes.saved_bytes),
-                                     ts::deferred_memory(comm.allocate(bytes.deferred_bytes), bytes.deferred_bytes),
-                                     ts::workspace_memory(comm.allocate(bytes.workspace_bytes), bytes.workspace_bytes));
+    const auto all = chunk::sizes(blocks, s.T, s.d, 2);
+    layers =
+        std::make_unique<chunk>(blocks, s.T, s.d, 2, ts::saved_memory(comm.allocate(all.saved_bytes), all.saved_bytes),
+                                ts::deferred_memory(comm.allocate(all.deferred_bytes), all.deferred_bytes),
+                                ts::workspace_memory(comm.allocate(all.workspace_bytes), all.workspace_bytes));
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
   pl::work_item item(int slot) const { return {.micro_batch = slot, .rows = tokens, .slot = slot}; }
@@ -173,15 +142,8 @@ struct chunk_case {
     }
   }
 
-  std::int64_t tokens;
-  ts::shape sizes;
-  ts::layout::block placement;
-  device_array<std::byte> state;
-  device_array<bfloat16> x, dy, y, dx, up, down;
-  device_array<float> gate, dgate;
-  device_array<bfloat16> dup, ddown;
-  spread_layer moe;
-  spread_layer::gradients gradients{};
+  device_array<bfloat16> x, dy, y, dx;
+  spread_layer::gradients written;
   copying_mixer mixer;
   std::unique_ptr<chunk> layers;
 };

@@ -21,6 +21,7 @@
 #include <tessera/layout/block.hpp>
 #include <tessera/moe/moe_layer.cuh>
 
+#include "rank_layer.cuh"
 #include "rank_timing.cuh"
 
 namespace {
@@ -324,55 +325,20 @@ void measure_baseline(benchmark::State& state, const exchange_shape& s, baseline
 // ---------------------------------------------------------------------------------------------------------------------
 // The layer
 
-struct layer_shape {
-  const char* name;
-  std::int64_t T, d, n;
-  int E, K;
-};
-
-using router = ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized>;
-using spread_layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16_gradients>,
-                                   ts::layout::block, ts::comm::symmetric>;
-
-// One rank's layer with its memory, weights and tokens.
-struct layer_case {
+// A rank's layer with the memory of a micro-batch and tokens.
+struct layer_case : rank_layer {
   layer_case(ts::comm::symmetric& comm, const layer_shape& s)
-      : tokens(s.T),
-        sizes{.num_experts = s.E,
-              .top_k = s.K,
-              .hidden = static_cast<int>(s.d),
-              .intermediate = static_cast<int>(s.n),
-              .max_tokens = s.T},
-        placement(s.E, comm.size()),
-        bytes(spread_layer::sizes(sizes, placement, comm.rank())),
+      : rank_layer(comm, s),
         saved(comm.allocate(bytes.saved_bytes), bytes.saved_bytes),
         deferred(comm.allocate(bytes.deferred_bytes), bytes.deferred_bytes),
         workspace(comm.allocate(bytes.workspace_bytes), bytes.workspace_bytes),
-        state(static_cast<std::int64_t>(bytes.state_bytes)),
         x(s.T * s.d, static_cast<unsigned>(comm.rank()) + 11, 1),
         dy(s.T * s.d, static_cast<unsigned>(comm.rank()) + 21, 1),
         y(s.T * s.d),
-        dx(s.T * s.d),
-        up(placement.num_slots(comm.rank()) * 2 * s.n * s.d, static_cast<unsigned>(comm.rank()) + 31,
-           1 / std::sqrt(static_cast<float>(s.d))),
-        down(placement.num_slots(comm.rank()) * s.d * s.n, static_cast<unsigned>(comm.rank()) + 41,
-             1 / std::sqrt(static_cast<float>(s.n))),
-        gate(s.E * s.d, 5, 1 / std::sqrt(static_cast<float>(s.d))),
-        dgate(gate.size()),
-        dup(up.size()),
-        ddown(down.size()),
-        moe(sizes, {}, placement, comm, ts::state_memory(state.data(), bytes.state_bytes)) {
-    moe.reset_state(cudaStreamLegacy);
+        dx(s.T * s.d) {
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
   spread_layer::inputs inputs() const { return {.x = ts::matrix_view<const bfloat16>(x.data(), tokens, sizes.hidden)}; }
-  spread_layer::weights weights() const {
-    spread_layer::weights w{};
-    w.gate = {gate.data(), sizes.num_experts, sizes.hidden};
-    w.experts.up = up.data();
-    w.experts.down = down.data();
-    return w;
-  }
   void forward(cudaStream_t stream) {
     moe.forward(stream, ts::pass::train, inputs(), weights(), {y.data(), tokens, sizes.hidden}, saved, workspace);
   }
@@ -380,25 +346,13 @@ struct layer_case {
     const ts::matrix_view<const bfloat16> gradient{dy.data(), tokens, sizes.hidden};
     moe.backward_input(stream, inputs(), gradient, weights(), saved, {dx.data(), tokens, sizes.hidden}, deferred,
                        workspace);
-    spread_layer::gradients g{};
-    g.gate = dgate.data();
-    g.experts.up = dup.data();
-    g.experts.down = ddown.data();
-    moe.backward_weights(stream, inputs(), gradient, saved, deferred, g, ts::write::overwrite);
+    moe.backward_weights(stream, inputs(), gradient, saved, deferred, gradients(), ts::write::overwrite);
   }
 
-  std::int64_t tokens;
-  ts::shape sizes;
-  ts::layout::block placement;
-  ts::layer_sizes bytes;
   ts::saved_memory saved;
   ts::deferred_memory deferred;
   ts::workspace_memory workspace;
-  device_array<std::byte> state;
-  device_array<bfloat16> x, dy, y, dx, up, down;
-  device_array<float> gate, dgate;
-  device_array<bfloat16> dup, ddown;
-  spread_layer moe;
+  device_array<bfloat16> x, dy, y, dx;
 };
 
 void measure_layer(benchmark::State& state, const layer_shape& s, bool backward) {

@@ -28,6 +28,7 @@
 #include <type_traits>
 
 #include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/device/expect_routing.cuh>
 #include <tessera/dispatch/detail/host_sized/add_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/find_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/pack_rows.cuh>
@@ -205,22 +206,9 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                                    const routing<A>& chosen, const dispatch_handle<A>& handle,
                                    const host_sized_lists& lists, const host_sized_tables<A>& tables) {
   using namespace detail::host_sized;
-  const std::int64_t num_tokens = chosen.expert_ids.rows;
   const host_grid grid = grid_of(comm);
   expect_no_capture(stream, "exchange_routing");
-  TESSERA_EXPECTS(bounds.num_ranks == comm.size(),
-                  "bounds of " << bounds.num_ranks << " ranks, the communicator has " << comm.size());
-  TESSERA_EXPECTS(num_tokens <= bounds.max_tokens,
-                  num_tokens << " tokens, the bound max_tokens is " << bounds.max_tokens);
-  TESSERA_EXPECTS(options.capacity_factor == 0,
-                  "capacity_factor = " << options.capacity_factor << ": there is no capacity between GPUs, use 0");
-  TESSERA_EXPECTS(bounds.num_local_experts <= max_experts,
-                  bounds.num_local_experts << " local experts, expected at most " << max_experts);
-  expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
-  expect_matrix(chosen.weights, num_tokens, bounds.top_k, "weights");
-  TESSERA_EXPECTS(layout.num_ranks() == comm.size(), "the layout places experts on " << layout.num_ranks()
-                                                                                     << " ranks, the communicator has "
-                                                                                     << comm.size());
+  detail::expect_routing(comm, layout, bounds, options, chosen);
   TESSERA_EXPECTS(lists.words != nullptr && tables.records != nullptr && tables.sort.barrier != nullptr &&
                       tables.sort.block_counts != nullptr && handle.expert_row_of != nullptr,
                   "exchange_routing needs host_sized_lists::layout, host_sized_tables::layout with a router_workspace "

@@ -13,12 +13,12 @@
 /// (`combine_rows`); or every row goes home and all are added there (`combine_pairs`).
 ///
 /// Every operation is a collective of the communicator: all ranks enqueue the same operations of a slot in the same
-/// order, on one stream. They do not synchronise, do not allocate, and can be captured in a CUDA graph; a replay sees
-/// new routings. Waits for other ranks happen in kernels and are bounded by the communicator's timeout: see
-/// `comm::symmetric::check`. After a failure, and until the communicator is reset, operations do nothing; lists are
-/// empty then, so that products on them do nothing either. Arrays that peers write are memory of
-/// `comm::symmetric::allocate`, at the same offset on all ranks; they may be reused as soon as the stream has passed
-/// what reads them, because every rank announces that before others write.
+/// order, on one stream. They do not synchronise, do not allocate, and can be captured in a CUDA graph, the same on all
+/// ranks or on none, because branches of it wait for other ranks; a replay sees new routings. Waits for other ranks
+/// happen in kernels and are bounded by the communicator's timeout: see `comm::symmetric::check`. After a failure, and
+/// until the communicator is reset, operations do nothing; lists are empty then, so that products on them do nothing
+/// either. Arrays that peers write are memory of `comm::symmetric::allocate`, at the same offset on all ranks; they may
+/// be reused as soon as the stream has passed what reads them, because every rank announces that before others write.
 
 #include <algorithm>
 #include <cstdint>
@@ -27,6 +27,7 @@
 #include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/device/expect_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/push_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/return_values.cuh>
 #include <tessera/dispatch/detail/symmetric/send_pairs.cuh>
@@ -196,21 +197,9 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                             balance_counts sums = {}) {
   using namespace detail::symmetric;
   const std::int64_t num_tokens = chosen.expert_ids.rows;
-  TESSERA_EXPECTS(bounds.num_ranks == comm.size(),
-                  "bounds of " << bounds.num_ranks << " ranks, the communicator has " << comm.size());
-  TESSERA_EXPECTS(num_tokens <= bounds.max_tokens,
-                  num_tokens << " tokens, the bound max_tokens is " << bounds.max_tokens);
-  TESSERA_EXPECTS(options.capacity_factor == 0,
-                  "capacity_factor = " << options.capacity_factor << ": comm::symmetric has no capacity, use 0");
-  TESSERA_EXPECTS(bounds.num_local_experts <= max_experts,
-                  bounds.num_local_experts << " local experts, expected at most " << max_experts);
+  detail::expect_routing(comm, layout, bounds, options, chosen);
   expect_tokens(handle, bounds.max_tokens, "the routing of these bounds");
   expect_top_k(handle, bounds.top_k);
-  expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
-  expect_matrix(chosen.weights, num_tokens, bounds.top_k, "weights");
-  TESSERA_EXPECTS(layout.num_ranks() == comm.size(), "the layout places experts on " << layout.num_ranks()
-                                                                                     << " ranks, the communicator has "
-                                                                                     << comm.size());
   const std::int64_t pairs_of_all = bounds.addressed_rows() * bounds.top_k;
   expect_window(comm, workspace.tables.slots, pairs_of_all, "routing_tables::slots");
   expect_window(comm, workspace.tables.weights, pairs_of_all, "routing_tables::weights");

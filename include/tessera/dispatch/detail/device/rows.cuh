@@ -8,6 +8,7 @@
 
 #include <tessera/core/expert_rows.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/gemm/detail/hopper/ptx.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Moving and adding rows. A thread owns 16 bytes of the input's columns and walks over rows; threads of a warp own
@@ -64,9 +65,7 @@ __device__ __forceinline__ elements<T, Count> round_elements(const A (&sum)[Coun
   if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<A, float> && Count % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < Count; i += 2) {
-      std::uint32_t pair;
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(sum[i + 1]), "f"(sum[i]));
-      *reinterpret_cast<std::uint32_t*>(result.value + i) = pair;
+      *reinterpret_cast<std::uint32_t*>(result.value + i) = hopper::pack_bf16(sum[i], sum[i + 1]);
     }
   } else {
 #pragma unroll

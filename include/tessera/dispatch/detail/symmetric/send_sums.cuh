@@ -237,10 +237,7 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
     home_role(task, generation, stream, home, grid * home_warps, lane);
   }
   __syncthreads();
-  if (threadIdx.x == 0 && last_block(view)) {
-    view.tickets[1] = view.tickets[2] = 0;
-    finish(view, generation);
-  }
+  if (threadIdx.x == 0 && last_block(view)) finish(view, generation);
 #else
   static_cast<void>(task);
 #endif

@@ -102,8 +102,8 @@ struct unit_place {
 // warp does a unit does not change its sums.
 class unit_walk {
  public:
-  // @param units Of each peer. @param first Number of this warp among `warps` that begin with a unit each; other warps
-  // pass `warps`.
+  // @param peers How many the units of `plan` are for. @param counter Gives out units, 0 before. @param first Number of
+  // this warp among `warps` that begin with a unit each; other warps pass `warps`.
   __device__ unit_walk(const sums_plan& plan, int peers, int num_tokens, std::uint32_t* counter, int first, int warps,
                        int lane)
       : plan_(plan), peers_(peers), num_tokens_(num_tokens), counter_(counter), warps_(warps), lane_(lane) {
