@@ -429,6 +429,9 @@ void check_weight_gradients() {
   check_variable_k<Backend, gathered::none, bfloat16>(136, 264, ts::write::overwrite);
   check_variable_k<Backend, gathered::a, bfloat16>(264, 136, ts::write::overwrite);
   check_variable_k<Backend, gathered::b, bfloat16>(200, 328, ts::write::accumulate);
+  check_variable_k<Backend, gathered::b, bfloat16>(328, 520, ts::write::overwrite);
+  check_variable_k<Backend, gathered::b, float>(296, 104, ts::write::accumulate);
+  check_variable_k<Backend, gathered::b, float>(40, 72, ts::write::overwrite);
   check_variable_k<Backend, gathered::a, float>(72, 264, ts::write::overwrite);
   check_variable_k<Backend, gathered::a, float>(256, 512, ts::write::accumulate);
 }

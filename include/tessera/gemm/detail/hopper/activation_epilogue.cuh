@@ -20,7 +20,7 @@ namespace detail::hopper {
 /// @tparam Activation An activation policy. @tparam Interleaved Whether gates and ups are in turn.
 template <class Activation, bool Interleaved>
 struct activation_epilogue {
-  static constexpr bool split = Activation::gated && !Interleaved, clusters = true;
+  static constexpr bool split = Activation::gated && !Interleaved, clusters = true, by_warpgroup = false;
 
   struct params {
     output_matrix<bfloat16> h;    ///< `[rows, U]`; where gates come first, layers of gates and ups.
@@ -112,7 +112,7 @@ struct activation_epilogue {
 /// @tparam Activation An activation policy. @tparam Interleaved Whether gates and ups are in turn.
 template <class Activation, bool Interleaved>
 struct activation_backward_epilogue {
-  static constexpr bool split = false, clusters = false;
+  static constexpr bool split = false, clusters = false, by_warpgroup = false;
   static constexpr bool two_parts = Activation::gated;  ///< Whether 64 columns of the activation have 128 of H.
 
   struct params {

@@ -55,7 +55,7 @@ __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
 template <class Shape>
 __device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int valid, bool together) {
   static constexpr int first = Shape::gather == gathered::a ? Shape::chunks_a : 0;
-  static constexpr int last = Shape::gather == gathered::b ? Shape::chunks_a : Shape::chunks_a + Shape::chunks_b;
+  static constexpr int last = Shape::chunks_a + Shape::chunks_b;
   const int threads = together ? 256 : 128;
   const int thread = (static_cast<int>(threadIdx.x) - 128) % threads;
   const int units = (chunk_rows - valid) * 8;
@@ -137,7 +137,8 @@ __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::bloc
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) {
     const int row = first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16;
-    if (row < t.m_end) Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, output, held);
+    if (Epilogue::by_warpgroup || row < t.m_end)
+      Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, output, held);
   }
 }
 

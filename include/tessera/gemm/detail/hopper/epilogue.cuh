@@ -11,9 +11,10 @@
 /// warp store them itself, because the rows below are its neighbour's.
 ///
 /// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); `clusters`
-/// (whether its kernel for clusters exists); `held<Blocks>`, what a warp keeps in registers while products are summed;
-/// and what a warp calls for its 16 rows: `prepare<TileN>(params, tile, first_row, held)` before the products,
-/// `write<TileN>(params, sums, tile, first_row, output, held)` after them.
+/// (whether its kernel for clusters exists); `by_warpgroup` (whether the four warps of a warpgroup write together, if
+/// any of them has rows); `held<Blocks>`, what a warp keeps in registers while products are summed; and what a warp
+/// calls for its 16 rows: `prepare<TileN>(params, tile, first_row, held)` before the products, `write<TileN>(params,
+/// sums, tile, first_row, output, held)` after them.
 
 #include <cstdint>
 #include <type_traits>
@@ -215,7 +216,7 @@ struct nothing_held {};
 /// Stores the result, rounded once. `TC` is bfloat16 or float.
 template <class TC>
 struct store_epilogue {
-  static constexpr bool split = false, clusters = true;
+  static constexpr bool split = false, clusters = true, by_warpgroup = false;
 
   struct params {
     output_matrix<TC> c;
@@ -285,7 +286,7 @@ struct store_epilogue {
 /// The sum of `Parts` products with the same 64 columns each, in their order, in fp32.
 template <int Parts>
 struct parts_epilogue {
-  static constexpr bool split = false, clusters = false;
+  static constexpr bool split = false, clusters = false, by_warpgroup = false;
 
   struct params {
     output_matrix<float> c;

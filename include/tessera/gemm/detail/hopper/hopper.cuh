@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include <tessera/gemm/detail/device/product_checks.cuh>
+#include <tessera/gemm/detail/hopper/transposed_epilogue.cuh>
 #include <tessera/gemm/hopper.cuh>
 
 TESSERA_NAMESPACE_BEGIN
@@ -100,6 +101,35 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
                                                                                                      map_b, p);
   else
     launch_configured<product::variable_m, Order, Rows, Epilogue, Options::ping_pong>(stream, c, map_a, map_b, p);
+}
+
+/// Everything that the products with variable K have in common. @param fallback Any mapped address, for no rows.
+template <gathered Rows, class Epilogue, class Options>
+void enqueue_variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
+                        const row_operand<bfloat16>& a, const row_operand<bfloat16>& b, const void* fallback,
+                        const typename Epilogue::params& epilogue, const Options& options) {
+  problem shape;
+  shape.variable_k = true;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.m = M;
+  shape.n = N;
+  shape.gathered = Rows != gathered::none;
+  const config chosen = configure(d, shape, options);
+
+  const CUtensorMap map_b = row_map(d, b, groups.max_rows, N, fallback, "b");
+  const CUtensorMap map_a =
+      Rows == gathered::a ? map_b : row_map(d, a, groups.max_rows, M, fallback, "a");  // the kernel wants two
+
+  multiply_params<typename Epilogue::params> p{};
+  p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), static_cast<int>(M), static_cast<int>(N), 0};
+  p.gather_data = a.data;
+  p.gather_stride = a.stride;
+  p.gather = a.gather;
+  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
+  p.epilogue = epilogue;
+  launch_configured<product::variable_k, contiguous::mn, Rows, Epilogue, Options::ping_pong>(stream, chosen, map_a,
+                                                                                             map_b, p);
 }
 
 }  // namespace detail::hopper
@@ -237,35 +267,15 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
                 row_operand<bfloat16> a, row_operand<bfloat16> b, group_operand<TC> c, write mode,
                 const Options& options) {
   using namespace tessera::detail::hopper;
-  using epilogue = store_epilogue<TC>;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
   if (!expect_variable_k<Rows>(groups, M, N, a, b, c)) return;
-  problem shape;
-  shape.variable_k = true;
-  shape.max_rows = groups.max_rows;
-  shape.num_groups = groups.num_groups;
-  shape.m = M;
-  shape.n = N;
-  shape.gathered = Rows != gathered::none;
-  const config chosen = configure(d, shape, options);
-
-  CUtensorMap map_a{}, map_b{};
-  if constexpr (Rows != gathered::a) map_a = row_map(d, a, groups.max_rows, M, c.data, "a");
-  if constexpr (Rows != gathered::b) map_b = row_map(d, b, groups.max_rows, N, c.data, "b");
-  if constexpr (Rows == gathered::a) map_a = map_b;  // the kernel wants two
-  if constexpr (Rows == gathered::b) map_b = map_a;
-
-  multiply_params<typename epilogue::params> p{};
-  p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), static_cast<int>(M), static_cast<int>(N), 0};
-  const row_operand<bfloat16>& listed = Rows == gathered::b ? b : a;
-  p.gather_data = listed.data;
-  p.gather_stride = listed.stride;
-  p.gather = listed.gather;
-  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
-  p.epilogue = {make_output(d.encode, c.data, N, M, c.row_stride, groups.num_groups, c.group_stride, true, "c"),
-                mode == write::accumulate, nullptr};
-  launch_configured<product::variable_k, contiguous::mn, Rows, epilogue, Options::ping_pong>(stream, chosen, map_a,
-                                                                                             map_b, p);
+  const bool adds = mode == write::accumulate;
+  const auto to = make_output(d.encode, c.data, N, M, c.row_stride, groups.num_groups, c.group_stride, true, "c");
+  if constexpr (Rows == gathered::b)
+    enqueue_variable_k<gathered::a, transposed_epilogue<TC>>(stream, d, groups, N, M, b, a, c.data,
+                                                             {to, static_cast<int>(M), adds}, options);
+  else
+    enqueue_variable_k<Rows, store_epilogue<TC>>(stream, d, groups, M, N, a, b, c.data, {to, adds, nullptr}, options);
 }
 
 }  // namespace gemm::hopper

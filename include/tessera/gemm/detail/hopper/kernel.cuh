@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     registers_release<Shape::producer_registers>();
     static constexpr int step_n = Shape::tile_n / (Epilogue::split ? 2 : Shape::parts);
     if constexpr (Shape::gather != gathered::none) {
-      produce_gathered<Shape, Epilogue::split, step_n>(map_a, map_b, p, r, rank);
+      produce_gathered<Shape, Epilogue::split, step_n>(map_b, p, r, rank);
     } else {
       if (warp == 0) produce<Shape, Epilogue::split, step_n>(map_a, map_b, p, r, rank);
     }

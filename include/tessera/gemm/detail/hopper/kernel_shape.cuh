@@ -47,7 +47,7 @@ struct kernel_shape {
   static constexpr int consumer_registers = Gathered == gathered::none ? 232 : 224;
   static_assert(TileN == 128 || TileN == 192 || TileN == 256, "there are matrix instructions for these tiles");
   static_assert(Stages >= 3, "the ring needs three stages");
-  static_assert(Product == product::variable_k || Gathered != gathered::b, "rows of B are not gathered in variable_m");
+  static_assert(Gathered != gathered::b, "rows are gathered as A");
   static_assert(Parts == 1 || (Product == product::variable_m && Gathered == gathered::none && Cluster == 1 &&
                                TileN == 64 * Parts),
                 "a tile holds 64 columns of each part of B");

@@ -209,21 +209,19 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
   if (leader) order.finish();
 }
 
-/// Four warps, of which one thread feeds the copy engine with one operand, and all copy rows of the other, 16 bytes a
-/// time, placed as the copy engine would with its 128-byte swizzle.
+/// Four warps, of which one thread feeds the copy engine with B, and all copy rows of A, 16 bytes a time, placed as the
+/// copy engine would with its 128-byte swizzle.
 ///
 /// Copies announce themselves on the stage's barrier when they are complete, so that nobody here waits for memory and
 /// the whole ring is under way. They are ordinary writes to the matrix units, which is why consumers fence after the
 /// wait.
 template <class Shape, bool Split, int StepN, class P>
-__device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
-                                 int rank) {
+__device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rings<Shape>& r, int rank) {
   static constexpr bool rows_are_k = Shape::kind == product::variable_k;
-  static constexpr bool of_a = Shape::gather == gathered::a;
   // Lines of 128 bytes: 8 threads copy one; 128 threads, 16 at a time.
   static constexpr int lines = rows_are_k ? Shape::tile_k : Shape::tile_m;
   static constexpr int lines_each = lines / 16;
-  static constexpr int chunks_of_line = rows_are_k ? (of_a ? Shape::chunks_a : Shape::chunks_b) : 1;
+  static constexpr int chunks_of_line = rows_are_k ? Shape::chunks_a : 1;
 
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
   tile_order<Shape::cluster> order(p.tile_counter);
@@ -248,7 +246,7 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
     }
     if (t.group < 0) break;
     const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
-    const auto bytes = static_cast<std::uint32_t>((of_a ? chunks_b : chunks_a) * chunk_bytes);
+    const auto bytes = static_cast<std::uint32_t>(chunks_b * chunk_bytes);
 
     const bfloat16* rows[lines_each];  // `variable_m`: null beyond the group
     std::int32_t upcoming[lines_each];
@@ -273,8 +271,8 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
       bool whole = whole_rows && k + Shape::tile_k <= t.k_end;  // as nearly always
       if constexpr (rows_are_k) {
         // What follows runs for every stage on few warps: addresses take one instruction, indices come a stage early.
-        const bfloat16* const columns_begin = p.gather_data + (of_a ? t.m : t.n) + unit * 8;
-        whole = whole && (of_a ? t.m_end - t.m : p.sizes.n - t.n) >= chunks_of_line * chunk_rows;
+        const bfloat16* const columns_begin = p.gather_data + t.m + unit * 8;
+        whole = whole && t.m_end - t.m >= chunks_of_line * chunk_rows;
 #pragma unroll
         for (int i = 0; i < lines_each; ++i) rows[i] = offset_row(columns_begin, upcoming[i], row_bytes);
         const std::int32_t* const next = p.gather + k + Shape::tile_k + first_line;
@@ -289,20 +287,14 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
       }
       wait_empty(r, at);
       const std::uint32_t stage = r.stage(at.slot);
-      const std::uint32_t stage_b = stage + Shape::chunks_a * chunk_bytes;
       if (leader) {
         const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
         barrier_arrive_expect(full, bytes);
-        if constexpr (of_a)
-          load_b<Shape, Split>(map_b, stage_b, full, t, chunks_b, k, p, rank);
-        else
-          load_a<Shape>(map_a, stage, full, t, chunks_a, k);
+        load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
       }
       __syncwarp();
-      const std::uint32_t target = (of_a ? stage : stage_b) + swizzled;
+      const std::uint32_t target = stage + swizzled;
       if constexpr (rows_are_k) {
-        const int used = of_a ? chunks_a : chunks_b;
-        const int first_column = of_a ? t.m : t.n, columns = of_a ? t.m_end : p.sizes.n;
         if (whole) {
 #pragma unroll
           for (int i = 0; i < lines_each; ++i)
@@ -312,8 +304,8 @@ __device__ void produce_gathered(const CUtensorMap& map_a, const CUtensorMap& ma
         }
 #pragma unroll
         for (int c = 0; c < chunks_of_line; ++c) {
-          if (whole || c >= used) continue;
-          const bool inside = first_column + c * chunk_rows + unit * 8 < columns;
+          if (whole || c >= chunks_a) continue;
+          const bool inside = t.m + c * chunk_rows + unit * 8 < t.m_end;
 #pragma unroll
           for (int i = 0; i < lines_each; ++i) {
             const bool valid = inside && k + first_line + 16 * i < t.k_end;

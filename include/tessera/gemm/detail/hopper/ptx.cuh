@@ -233,6 +233,14 @@ __device__ __forceinline__ void store_matrices(std::uint32_t address, std::uint3
                : "memory");
 }
 
+/// `store_matrices` of transposed matrices: lane `l` addresses what is column `l % 8` of matrix `l / 8` in registers.
+__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t a, std::uint32_t b,
+                                                          std::uint32_t c, std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
 /// Loads four 8x8 matrices of 16-bit elements; lane `l` addresses row `l % 8` of matrix `l / 8`.
 __device__ __forceinline__ void load_matrices(std::uint32_t address, std::uint32_t (&m)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -267,6 +275,11 @@ __device__ __forceinline__ uint2 load_shared_8(std::uint32_t address) {
 /// 8 bytes to shared memory.
 __device__ __forceinline__ void store_shared_8(std::uint32_t address, uint2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+/// 4 bytes to shared memory.
+__device__ __forceinline__ void store_shared_4(std::uint32_t address, std::uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
 /// 2 bytes to shared memory.

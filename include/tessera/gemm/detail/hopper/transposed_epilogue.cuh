@@ -1,0 +1,133 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// The epilogue that stores a tile's columns as rows, for products of which the rows of the result belong to the
+/// operand that is not gathered: rows are cheap to gather as A, whose tile is half as large as B's.
+
+#include <cstdint>
+#include <type_traits>
+
+#include <tessera/gemm/detail/hopper/epilogue.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+namespace detail::hopper {
+
+/// Stores the transposed result, rounded once, in `variable_k`. `TC` is bfloat16 or float.
+///
+/// The four warps of a warpgroup hold the same columns of 16 rows each, which are 16 columns each of the same rows of
+/// the result. They write together into one buffer of every warp, which then sends its own: a box of 16 rows x 128
+/// bytes.
+template <class TC>
+struct transposed_epilogue {
+  static constexpr bool split = false, clusters = true, by_warpgroup = true;
+
+  struct params {
+    output_matrix<TC> c;
+    int rows;         ///< Of the result: columns of the tiles.
+    bool accumulate;  ///< Whether the old content is added.
+  };
+
+  template <int Blocks>
+  using held = nothing_held;
+
+  template <int TileN>
+  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
+
+  /// All warps of a warpgroup call together. @param first_row Of this warp's 16 rows, columns of the result; those from
+  /// the tile's end on are not stored.
+  template <int TileN>
+  static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
+                                               warp_output& output, const nothing_held&) {
+    const int warp = static_cast<int>(threadIdx.x / 32 % 4), first_column = first_row - warp * 16;
+    for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
+      const int row = t.n + Chunk * chunk_rows;
+      if (row >= p.rows) return;
+      if constexpr (std::is_same_v<TC, float>) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int first = row + 32 * half;
+          if (first >= p.rows) continue;
+          const std::uint32_t mine = acquire(output);
+          put(mine - static_cast<std::uint32_t>(warp) * all_buffers, sums + Chunk * 32 + 16 * half);
+          send(p, mine, t, first + warp % 2 * 16, first_column + warp / 2 * 32, output);
+        }
+      } else {
+        if (p.accumulate) add_old<Chunk>(p, sums, t, row, first_row);
+        fragment f;
+        round_chunk<Chunk>(sums, f);
+        const std::uint32_t mine = acquire(output);
+        put(mine - static_cast<std::uint32_t>(warp) * all_buffers, f);
+        send(p, mine, t, row + warp * 16, first_column, output);
+      }
+    });
+  }
+
+ private:
+  static constexpr std::uint32_t all_buffers = 2 * staging_bytes;  // of a warp
+
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+  static __device__ __forceinline__ void meet() { named_barrier(1 + static_cast<int>(threadIdx.x / 128), 128); }
+
+  /// This warp's buffer, once no store reads the same one of any warp.
+  static __device__ __forceinline__ std::uint32_t acquire(warp_output& output) {
+    const std::uint32_t mine = output.acquire();
+    meet();
+    return mine;
+  }
+  /// Sends this warp's buffer once all warps have written into it.
+  static __device__ __forceinline__ void send(const params& p, std::uint32_t mine, const tile& t, int row, int column,
+                                              warp_output& output) {
+    async_proxy_fence();
+    meet();
+    if (std::is_same_v<TC, float> && p.accumulate)
+      output.template send<std::is_same_v<TC, float>>(mine, p.c, t.group, row, p.rows, column);
+    else
+      output.template send<false>(mine, p.c, t.group, row, p.rows, column);
+  }
+
+  /// Puts 64 columns of 16 rows as 64 rows of 32 bytes: 16 of them into each warp's buffer. @param first The first
+  /// warp's.
+  static __device__ __forceinline__ void put(std::uint32_t first, const fragment& f) {
+    const int warp = static_cast<int>(threadIdx.x / 32 % 4);
+    // lane l names row l % 8 of matrix l / 8: (columns 0-7, rows 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15)
+    const int row = lane() / 16 * 8 + lane() % 8, unit = 2 * warp + lane() / 8 % 2;
+    const std::uint32_t place = first + static_cast<std::uint32_t>(row * 128 + (unit ^ (row % 8)) * 16);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2)
+      store_matrices_transposed(place + static_cast<std::uint32_t>(j / 2) * all_buffers, f[2 * j], f[2 * j + 1],
+                                f[2 * j + 2], f[2 * j + 3]);
+  }
+  /// Puts 32 columns of 16 rows of fp32 as 32 rows of 64 bytes: of buffers `2 h` and `2 h + 1`, which hold columns
+  /// `32 h` to `32 h + 31` of the result, `h` is this warp's half.
+  static __device__ __forceinline__ void put(std::uint32_t first, const float* sums) {
+    const int warp = static_cast<int>(threadIdx.x / 32 % 4);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int column = warp % 2 * 16 + lane() / 4 + i % 4 / 2 * 8;  // of the half
+      const int row = i / 4 * 8 + lane() % 4 * 2 + i % 2;             // of both buffers
+      const std::uint32_t buffer = first + static_cast<std::uint32_t>(warp / 2 * 2 + row / 16) * all_buffers;
+      store_shared_4(
+          buffer + static_cast<std::uint32_t>(row % 16 * 128 + ((column / 4) ^ (row % 8)) * 16 + column % 4 * 4),
+          __float_as_uint(sums[i]));
+    }
+  }
+
+  // The sum is rounded once, so the old values are added before it is.
+  template <int Chunk, int Count>
+  static __device__ __forceinline__ void add_old(const params& p, float (&sums)[Count], const tile& t, int first_row,
+                                                 int first_column) {
+    const TC* const matrix = p.c.data + t.group * p.c.layer_stride;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int row = first_row + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+      const int column = first_column + lane() / 4 + i % 4 / 2 * 8;
+      if (row < p.rows && column < p.c.columns)
+        sums[Chunk * 32 + i] += static_cast<float>(matrix[row * p.c.row_stride + column]);
+    }
+  }
+};
+
+}  // namespace detail::hopper
+TESSERA_NAMESPACE_END
