@@ -157,9 +157,9 @@ void return_pair_values(device_stream stream, comm::self<space::device>&, const 
                         const pair_values_workspace<A>&) {
   const std::int64_t blocks = (home.rows * home.cols + detail::row_threads - 1) / detail::row_threads;
   if (blocks == 0) return;
-  detail::gather_values_kernel<A>
-      <<<static_cast<unsigned>(blocks), detail::row_threads, 0, stream.get()>>>(values, handle.expert_row_of, home);
-  detail::check_cuda(cudaGetLastError(), "gather_values_kernel");
+  detail::launch_early(stream, "gather_values_kernel", detail::gather_values_kernel<A>,
+                       dim3(static_cast<unsigned>(blocks)), detail::row_threads, 0, static_cast<const A*>(values),
+                       handle.expert_row_of, home);
 }
 
 TESSERA_NAMESPACE_END

@@ -31,18 +31,18 @@ __global__ void __launch_bounds__(probe_threads) architecture_probe_kernel() {}
 /// Whether this program has code for the warpgroup instructions that the current device would run.
 inline bool has_warpgroup_code() {
   cudaFuncAttributes attributes{};
-  hopper::expect_cuda(cudaFuncGetAttributes(&attributes, architecture_probe_kernel<void>), "cudaFuncGetAttributes");
+  check_cuda(cudaFuncGetAttributes(&attributes, architecture_probe_kernel<void>), "cudaFuncGetAttributes");
   return attributes.maxThreadsPerBlock == 64;
 }
 
 /// Whether the current device has compute capability 9.0 and this program code for its own instructions.
 inline bool has_hopper() {
   int ordinal = 0, major_version = 0, minor_version = 0;
-  hopper::expect_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
-  hopper::expect_cuda(cudaDeviceGetAttribute(&major_version, cudaDevAttrComputeCapabilityMajor, ordinal),
-                      "cudaDeviceGetAttribute");
-  hopper::expect_cuda(cudaDeviceGetAttribute(&minor_version, cudaDevAttrComputeCapabilityMinor, ordinal),
-                      "cudaDeviceGetAttribute");
+  check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major_version, cudaDevAttrComputeCapabilityMajor, ordinal),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor_version, cudaDevAttrComputeCapabilityMinor, ordinal),
+             "cudaDeviceGetAttribute");
   return major_version == 9 && minor_version == 0 && has_warpgroup_code();
 }
 

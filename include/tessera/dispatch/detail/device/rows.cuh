@@ -164,6 +164,7 @@ struct combine_task {
 // y[t] = sum over k, ascending, of weight * row, then what is added.
 template <class S, class A, class Out, int Width>
 __launch_bounds__(row_threads) TESSERA_KERNEL combine_kernel(const __grid_constant__ combine_task<S, A, Out> task) {
+  start_early();
   constexpr int batch = 4;  // rows in flight per thread
   const int vector = task.plan.column();
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
@@ -219,6 +220,7 @@ struct permute_slice {
 // expanded[i] = source[gather[i]].
 template <class S, int Width>
 __launch_bounds__(row_threads) TESSERA_KERNEL gather_rows_kernel(const __grid_constant__ permute_task<S> task) {
+  start_early();
   constexpr int batch = 4;
   extern __shared__ std::int32_t list[];
   __shared__ int count;
@@ -276,6 +278,7 @@ struct scatter_task {
 // expanded[expert_row_of[t, k]] = source[t]: every row is read once.
 template <class S, int Width>
 __launch_bounds__(row_threads) TESSERA_KERNEL scatter_rows_kernel(const __grid_constant__ scatter_task<S> task) {
+  start_early();
   const int vector = task.plan.column();
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
   if (vector >= task.plan.vectors || t >= task.source.rows) return;
@@ -292,6 +295,7 @@ __launch_bounds__(row_threads) TESSERA_KERNEL scatter_rows_kernel(const __grid_c
 template <class A>
 __launch_bounds__(row_threads) TESSERA_KERNEL
     gather_values_kernel(const A* values, const std::int32_t* expert_row_of, matrix_view<A> home) {
+  start_early();
   const std::int64_t pair = static_cast<std::int64_t>(blockIdx.x) * row_threads + threadIdx.x;
   if (pair >= home.rows * home.cols) return;
   const std::int32_t place = expert_row_of[pair];
@@ -308,9 +312,8 @@ void launch_rows(device_stream stream, void (*kernel)(Task), const Task& task, s
   if (blocks == 0 || task.plan.vectors == 0) return;
   TESSERA_EXPECTS(blocks <= INT32_MAX && task.plan.parts <= 65535,
                   what << " would need " << blocks << " x " << task.plan.parts << " blocks");
-  kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(task.plan.parts)),
-           static_cast<unsigned>(task.plan.per_row * task.plan.rows), 0, stream.get()>>>(task);
-  check_cuda(cudaGetLastError(), what);
+  launch_early(stream, what, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(task.plan.parts)),
+               static_cast<unsigned>(task.plan.per_row * task.plan.rows), 0, task);
 }
 
 // Elements per thread: 16 bytes of `S`, or one where something does not allow it.
@@ -340,8 +343,7 @@ void permute_on_device(device_stream stream, matrix_view<const S> source, const 
   const dim3 grid(1u << task.slices_log2, static_cast<unsigned>(task.plan.parts));
   const auto threads = static_cast<unsigned>(task.plan.per_row * task.plan.rows);
   auto* const kernel = vectors ? gather_rows_kernel<S, width> : gather_rows_kernel<S, 1>;
-  kernel<<<grid, threads, shared_bytes, stream.get()>>>(task);
-  check_cuda(cudaGetLastError(), "gather_rows_kernel");
+  launch_early(stream, "gather_rows_kernel", kernel, grid, threads, shared_bytes, task);
 }
 
 template <class S, class A, class Out>

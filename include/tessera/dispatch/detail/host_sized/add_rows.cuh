@@ -74,6 +74,7 @@ struct add_rows_task {
 // sums[i] = expert rows in the order of k, what came back in the order of ranks, then what is added.
 template <class S, class A, class Out, int Width>
 __launch_bounds__(row_threads) TESSERA_KERNEL add_rows_kernel(const __grid_constant__ add_rows_task<S, A, Out> task) {
+  start_early();
   constexpr int batch = 4;  // rows in flight per thread
   const int vector = task.plan.column();
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();

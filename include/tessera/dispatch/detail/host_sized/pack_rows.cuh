@@ -30,6 +30,7 @@ struct pack_task {
 
 template <class S, int Width>
 __launch_bounds__(row_threads) TESSERA_KERNEL pack_rows_kernel(const __grid_constant__ pack_task<S> task) {
+  start_early();
   constexpr int batch = 4;  // rows in flight per thread
   const int vector = task.plan.column();
   if (vector >= task.plan.vectors) return;

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/dtype.hpp>
-#include <tessera/core/error.hpp>
 #include <tessera/core/expert_rows.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
@@ -19,11 +19,6 @@ namespace detail {
 // What experts do to rows besides products: weights on the input, and biases.
 
 inline constexpr int row_kernel_threads = 128;
-
-inline void expect_launched(const char* kernel) {
-  const cudaError_t result = cudaGetLastError();
-  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, kernel << ": " << cudaGetErrorString(result));
-}
 
 __device__ inline std::int32_t source_row(const expert_rows& rows, std::int32_t i) {
   return rows.gather == nullptr ? i : rows.gather[i];

@@ -137,23 +137,23 @@ void enqueue_variable_k(device_stream stream, const device& d, const row_groups&
 namespace gemm::hopper {
 
 inline device device::current() {
-  using tessera::detail::hopper::expect_cuda;
+  using tessera::detail::check_cuda;
   int ordinal = 0, major_version = 0, minor_version = 0;
   device d;
-  expect_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
-  expect_cuda(cudaDeviceGetAttribute(&major_version, cudaDevAttrComputeCapabilityMajor, ordinal),
-              "cudaDeviceGetAttribute");
-  expect_cuda(cudaDeviceGetAttribute(&minor_version, cudaDevAttrComputeCapabilityMinor, ordinal),
-              "cudaDeviceGetAttribute");
+  check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major_version, cudaDevAttrComputeCapabilityMajor, ordinal),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor_version, cudaDevAttrComputeCapabilityMinor, ordinal),
+             "cudaDeviceGetAttribute");
   TESSERA_EXPECTS(major_version == 9 && minor_version == 0,
                   "gemm::hopper needs a device of compute capability 9.0, device "
                       << ordinal << " has " << major_version << '.' << minor_version);
-  expect_cuda(cudaDeviceGetAttribute(&d.num_multiprocessors, cudaDevAttrMultiProcessorCount, ordinal),
-              "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&d.num_multiprocessors, cudaDevAttrMultiProcessorCount, ordinal),
+             "cudaDeviceGetAttribute");
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  expect_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-              "cudaGetDriverEntryPointByVersion");
+  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+             "cudaGetDriverEntryPointByVersion");
   TESSERA_EXPECTS_AS(cuda_error, found == cudaDriverEntryPointSuccess && function != nullptr,
                      "the driver has no cuTensorMapEncodeTiled: one of CUDA 12.0 or later is needed");
   d.encode = reinterpret_cast<tessera::detail::hopper::tensor_map_encoder>(function);
@@ -255,11 +255,10 @@ inline void sum_weight_parts(device_stream stream, const row_groups& groups, std
                              float* out) {
   if (groups.num_groups == 0 || groups.max_rows == 0) return;
   const std::int64_t blocks = (groups.max_rows + 255) / 256;
-  tessera::detail::sum_partials_kernel<float>
-      <<<static_cast<unsigned>(blocks < 1024 ? blocks : 1024), 256, 0, stream.get()>>>(
-          parts, static_cast<int>(num_parts), groups.max_rows, groups.row_offsets, static_cast<int>(groups.num_groups),
-          out);
-  tessera::detail::hopper::expect_cuda(cudaGetLastError(), "the launch of sum_partials_kernel");
+  tessera::detail::launch_early(stream, "sum_partials_kernel", tessera::detail::sum_partials_kernel<float>,
+                                dim3(static_cast<unsigned>(blocks < 1024 ? blocks : 1024)), 256, 0, parts,
+                                static_cast<int>(num_parts), groups.max_rows, groups.row_offsets,
+                                static_cast<int>(groups.num_groups), out);
 }
 
 template <gathered Rows, class TC, class Options>

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/gemm/detail/hopper/consumer.cuh>
 #include <tessera/gemm/detail/hopper/epilogue.cuh>
 
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   } else {
     __syncthreads();
   }
+  start_early();
 
   if (warpgroup == 0) {
     registers_release<Shape::producer_registers>();
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 template <class A>
 __global__ void __launch_bounds__(256) sum_partials_kernel(const A* partial, int parts, std::int64_t stride,
                                                            const std::int32_t* row_offsets, int num_groups, A* out) {
+  start_early();
   const std::int64_t first = row_offsets[0], last = row_offsets[num_groups];
   for (std::int64_t i = first + blockIdx.x * blockDim.x + threadIdx.x; i < last; i += gridDim.x * blockDim.x) {
     A sum = partial[i];

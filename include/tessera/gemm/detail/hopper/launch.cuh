@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/gemm/detail/hopper/kernel.cuh>
@@ -19,11 +20,6 @@ namespace detail::hopper {
 
 /// `cuTensorMapEncodeTiled`, taken from the driver at run time, so that nothing links with it.
 using tensor_map_encoder = decltype(&::cuTensorMapEncodeTiled);
-
-/// Throws cuda_error unless `status` is success. @param status What a call returned. @param what The call.
-inline void expect_cuda(cudaError_t status, const char* what) {
-  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess, what << " failed: " << cudaGetErrorString(status));
-}
 
 /// A tensor map for boxes of 128 bytes x `box_rows` x 1, swizzled by 128 bytes.
 /// @tparam T bfloat16 or float. @param encode The driver's function. @param data Element 0. @param rank 2 or 3. @param
@@ -83,19 +79,19 @@ void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorM
             const multiply_params<typename Epilogue::params>& p) {
   static constexpr int bytes = shared_layout<Shape>::bytes;
   const auto kernel = multiply_kernel<Shape, direct_accumulation, Epilogue>;
-  expect_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = Shape::cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  cudaLaunchAttribute attributes[2] = {early_start_attribute(), {}};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = Shape::cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t launch_config{};
   launch_config.gridDim = dim3(static_cast<unsigned>(c.grid));
   launch_config.blockDim = dim3(Shape::threads);
   launch_config.dynamicSmemBytes = bytes;
   launch_config.stream = stream.get();
-  launch_config.attrs = &attribute;
-  launch_config.numAttrs = Shape::cluster > 1 ? 1 : 0;
-  expect_cuda(cudaLaunchKernelEx(&launch_config, kernel, map_a, map_b, p), "the launch of multiply_kernel");
+  launch_config.attrs = attributes;
+  launch_config.numAttrs = Shape::cluster > 1 ? 2 : 1;
+  check_cuda(cudaLaunchKernelEx(&launch_config, kernel, map_a, map_b, p), "the launch of multiply_kernel");
 }
 
 /// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue. @tparam PingPong

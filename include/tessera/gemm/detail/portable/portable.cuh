@@ -22,7 +22,6 @@ using gemm::portable::device;
 using gemm::portable::gathered;
 using gemm::portable::launch_options;
 using gemm::portable::row_groups;
-using hopper::expect_cuda;
 using product_checks::expect_activations;
 using product_checks::expect_operands;
 using product_checks::expect_result;
@@ -46,14 +45,14 @@ inline int grid_for(const device& d, const problem& p, const launch_options& opt
 template <product Product, contiguous OrderB, class Epilogue>
 void launch(device_stream stream, int grid, const multiply_params<typename Epilogue::params>& p) {
   const auto kernel = multiply_tiles_kernel<Product, OrderB, Epilogue>;
-  expect_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-              "cudaFuncSetAttribute");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+             "cudaFuncSetAttribute");
   cudaLaunchConfig_t launch_config{};
   launch_config.gridDim = dim3(static_cast<unsigned>(grid));
   launch_config.blockDim = dim3(threads);
   launch_config.dynamicSmemBytes = shared_bytes;
   launch_config.stream = stream.get();
-  expect_cuda(cudaLaunchKernelEx(&launch_config, kernel, p), "the launch of multiply_tiles_kernel");
+  check_cuda(cudaLaunchKernelEx(&launch_config, kernel, p), "the launch of multiply_tiles_kernel");
 }
 
 /// Everything that the products with variable M have in common. @param shape Bounds. @param split Distance from a gate
@@ -82,13 +81,13 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
 namespace gemm::portable {
 
 inline device device::current() {
-  using tessera::detail::hopper::expect_cuda;
+  using tessera::detail::check_cuda;
   int ordinal = 0, major_version = 0, minor_version = 0, shared = 0;
   device d;
   const auto attribute = [&](int& value, cudaDeviceAttr which) {
-    expect_cuda(cudaDeviceGetAttribute(&value, which, ordinal), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&value, which, ordinal), "cudaDeviceGetAttribute");
   };
-  expect_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
+  check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
   attribute(major_version, cudaDevAttrComputeCapabilityMajor);
   attribute(minor_version, cudaDevAttrComputeCapabilityMinor);
   TESSERA_EXPECTS(major_version >= 8, "gemm::portable needs a device of compute capability 8.0 or later, device "

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/passes.hpp>
@@ -37,6 +38,7 @@ struct split_task {
 };
 
 static __global__ void __launch_bounds__(256) split_kernel(const __grid_constant__ split_task task) {
+  start_early();
   if (blockIdx.x == 0 && threadIdx.x == 0 && task.one_group != nullptr) {
     task.one_group[0] = 0;
     task.one_group[1] = task.num_rows;
@@ -68,8 +70,11 @@ static __global__ void __launch_bounds__(256) split_kernel(const __grid_constant
 
 inline void launch_split(device_stream stream, const split_task& task) {
   const std::int64_t blocks = (task.from.rows * (task.from.cols / 8) + 255) / 256;
-  split_kernel<<<static_cast<unsigned>(blocks < 1 ? 1 : blocks < 1056 ? blocks : 1056), 256, 0, stream.get()>>>(task);
-  expect_launched("split_kernel");
+  launch_early(stream, "split_kernel", split_kernel,
+               dim3(static_cast<unsigned>(blocks < 1      ? 1
+                                          : blocks < 1056 ? blocks
+                                                          : 1056)),
+               256, 0, task);
 }
 
 // `c(i, j) += bias[j]`.
@@ -82,6 +87,7 @@ static __global__ void __launch_bounds__(256) add_gate_bias_kernel(matrix_view<f
 // Splits of the tokens of each chunk, in order: the groups of the product that makes the weights' gradient.
 static __global__ void gate_split_offsets_kernel(std::int32_t* offsets, std::int64_t chunks, gate_splits splits,
                                                  std::int64_t num_tokens, std::int64_t chunk_tokens) {
+  start_early();
   const std::int64_t count = chunks * splits.per_chunk;
   for (std::int64_t i = threadIdx.x; i <= count; i += blockDim.x) {
     const std::int64_t chunk = i / splits.per_chunk;
@@ -96,6 +102,7 @@ static __global__ void gate_split_offsets_kernel(std::int32_t* offsets, std::int
 static __global__ void __launch_bounds__(256)
     sum_gate_splits_kernel(const float* partial, int splits, std::int64_t matrix, bool accumulate, float* gradient) {
   const std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  start_early();
   if (i >= matrix) return;
   const float* const from = partial + std::int64_t{blockIdx.y} * splits * 2 * matrix + i;
   float sum = 0;
@@ -189,17 +196,16 @@ inline void gate_backward_weights(device_stream stream, const matrix_view<const 
                            chunks);
     return;
   }
-  gate_split_offsets_kernel<<<1, 256, 0, stream.get()>>>(offsets, chunks, splits, num_tokens, chunk_tokens);
-  expect_launched("gate_split_offsets_kernel");
+  launch_early(stream, "gate_split_offsets_kernel", gate_split_offsets_kernel, dim3(1), 256, 0, offsets, chunks, splits,
+               num_tokens, chunk_tokens);
   gemm::hopper::variable_k<gemm::hopper::gathered::none, float>(
       stream, gemm::hopper::device::current(), {offsets, chunks * splits.per_chunk, num_tokens}, 2 * experts, d,
       {dlogit_parts, 3 * experts, nullptr}, {x.data, x.stride, nullptr},
       gemm::group_operand<float>{partial, 2 * experts * d, d, 1});
   const std::int64_t matrix = experts * d;
-  sum_gate_splits_kernel<<<dim3(static_cast<unsigned>((matrix + 255) / 256), static_cast<unsigned>(chunks)), 256, 0,
-                           stream.get()>>>(partial, static_cast<int>(splits.per_chunk), matrix,
-                                           mode == write::accumulate, gradient);
-  expect_launched("sum_gate_splits_kernel");
+  launch_early(stream, "sum_gate_splits_kernel", sum_gate_splits_kernel,
+               dim3(static_cast<unsigned>((matrix + 255) / 256), static_cast<unsigned>(chunks)), 256, 0, partial,
+               static_cast<int>(splits.per_chunk), matrix, mode == write::accumulate, gradient);
 }
 
 }  // namespace detail

@@ -21,34 +21,29 @@ namespace detail {
 
 inline constexpr int state_threads = 256;
 
-inline void expect_state_launch(const char* kernel) {
-  const cudaError_t result = cudaGetLastError();
-  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, kernel << ": " << cudaGetErrorString(result));
-}
-
 // offsets[i] = first token of chunk i; one chunk of all tokens where chunk_tokens is 0.
 static __global__ void chunk_offsets_kernel(std::int32_t* offsets, std::int64_t chunks, std::int64_t num_tokens,
                                             std::int64_t chunk_tokens) {
+  start_early();
   for (std::int64_t i = threadIdx.x; i <= chunks; i += blockDim.x)
     offsets[i] = static_cast<std::int32_t>(i == chunks ? num_tokens : i * chunk_tokens);
 }
 
 inline void fill_chunk_offsets(device_stream stream, std::int32_t* offsets, std::int64_t num_tokens,
                                std::int64_t chunk_tokens) {
-  chunk_offsets_kernel<<<1, state_threads, 0, stream.get()>>>(offsets, num_chunks(num_tokens, chunk_tokens), num_tokens,
-                                                              chunk_tokens);
-  expect_state_launch("chunk_offsets_kernel");
+  launch_early(stream, "chunk_offsets_kernel", chunk_offsets_kernel, dim3(1), state_threads, 0, offsets,
+               num_chunks(num_tokens, chunk_tokens), num_tokens, chunk_tokens);
 }
 
 template <class Totals>
 __global__ void totals_kernel(Totals* total, std::int64_t num_tokens) {
+  start_early();
   *total = {num_tokens, num_tokens, 0, 0, 0};
 }
 
 template <class Totals>
 void set_totals(device_stream stream, Totals* total, std::int64_t num_tokens) {
-  totals_kernel<<<1, 1, 0, stream.get()>>>(total, num_tokens);
-  expect_state_launch("totals_kernel");
+  launch_early(stream, "totals_kernel", totals_kernel<Totals>, dim3(1), 1, 0, total, num_tokens);
 }
 
 __device__ __forceinline__ void add_count(std::int64_t* sum, std::int64_t count) {
@@ -59,6 +54,7 @@ __device__ __forceinline__ void add_count(std::int64_t* sum, std::int64_t count)
 template <class A>
 __global__ void count_step_kernel(layer_state<A> state, const std::int64_t* counts, dispatch_handle<A> handle,
                                   const comm::symmetric_failure* failure) {
+  start_early();
   if (failure != nullptr && *static_cast<const volatile std::uint32_t*>(&failure->state) != 0) return;
   for (int e = static_cast<int>(threadIdx.x); e < state.num_experts; e += static_cast<int>(blockDim.x))
     add_count(state.load + e, counts[e]);
@@ -72,8 +68,8 @@ __global__ void count_step_kernel(layer_state<A> state, const std::int64_t* coun
 template <class A>
 void count_step(device_stream stream, const layer_state<A>& state, const std::int64_t* counts,
                 const dispatch_handle<A>& handle, const comm::symmetric_failure* failure) {
-  count_step_kernel<<<1, state_threads, 0, stream.get()>>>(state, counts, handle, failure);
-  expect_state_launch("count_step_kernel");
+  launch_early(stream, "count_step_kernel", count_step_kernel<A>, dim3(1), state_threads, 0, state, counts, handle,
+               failure);
 }
 
 template <int NumLosses>
@@ -104,7 +100,7 @@ __global__ void reset_state_kernel(layer_state<A> state, initial_state<NumLosses
 template <class A, int NumLosses>
 void reset_state(device_stream stream, const layer_state<A>& state, const initial_state<NumLosses>& initial) {
   reset_state_kernel<<<1, state_threads, 0, stream.get()>>>(state, initial);
-  expect_state_launch("reset_state_kernel");
+  expect_launched("reset_state_kernel");
 }
 
 template <class A>
@@ -116,7 +112,7 @@ __global__ void clear_load_kernel(layer_state<A> state) {
 template <class A>
 void clear_load(device_stream stream, const layer_state<A>& state) {
   clear_load_kernel<<<1, state_threads, 0, stream.get()>>>(state);
-  expect_state_launch("clear_load_kernel");
+  expect_launched("clear_load_kernel");
 }
 
 }  // namespace detail

@@ -297,15 +297,7 @@ void launch_cooperative(device_stream stream, const list_plan& plan, int threads
     attributes[count].id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all of them run, or none
     attributes[count++].val.cooperative = 1;
   }
-  if (starts_early && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    // code for earlier devices, which runs on later ones too, does not wait for the kernel before it
-    cudaFuncAttributes compiled{};
-    check_cuda(cudaFuncGetAttributes(&compiled, kernel), what);
-    if (compiled.ptxVersion >= 90) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-  }
+  if (starts_early && can_start_early(kernel)) attributes[count++] = early_start_attribute();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.num_blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

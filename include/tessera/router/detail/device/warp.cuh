@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
@@ -20,18 +21,6 @@ namespace detail {
 
 inline constexpr int warp_size = 32;
 inline constexpr unsigned full_warp = 0xffffffffu;
-
-inline void check_cuda(cudaError_t status, const char* what) {
-  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess, what << ": " << cudaGetErrorString(status));
-}
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
 
 // The kernels use warp reductions in hardware. Returns the number of multiprocessors.
 inline int expect_device(const char* operation) {
@@ -134,15 +123,6 @@ __device__ inline bool is_number(A zero_sum) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks that wait for each other
-
-// For kernels that may be launched before the kernel ahead of them in the stream has ended: waits until it has, and its
-// writes can be read, and lets such a kernel behind this one be launched. Every thread calls it before it touches
-// memory that others write or read.
-__device__ __forceinline__ void start_early() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // The word's low bits count arrivals and come back to 0; its top bit flips once all have come, which this block knows
 // beforehand cannot be before itself. Only thread 0 calls.
