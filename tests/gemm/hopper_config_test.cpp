@@ -33,11 +33,13 @@ std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; 
 
 }  // namespace
 
-TEST_CASE("results of few columns get the narrow tile") {
+TEST_CASE("results of few columns get the narrow tile, except where H is read") {
   CHECK(hp::choose(rows(16384, 16, 4096, 4096)).tile_n == 256);
   CHECK(hp::choose(rows(16384, 16, 4096, 256)).order == hp::schedule::cooperative);
   CHECK(hp::choose(rows(16384, 16, 128, 4096)).order == hp::schedule::ping_pong);
   CHECK(hp::choose(rows(16384, 16, 64, 4096)).tile_n == 128);
+  CHECK(hp::choose(rows(16384, 16, 128, 4096, hp::epilogue_kind::activation_backward)) ==
+        hp::config{hp::schedule::cooperative, 128, 256, 1, 132});
 }
 
 TEST_CASE("clusters share columns where groups are long, except where H is read") {

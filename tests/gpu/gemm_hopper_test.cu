@@ -16,12 +16,12 @@ struct hopper {
   using device = hp::device;
   using launch_options = hp::all_kernels_options;
 
-  // The kernels of an epilogue that has one for clusters, or not.
-  static std::vector<hp::config> variants(bool clusters) {
-    std::vector<hp::config> configs = {{hp::schedule::cooperative, 128, 256, 1, 7},
-                                       {hp::schedule::ping_pong, 128, 128, 1, 5}};
-    if (clusters) configs.push_back({hp::schedule::cooperative, 128, 256, 2, 6});
-    return configs;
+  // All kernels, or the one that an epilogue with steps has, on several blocks and on one.
+  static std::vector<hp::config> variants(bool all) {
+    if (!all) return {{hp::schedule::cooperative, 128, 256, 1, 7}, {hp::schedule::cooperative, 128, 256, 1, 1}};
+    return {{hp::schedule::cooperative, 128, 256, 1, 7},
+            {hp::schedule::ping_pong, 128, 128, 1, 5},
+            {hp::schedule::cooperative, 128, 256, 2, 6}};
   }
   static launch_options options(const hp::config& variant) {
     launch_options result;

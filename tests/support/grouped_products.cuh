@@ -7,7 +7,7 @@
 //
 // A backend is a struct of static functions that forward to its namespace (`variable_m`, `variable_m_activation`,
 // `variable_m_activation_backward`, `variable_k`), the types `device` and `launch_options`, and its kernels:
-// `variants(clusters)`, `options(variant)`, `describe(variant)`. Define DOCTEST_CONFIG_IMPLEMENT before including this.
+// `variants(all)`, `options(variant)`, `describe(variant)`. Define DOCTEST_CONFIG_IMPLEMENT before including this.
 
 #include <doctest/doctest.h>
 
@@ -421,6 +421,11 @@ void check_gradient_in_place() {
   check_activation_backward<Backend, contiguous::mn, gathered::a, ts::activation::swiglu, false>(200, 136, true);
   check_activation_backward<Backend, contiguous::k, gathered::none, ts::activation::swiglu, true>(264, 72, false);
   check_activation_backward<Backend, contiguous::mn, gathered::none, ts::activation::relu2, false>(136, 64, true);
+  // sums of one to six stages of 64, with one to four times 64 columns in the last tile
+  check_activation_backward<Backend, contiguous::mn, gathered::a, ts::activation::swiglu, false>(64, 328, true);
+  check_activation_backward<Backend, contiguous::mn, gathered::a, ts::activation::swiglu, false>(320, 8, true);
+  check_activation_backward<Backend, contiguous::k, gathered::none, ts::activation::swiglu, true>(128, 256, true);
+  check_activation_backward<Backend, contiguous::mn, gathered::none, ts::activation::relu2, false>(520, 24, false);
 }
 
 // variable_k sums over every group's rows, and empty groups get zeros.

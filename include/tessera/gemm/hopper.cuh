@@ -63,7 +63,7 @@ struct launch_options {
                                          ///< them. Null: in turn. The results are the same bits.
 };
 
-/// The same with all kernels: for narrow results, and to measure.
+/// The same with all kernels: for narrow results, and to measure. `variable_m_activation_backward` has one alone.
 struct all_kernels_options : launch_options {
   static constexpr bool ping_pong = true;  ///< See `launch_options`.
 

@@ -76,18 +76,19 @@ constexpr config choose(const problem& p) {
   config c;
   const std::int64_t mean_rows = p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;
   // Shared memory feeds the matrix unit just fast enough for 128 x 256. Smaller tiles read more for each product, which
-  // costs more than what they hide, unless half of the columns would be empty.
-  if (p.n <= 128 && p.ping_pong) {
+  // costs more than what they hide, unless half of the columns would be empty. H comes through the ring that feeds it,
+  // to both warpgroups together, in tiles of 256 columns alone.
+  const bool reads_h = p.epilogue == epilogue_kind::activation_backward;
+  if (p.n <= 128 && p.ping_pong && !reads_h) {
     c.order = schedule::ping_pong;
     c.tile_n = 128;
   }
   // Neighbours along M share B where there are nearly always two and their products last long enough to wait for each
-  // other. Reading H leaves no time for that. Measured: bench/README.md.
+  // other; H is never read in clusters, where it leaves no time for that. Measured: bench/README.md.
   const bool shares_rows = mean_rows >= 2048 && (p.b_along_k || p.k >= 8192);
   const bool shares = p.variable_k ? p.m >= 512 && p.m * p.n >= std::int64_t{1} << 20 : shares_rows;
   // A budget of one multiprocessor has no room for two blocks.
-  const bool may_share = c.order == schedule::cooperative && p.epilogue != epilogue_kind::activation_backward &&
-                         p.num_multiprocessors >= 2;
+  const bool may_share = c.order == schedule::cooperative && !reads_h && p.num_multiprocessors >= 2;
   if (may_share && shares) c.cluster = 2;
   const std::int64_t blocks = max_tiles(p, c) * c.cluster;
   const std::int64_t most = p.num_multiprocessors / c.cluster * c.cluster;

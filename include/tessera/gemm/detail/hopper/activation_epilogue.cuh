@@ -20,7 +20,8 @@ namespace detail::hopper {
 /// @tparam Activation An activation policy. @tparam Interleaved Whether gates and ups are in turn.
 template <class Activation, bool Interleaved>
 struct activation_epilogue {
-  static constexpr bool split = Activation::gated && !Interleaved, clusters = true, by_warpgroup = false;
+  static constexpr bool split = Activation::gated && !Interleaved, by_warpgroup = false;
+  static constexpr int step_blocks = 0;
 
   struct params {
     output_matrix<bfloat16> h;    ///< `[rows, U]`; where gates come first, layers of gates and ups.
@@ -30,15 +31,9 @@ struct activation_epilogue {
     typename Activation::options options;
   };
 
-  template <int Blocks>
-  using held = nothing_held;
-
-  template <int TileN>
-  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
-
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               warp_output& output, const nothing_held&) {
+                                               warp_output& output) {
     const int width = (Activation::gated ? 2 : 1) * p.intermediate;
     const bfloat16* const bias = p.bias == nullptr ? nullptr : p.bias + static_cast<std::int64_t>(t.group) * width;
     const auto emit = [&](const fragment& f, const output_matrix<bfloat16>& matrix, int layer, int column) {
@@ -109,11 +104,15 @@ struct activation_epilogue {
 
 /// The sums are `dA = dY W2`, unweighted. With the row's weight `w`: writes dH of `w dA` over H, `w A`, and sums of
 /// `dA A` over 128 columns each, parts of `dL/dw` that do not depend on the tile.
+///
+/// H comes through the ring and dH leaves from where H came to: its latency is hidden behind the last products, and it
+/// takes neither registers nor the warp's buffers. Rows of other groups may come with a group's last ones, while their
+/// own blocks write to them: nothing that comes of these is stored.
 /// @tparam Activation An activation policy. @tparam Interleaved Whether gates and ups are in turn.
 template <class Activation, bool Interleaved>
 struct activation_backward_epilogue {
-  static constexpr bool split = false, clusters = false, by_warpgroup = false;
-  static constexpr bool two_parts = Activation::gated;  ///< Whether 64 columns of the activation have 128 of H.
+  static constexpr bool split = false;
+  static constexpr int step_blocks = Activation::gated ? 2 : 1;  ///< 64 columns of the activation are 64 or 128 of H.
 
   struct params {
     output_matrix<bfloat16> h;    ///< `[rows, U]`: H, then dH; where gates come first, layers of gates and ups.
@@ -125,165 +124,150 @@ struct activation_backward_epilogue {
     typename Activation::options options;
   };
 
-  /// H of 64 columns of the activation, as it was read. A warp that computes one block reads its first columns before
-  /// the products, when registers are free and nobody waits.
-  struct columns_of_h {
-    uint4 part[two_parts ? 2 : 1][4];
-  };
-  template <int Blocks>
-  using held = std::conditional_t<Blocks == 1, columns_of_h, nothing_held>;
-
-  template <int TileN, class Held>
-  static __device__ __forceinline__ void prepare(const params& p, const tile& t, int first_row, Held& first) {
-    if constexpr (!std::is_same_v<Held, nothing_held>) read_h(p, first_row, t.m_end, t.n, first);
-    // The rest is brought near.
-    static constexpr int width = (Activation::gated && Interleaved ? 2 : 1) * TileN;  // of a run of H
-    static constexpr int runs = Activation::gated && !Interleaved ? 2 : 1, lines = width / 64;
-    const int start = t.n * (width / TileN), end = p.intermediate * (width / TileN);
-    for (int i = static_cast<int>(threadIdx.x % 32); i < 16 * runs * lines; i += 32) {
-      const int row = first_row + i / (runs * lines), column = start + i % lines * 64;
-      const int run = i / lines % runs * p.intermediate;
-      if (row < t.m_end && column < end) prefetch_line(p.h.data + row * p.h.row_stride + run + column);
+  /// Enqueues H of 16 rows x 64 columns of the activation: gates and ups, or their two halves where they are in turn.
+  static __device__ __forceinline__ void load(const params& p, std::uint32_t target, std::uint32_t barrier,
+                                              int first_row, int column) {
+#pragma unroll
+    for (int part = 0; part < step_blocks; ++part) {
+      const place_in_h at = place(column, part);
+      tma_load(target + static_cast<std::uint32_t>(part) * staging_bytes, p.h.map, barrier, at.column, first_row,
+               at.layer);
     }
   }
 
-  template <int TileN, class Held>
-  static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               warp_output& output, const Held& first) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int n = p.intermediate, rows = t.m_end;
+  /// Of a lane's two rows: the weights, and the sums of the part of `dL/dw` under way.
+  struct row_values {
     float weight[2] = {1.0f, 1.0f}, dweight[2] = {0.0f, 0.0f};
+  };
+
+  static __device__ __forceinline__ row_values begin(const params& p, int first_row, int row_end) {
+    row_values rows;
     if (p.weights != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + lane / 4 + 8 * half;
-        weight[half] = row < rows ? __ldg(p.weights + row) : 0.0f;
+        const int row = row_of(first_row, half);
+        rows.weight[half] = row < row_end ? __ldg(p.weights + row) : 0.0f;
       }
     }
-    columns_of_h next;
-    if constexpr (std::is_same_v<Held, nothing_held>)
-      read_h(p, first_row, rows, t.n, next);
-    else
-      next = first;
+    return rows;
+  }
 
-    for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
-      const int column = t.n + Chunk * chunk_rows;
-      if (column >= n) return;
-      fragment gate, out;
-      [[maybe_unused]] fragment up;
-      take_h(output, next, gate, up);
-      if (Chunk + 1 < TileN / chunk_rows && column + chunk_rows < n)
-        read_h(p, first_row, rows, column + chunk_rows, next);
+  template <int Chunk, int Count, class Settle>
+  static __device__ __forceinline__ void step(const params& p, const float (&sums)[Count], row_values& rows,
+                                              const tile& t, int first_row, const warp_output& output,
+                                              std::uint32_t blocks, Settle&& settle) {
+    const int column = t.n + Chunk * chunk_rows;
+    const std::uint32_t second = blocks + staging_bytes;
+    fragment gate, out;
+    [[maybe_unused]] fragment up;
+    if constexpr (Activation::gated && Interleaved) {
+      take_interleaved<0>(blocks, gate, up);
+      take_interleaved<1>(second, gate, up);
+    } else {
+      warp_output::get(blocks, gate);
+      if constexpr (Activation::gated) warp_output::get(second, up);
+    }
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float x[2] = {low_bf16(gate[i]), high_bf16(gate[i])};
-        float dx[2], a[2];
-        if constexpr (Activation::gated) {
-          const float u[2] = {low_bf16(up[i]), high_bf16(up[i])};
-          float du[2];
+    for (int i = 0; i < 16; ++i) {
+      const float weight = rows.weight[i % 2], x[2] = {low_bf16(gate[i]), high_bf16(gate[i])};
+      float& dweight = rows.dweight[i % 2];
+      float dx[2], a[2];
+      if constexpr (Activation::gated) {
+        const float u[2] = {low_bf16(up[i]), high_bf16(up[i])};
+        float du[2];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float da = sums[Chunk * 32 + 2 * i + e];
-            a[e] = Activation::forward(x[e], u[e], p.options);
-            Activation::backward(x[e], u[e], weight[i % 2] * da, dx[e], du[e], p.options);
-            dweight[i % 2] += da * a[e];
-          }
-          up[i] = pack_bf16(du[0], du[1]);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float da = sums[Chunk * 32 + 2 * i + e];
-            a[e] = Activation::forward(x[e], p.options);
-            dx[e] = Activation::backward(x[e], weight[i % 2] * da, p.options);
-            dweight[i % 2] += da * a[e];
-          }
+        for (int e = 0; e < 2; ++e) {
+          const float da = sums[Chunk * 32 + 2 * i + e];
+          a[e] = Activation::forward(x[e], u[e], p.options);
+          Activation::backward(x[e], u[e], weight * da, dx[e], du[e], p.options);
+          dweight += da * a[e];
         }
-        gate[i] = pack_bf16(dx[0], dx[1]);
-        out[i] = pack_bf16(weight[i % 2] * a[0], weight[i % 2] * a[1]);
-      }
-      const auto emit = [&](const fragment& f, const output_matrix<bfloat16>& matrix, int layer, int first_column) {
-        const std::uint32_t buffer = output.acquire();
-        warp_output::put(buffer, f);
-        output.template send<false>(buffer, matrix, layer, first_row, rows, first_column);
-      };
-      emit(out, p.out, 0, column);
-      if constexpr (Activation::gated && Interleaved) {
-        emit_interleaved<0>(p, output, gate, up, first_row, rows, 2 * column);
-        if (2 * column + chunk_rows < 2 * n)
-          emit_interleaved<1>(p, output, gate, up, first_row, rows, 2 * column + chunk_rows);
+        up[i] = pack_bf16(du[0], du[1]);
       } else {
-        emit(gate, p.h, 0, column);
-        if constexpr (Activation::gated) emit(up, p.h, 1, column);
-      }
-
-      if (p.partial != nullptr && (Chunk % 2 == 1 || column + chunk_rows >= n)) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float sum = dweight[half];
-          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-          const int row = first_row + lane / 4 + 8 * half;
-          if (lane % 4 == 0 && row < rows) p.partial[column / 128 * p.partial_stride + row] = sum;
-          dweight[half] = 0.0f;
+        for (int e = 0; e < 2; ++e) {
+          const float da = sums[Chunk * 32 + 2 * i + e];
+          a[e] = Activation::forward(x[e], p.options);
+          dx[e] = Activation::backward(x[e], weight * da, p.options);
+          dweight += da * a[e];
         }
       }
-    });
+      gate[i] = pack_bf16(dx[0], dx[1]);
+      out[i] = pack_bf16(weight * a[0], weight * a[1]);
+    }
+
+    // Where matrices are loaded and stored, the whole warp has loaded one before any lane stores over it.
+    const std::uint32_t buffer = output.buffer(Chunk % 2);
+    warp_output::put(buffer, out);
+    if constexpr (Activation::gated && Interleaved) {
+      put_interleaved<0>(blocks, gate, up);
+      put_interleaved<1>(second, gate, up);
+    } else {
+      warp_output::put(blocks, gate);
+      if constexpr (Activation::gated) warp_output::put(second, up);
+    }
+    settle();
+    warp_output::show();
+    warp_output::send<false, true>(buffer, p.out, 0, first_row, t.m_end, column);
+#pragma unroll
+    for (int part = 0; part < step_blocks; ++part) {
+      const place_in_h at = place(column, part);
+      if (at.column < p.h.columns)
+        warp_output::send<false, true>(blocks + static_cast<std::uint32_t>(part) * staging_bytes, p.h, at.layer,
+                                       first_row, t.m_end, at.column);
+    }
+    warp_output::commit();
+
+    if (p.partial != nullptr && (Chunk % 2 == 1 || column + chunk_rows >= p.intermediate)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = rows.dweight[half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int row = row_of(first_row, half);
+        if (threadIdx.x % 4 == 0 && row < t.m_end) p.partial[column / 128 * p.partial_stride + row] = sum;
+        rows.dweight[half] = 0.0f;
+      }
+    }
   }
 
  private:
-  /// Reads H of the 64 columns of the activation from `column` on.
-  static __device__ __forceinline__ void read_h(const params& p, int first_row, int rows, int column, columns_of_h& h) {
-    const int n = p.intermediate;
-    const std::int64_t stride = p.h.row_stride;
-    if constexpr (Activation::gated && Interleaved) {
-      warp_output::read(h.part[0], p.h.data, stride, first_row, rows, 2 * column, 2 * n);
-      warp_output::read(h.part[1], p.h.data, stride, first_row, rows, 2 * column + chunk_rows, 2 * n);
-    } else {
-      warp_output::read(h.part[0], p.h.data, stride, first_row, rows, column, n);
-      if constexpr (Activation::gated) warp_output::read(h.part[1], p.h.data + n, stride, first_row, rows, column, n);
-    }
+  /// Where a block of H begins.
+  struct place_in_h {
+    int column, layer;
+  };
+  /// Block `part` of the 64 columns of the activation from `column` on.
+  static __device__ __forceinline__ place_in_h place(int column, int part) {
+    if constexpr (Activation::gated && Interleaved)
+      return {2 * column + part * chunk_rows, 0};
+    else
+      return {column, part};
   }
-
-  /// What was read, as fragments of gates and ups; `up` only where there is a gate.
-  static __device__ __forceinline__ void take_h(const warp_output& output, const columns_of_h& h, fragment& gate,
-                                                [[maybe_unused]] fragment& up) {
-    const std::uint32_t low = output.buffer(0), high = output.buffer(1);
-    output.acquire_both();
-    warp_output::fill(low, h.part[0]);
-    if constexpr (Activation::gated) warp_output::fill(high, h.part[1]);
-    __syncwarp();
-    if constexpr (Activation::gated && Interleaved) {
-      take_interleaved<0>(low, gate, up);
-      take_interleaved<1>(high, gate, up);
-    } else {
-      warp_output::get(low, gate);
-      if constexpr (Activation::gated) warp_output::get(high, up);
-    }
+  static __device__ __forceinline__ int row_of(int first_row, int half) {
+    return first_row + static_cast<int>(threadIdx.x % 32) / 4 + 8 * half;
   }
 
   // Columns 8 j + 2 q + {0, 1} of the activation are 16 j + 4 q + {0, 1, 2, 3} of H, gates and ups in turn. Of the 64
   // columns, each half of H's 128 holds 32.
   template <int Half>
-  static __device__ __forceinline__ void take_interleaved(std::uint32_t buffer, fragment& gate, fragment& up) {
+  static __device__ __forceinline__ void take_interleaved(std::uint32_t block, fragment& gate, fragment& up) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint2 h = load_shared_8(wide_address(buffer, i));
+      const uint2 h = load_shared_8(wide_address(block, i));
       gate[8 * Half + i] = __byte_perm(h.x, h.y, 0x5410);
       up[8 * Half + i] = __byte_perm(h.x, h.y, 0x7632);
     }
   }
   template <int Half>
-  static __device__ __forceinline__ void emit_interleaved(const params& p, warp_output& output, const fragment& gate,
-                                                          const fragment& up, int first_row, int rows, int column) {
-    const std::uint32_t buffer = output.acquire();
+  static __device__ __forceinline__ void put_interleaved(std::uint32_t block, const fragment& gate,
+                                                         const fragment& up) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      store_shared_8(wide_address(buffer, i), {__byte_perm(gate[8 * Half + i], up[8 * Half + i], 0x5410),
-                                               __byte_perm(gate[8 * Half + i], up[8 * Half + i], 0x7632)});
-    output.template send<false>(buffer, p.h, 0, first_row, rows, column);
+      store_shared_8(wide_address(block, i), {__byte_perm(gate[8 * Half + i], up[8 * Half + i], 0x5410),
+                                              __byte_perm(gate[8 * Half + i], up[8 * Half + i], 0x7632)});
   }
-  static __device__ __forceinline__ std::uint32_t wide_address(std::uint32_t buffer, int i) {
-    return warp_output::element_address(buffer, i % 2, (i / 2 * 16 + static_cast<int>(threadIdx.x % 4) * 4) * 2);
+  static __device__ __forceinline__ std::uint32_t wide_address(std::uint32_t block, int i) {
+    return warp_output::element_address(block, i % 2, (i / 2 * 16 + static_cast<int>(threadIdx.x % 4) * 4) * 2);
   }
 };
 

@@ -37,15 +37,36 @@ struct direct_accumulation {
   }
 };
 
+/// How often a slot of the operand ring is given back: by warpgroups, which matrix instructions keep together, but by
+/// warps where an epilogue has steps, which each of them takes by itself.
+template <class Shape, class Epilogue>
+inline constexpr int releases_of_slot = Epilogue::step_blocks > 0 ? Shape::consumer_warps
+                                                                  : (Shape::ping_pong ? 1 : 2) * Shape::cluster;
+
 /// Gives a slot of the operand ring back, to every block of the cluster that writes into it.
-template <class Shape>
+template <class Shape, class Epilogue>
 __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
-  const int thread = static_cast<int>(threadIdx.x % 128);
+  const int thread = static_cast<int>(threadIdx.x % (Epilogue::step_blocks > 0 ? 32 : 128));
   const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(slot);
   if constexpr (Shape::cluster > 1) {
     if (thread < Shape::cluster) barrier_arrive_remote(barrier, static_cast<std::uint32_t>(thread));
   } else {
     if (thread == 0) barrier_arrive(barrier);
+  }
+}
+
+/// Waits until the copy engine has read what this warp sent in the last step of an epilogue, and gives the step's slot
+/// back. @param late That slot, then -1; if it is -1 already, the warp has no stores that anything waits for.
+template <class Shape, class Epilogue>
+__device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
+  if constexpr (Epilogue::step_blocks > 0) {
+    __syncwarp();
+    if (late >= 0) {
+      if (threadIdx.x % 32 == 0) tma_store_wait_read<0>();
+      release_stage<Shape, Epilogue>(r, late);
+    }
+    late = -1;
+    __syncwarp();
   }
 }
 
@@ -82,17 +103,19 @@ __device__ __forceinline__ void await_stage(const rings<Shape>& r, const ring_po
 }
 
 /// Sums a tile into `sums`. @tparam Blocks How many of this warpgroup's blocks have rows. @param next_turn Barrier to
-/// arrive on when all operands have come, or 0.
-template <class Shape, class Accumulation, int Blocks>
+/// arrive on when all operands have come, or 0. @param late The slot of the last tile's last step, which is given back
+/// once the matrix unit has work.
+template <class Shape, class Accumulation, class Epilogue, int Blocks>
 __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::accumulators], const rings<Shape>& r,
                                          ring_position<Shape::stages>& at, const tile& t, std::uint32_t offset_a,
-                                         std::uint32_t next_turn) {
+                                         std::uint32_t next_turn, int& late) {
   static constexpr std::uint32_t offset_b = Shape::chunks_a * chunk_bytes;
   const int stages = sum_stages<Shape>(t);
   await_stage(r, at, t, 0);
   mma_fence();
   Accumulation::template multiply<Shape, Blocks, true>(sums, r.stage(at.slot) + offset_a, r.stage(at.slot) + offset_b);
   mma_commit();
+  release_late<Shape, Epilogue>(r, late);
   int previous = at.slot;
   at.advance();
 #pragma unroll 1
@@ -104,7 +127,7 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
     mma_commit();
     // One group stays under way, so that the matrix unit never waits for a release.
     mma_wait<1>();
-    release_stage(r, previous);
+    release_stage<Shape, Epilogue>(r, previous);
     previous = at.slot;
     at.advance();
   }
@@ -113,42 +136,60 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
   mma_wait<0>();
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) accumulator_fence(sums[block]);
-  release_stage(r, previous);
+  release_stage<Shape, Epilogue>(r, previous);
 }
 
-/// Passes a tile's stages on: none of its rows are this warpgroup's. Its warps stay together, as matrix instructions
-/// would keep them: a warp that fell two rounds of the ring behind could not tell the rounds apart.
-template <class Shape>
-__device__ __forceinline__ void skip_tile(const rings<Shape>& r, ring_position<Shape::stages>& at, const tile& t,
-                                          int which) {
-  const int stages = sum_stages<Shape>(t);
-  for (int s = 0; s < stages; ++s) {
+/// Passes `count` steps of the ring on: they hold nothing for this warpgroup, or this warp. Those who give a slot back
+/// together stay together, as matrix instructions would keep them: a warp that fell two rounds of the ring behind could
+/// not tell the rounds apart.
+template <class Shape, class Epilogue>
+__device__ __forceinline__ void pass_on(const rings<Shape>& r, ring_position<Shape::stages>& at, int count, int which) {
+  for (int s = 0; s < count; ++s) {
     barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
-    named_barrier(2 + which, 128);
-    release_stage(r, at.slot);
+    if constexpr (Epilogue::step_blocks > 0)
+      __syncwarp();
+    else
+      named_barrier(2 + which, 128);
+    release_stage<Shape, Epilogue>(r, at.slot);
     at.advance();
   }
 }
 
+/// The first of a warp's rows in a block of 64.
+__device__ __forceinline__ int warp_row(int first_row) {
+  return first_row + static_cast<int>(threadIdx.x / 32 % 4) * 16;
+}
+
 /// Hands a warpgroup's blocks to the epilogue.
-template <class Shape, class Epilogue, int Blocks, class P, class Held>
+template <class Shape, class Epilogue, int Blocks, class P>
 __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::blocks][Shape::accumulators], const tile& t,
-                                           int first_row, warp_output& output, const Held& held) {
+                                           int first_row, warp_output& output) {
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) {
-    const int row = first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16;
+    const int row = warp_row(first_row + block * chunk_rows);
     if (Epilogue::by_warpgroup || row < t.m_end)
-      Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, output, held);
+      Epilogue::template write<Shape::tile_n>(p.epilogue, sums[block], t, row, output);
   }
 }
 
-/// Lets the epilogue prepare for a warpgroup's blocks.
-template <class Shape, class Epilogue, int Blocks, class P, class Held>
-__device__ __forceinline__ void prepare_tile(const P& p, const tile& t, int first_row, Held& held) {
-#pragma unroll
-  for (int block = 0; block < Blocks; ++block)
-    Epilogue::template prepare<Shape::tile_n>(
-        p.epilogue, t, first_row + block * chunk_rows + static_cast<int>(threadIdx.x / 32 % 4) * 16, held);
+/// Takes a tile's sums and the steps that follow them through the epilogue. @param late Receives the last step's slot.
+template <class Shape, class Epilogue, class P>
+__device__ __forceinline__ void write_steps(const P& p, const float (&sums)[Shape::accumulators],
+                                            typename Epilogue::row_values& rows, const tile& t, int first_row,
+                                            const warp_output& output, const rings<Shape>& r,
+                                            ring_position<Shape::stages>& at, int& late) {
+  static_assert(!Shape::ping_pong && Shape::cluster == 1, "steps need all warps of one block at the same tile");
+  const int steps = epilogue_steps<Shape, Epilogue>(t, p.sizes.n);
+  if (first_row >= t.m_end) return pass_on<Shape, Epilogue>(r, at, steps, 0);
+  const std::uint32_t of_warp = (threadIdx.x / 32 - 4) * step_bytes<Epilogue>;
+  for_each_chunk<Shape::tile_n / chunk_rows>([&]<int Chunk>() {
+    if (Chunk >= steps) return;
+    barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
+    Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, first_row, output, r.stage(at.slot) + of_warp,
+                                   [&] { release_late<Shape, Epilogue>(r, late); });
+    late = at.slot;
+    at.advance();
+  });
 }
 
 /// A consumer warpgroup's whole work. @param which 0 or 1. @param staging This warp's two buffers.
@@ -157,10 +198,10 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   warp_output output(staging);
+  int late = -1;
   for (int turn = 0;; ++turn) {
     const tile t = read_tile(r, slot);
     if (t.group < 0) break;
-    typename Epilogue::template held<Shape::blocks> held;
     float sums[Shape::blocks][Shape::accumulators];
     if constexpr (Shape::ping_pong) {
       if (turn % 2 != which) {
@@ -173,24 +214,30 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
       const std::uint32_t other = r.turns + 8 * static_cast<std::uint32_t>(which ^ 1);
       const int parity = (turn / 2 + which + 1) % 2;  // the first turn of the first warpgroup is given
       if (t.m_end - t.m > chunk_rows) {
-        prepare_tile<Shape, Epilogue, 2>(p, t, t.m, held);
         barrier_wait(mine, static_cast<std::uint32_t>(parity));
-        sum_tile<Shape, Accumulation, 2>(sums, r, at, t, 0, other);
-        write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, output, held);
+        sum_tile<Shape, Accumulation, Epilogue, 2>(sums, r, at, t, 0, other, late);
+        write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, output);
       } else {
-        prepare_tile<Shape, Epilogue, 1>(p, t, t.m, held);
         barrier_wait(mine, static_cast<std::uint32_t>(parity));
-        sum_tile<Shape, Accumulation, 1>(sums, r, at, t, 0, other);
-        write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, output, held);
+        sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, 0, other, late);
+        write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, output);
       }
     } else {
       const int first_row = t.m + which * chunk_rows;
+      const auto offset_a = static_cast<std::uint32_t>(which) * chunk_bytes;
       if (first_row < t.m_end) {
-        prepare_tile<Shape, Epilogue, 1>(p, t, first_row, held);
-        sum_tile<Shape, Accumulation, 1>(sums, r, at, t, static_cast<std::uint32_t>(which) * chunk_bytes, 0);
-        write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output, held);
+        if constexpr (Epilogue::step_blocks > 0) {
+          const int row = warp_row(first_row);
+          auto rows = Epilogue::begin(p.epilogue, row, t.m_end);
+          sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, late);
+          write_steps<Shape, Epilogue>(p, sums[0], rows, t, row, output, r, at, late);
+        } else {
+          sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, late);
+          write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output);
+        }
       } else {
-        skip_tile(r, at, t, which);
+        release_late<Shape, Epilogue>(r, late);
+        pass_on<Shape, Epilogue>(r, at, sum_stages<Shape>(t) + epilogue_steps<Shape, Epilogue>(t, p.sizes.n), which);
       }
     }
   }

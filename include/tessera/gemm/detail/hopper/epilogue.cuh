@@ -10,11 +10,19 @@
 /// tile's products start before this one's last store has left. Only where a group ends within the 16 rows does the
 /// warp store them itself, because the rows below are its neighbour's.
 ///
-/// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); `clusters`
-/// (whether its kernel for clusters exists); `by_warpgroup` (whether the four warps of a warpgroup write together, if
-/// any of them has rows); `held<Blocks>`, what a warp keeps in registers while products are summed; and what a warp
-/// calls for its 16 rows: `prepare<TileN>(params, tile, first_row, held)` before the products, `write<TileN>(params,
-/// sums, tile, first_row, output, held)` after them.
+/// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); and
+/// `step_blocks`, which says what else it has.
+///
+/// 0: it needs the sums alone. A warp calls `write<TileN>(params, sums, tile, first_row, output)` for its 16 rows; with
+/// `by_warpgroup` all four warps of a warpgroup do if any of them has rows.
+///
+/// Otherwise it reads that many blocks of 16 rows x 128 bytes for each 16 rows x 64 columns of the sums. They come
+/// through the ring of operands: each 64 columns of a tile are one more step after its sum's. The producer calls
+/// `load(params, target, barrier, first_row, column)` for 16 rows of a step. A consumer warp calls `begin(params,
+/// first_row, row_end)` before the products, for what it keeps of its rows, and `step<Chunk>(params, sums, rows, tile,
+/// first_row, output, blocks, settle)` after them. The blocks are the warp's from then on: it may write into them, and
+/// sends them as it does its buffers, which it uses in turn. Before it sends anything it calls `settle()`, which waits
+/// until the copy engine has read what the step before sent.
 
 #include <cstdint>
 #include <type_traits>
@@ -54,12 +62,7 @@ class warp_output {
     __syncwarp();
     return buffer(which_);
   }
-  /// Both buffers, once no store reads them.
-  __device__ __forceinline__ void acquire_both() const {
-    if (lane() == 0) tma_store_wait_read<0>();
-    __syncwarp();
-  }
-  /// One of the buffers. @param which 0 or 1.
+  /// One of the buffers, for those who know that no store reads it. @param which 0 or 1.
   __device__ __forceinline__ std::uint32_t buffer(int which) const {
     return address_ + static_cast<std::uint32_t>(which) * staging_bytes;
   }
@@ -89,14 +92,19 @@ class warp_output {
     }
   }
 
+  /// Shows the copy engine, and the other lanes, what this warp has put.
+  static __device__ __forceinline__ void show() {
+    async_proxy_fence();
+    __syncwarp();
+  }
   /// Sends a buffer to rows `[first_row, row_end)`, at most 16, from `column` on, of layer `layer`.
-  /// @tparam Add Whether fp32 numbers are added to what is there.
-  template <bool Add, class T>
-  __device__ __forceinline__ void send(std::uint32_t buffer, const output_matrix<T>& to, int layer, int first_row,
-                                       int row_end, int column) const {
+  /// @tparam Add Whether fp32 numbers are added to what is there. @tparam Several Whether this is one of several
+  /// between `show` and `commit`; otherwise it does both.
+  template <bool Add, bool Several = false, class T>
+  static __device__ __forceinline__ void send(std::uint32_t buffer, const output_matrix<T>& to, int layer,
+                                              int first_row, int row_end, int column) {
     if (to.layer_per_group || first_row + 16 <= row_end) {
-      async_proxy_fence();
-      __syncwarp();
+      if constexpr (!Several) show();
       if (lane() == 0) {
         if constexpr (Add)
           tma_add(to.map, buffer, column, first_row, layer);
@@ -104,37 +112,14 @@ class warp_output {
           tma_store(to.map, buffer, column, first_row, layer);
       }
     } else {
-      __syncwarp();
+      if constexpr (!Several) __syncwarp();
       store_rows<Add>(buffer, to, layer, first_row, row_end, column);
     }
-    if (lane() == 0) tma_store_commit();  // an empty group too: `acquire` counts them
+    if constexpr (!Several) commit();
   }
-
-  /// Reads 16 rows x 128 bytes, zeros beyond `row_end` and `column_end`; the values are for `fill`.
-  static __device__ __forceinline__ void read(uint4 (&v)[4], const bfloat16* matrix, std::int64_t stride, int first_row,
-                                              int row_end, int column, int column_end) {
-    const int at = column + unit() * 8;
-    const auto* const source = reinterpret_cast<const unsigned char*>(matrix + (first_row + line(0)) * stride + at);
-    // of four rows; with 32 bits a row's address is one instruction
-    const auto step = static_cast<std::uint32_t>(4 * stride * static_cast<std::int64_t>(sizeof(bfloat16)));
-    const auto load = [&](int i) {
-      return *reinterpret_cast<const uint4*>(source + static_cast<std::uint64_t>(step) * static_cast<unsigned>(i));
-    };
-    if (first_row + 16 <= row_end && column + 64 <= column_end) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = load(i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = uint4{0, 0, 0, 0};
-        if (first_row + line(i) < row_end && at < column_end) v[i] = load(i);
-      }
-    }
-  }
-  /// Puts what `read` has read.
-  static __device__ __forceinline__ void fill(std::uint32_t buffer, const uint4 (&v)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) store_shared(address(buffer, line(i), unit() * 16), v[i]);
+  /// Closes a group of sends; an empty one too: `acquire` counts them.
+  static __device__ __forceinline__ void commit() {
+    if (lane() == 0) tma_store_commit();
   }
 
   /// Address of byte `byte` of row `lane / 4 + 8 * half`.
@@ -210,13 +195,11 @@ __device__ __forceinline__ void for_each_chunk(F&& f) {
   if constexpr (Count > 3) f.template operator()<3>();
 }
 
-/// What an epilogue keeps that keeps nothing.
-struct nothing_held {};
-
 /// Stores the result, rounded once. `TC` is bfloat16 or float.
 template <class TC>
 struct store_epilogue {
-  static constexpr bool split = false, clusters = true, by_warpgroup = false;
+  static constexpr bool split = false, by_warpgroup = false;
+  static constexpr int step_blocks = 0;
 
   struct params {
     output_matrix<TC> c;
@@ -224,15 +207,9 @@ struct store_epilogue {
     const bfloat16* bias;  ///< `[G, columns]`, or null.
   };
 
-  template <int Blocks>
-  using held = nothing_held;
-
-  template <int TileN>
-  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
-
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               warp_output& output, const nothing_held&) {
+                                               warp_output& output) {
     const int columns = p.c.columns, layer = p.c.layer_per_group ? t.group : 0;
     for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
       const int column = t.n + Chunk * chunk_rows;
@@ -286,21 +263,16 @@ struct store_epilogue {
 /// The sum of `Parts` products with the same 64 columns each, in their order, in fp32.
 template <int Parts>
 struct parts_epilogue {
-  static constexpr bool split = false, clusters = false, by_warpgroup = false;
+  static constexpr bool split = false, by_warpgroup = false;
+  static constexpr int step_blocks = 0;
 
   struct params {
     output_matrix<float> c;
   };
 
-  template <int Blocks>
-  using held = nothing_held;
-
-  template <int TileN>
-  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
-
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               warp_output& output, const nothing_held&) {
+                                               warp_output& output) {
     static_assert(TileN == Parts * chunk_rows);
 #pragma unroll
     for (int i = 0; i < 32; ++i)

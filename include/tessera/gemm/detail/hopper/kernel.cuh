@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   static constexpr int gathering_warps = Shape::gather == gathered::none ? 0 : 4;
-  static constexpr int releases = (Shape::ping_pong ? 1 : 2) * Shape::cluster;
+  static constexpr int releases = releases_of_slot<Shape, Epilogue>;
 
   if (threadIdx.x == 0) {
     tma_prefetch(map_a);
@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     registers_release<Shape::producer_registers>();
     static constexpr int step_n = Shape::tile_n / (Epilogue::split ? 2 : Shape::parts);
     if constexpr (Shape::gather != gathered::none) {
-      produce_gathered<Shape, Epilogue::split, step_n>(map_b, p, r, rank);
+      produce_gathered<Shape, Epilogue, step_n>(map_b, p, r, rank);
     } else {
-      if (warp == 0) produce<Shape, Epilogue::split, step_n>(map_a, map_b, p, r, rank);
+      if (warp == 0) produce<Shape, Epilogue, step_n>(map_a, map_b, p, r, rank);
     }
   } else {
     registers_take<Shape::consumer_registers>();

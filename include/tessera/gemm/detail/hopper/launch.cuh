@@ -94,20 +94,21 @@ void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorM
   check_cuda(cudaLaunchKernelEx(&launch_config, kernel, map_a, map_b, p), "the launch of multiply_kernel");
 }
 
-/// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue. @tparam PingPong
-/// Whether the ping-pong one is among them.
+/// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue, or, for an
+/// epilogue that reads through the operand ring, the cooperative one without a cluster. @tparam PingPong Whether the
+/// ping-pong one is among them.
 template <product Product, contiguous OrderB, gathered Gathered, class Epilogue, bool PingPong>
 void launch_configured(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a,
                        const CUtensorMap& map_b, const multiply_params<typename Epilogue::params>& p) {
   if (c.grid == 0) return;
   using gemm::hopper::schedule;
-  if constexpr (PingPong) {
+  if constexpr (PingPong && Epilogue::step_blocks == 0) {
     if (c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
       return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
   }
   if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
     return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
-  if constexpr (Epilogue::clusters) {
+  if constexpr (Epilogue::step_blocks == 0) {
     if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
       return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
   }

@@ -106,15 +106,28 @@ __device__ __forceinline__ int used_chunks_a(const tile& t) {
 }
 
 /// Chunks of B that hold columns of the result.
-template <class Shape, bool Split>
+template <class Shape, class Epilogue>
 __device__ __forceinline__ int used_chunks_b(const tile& t, int n) {
-  const int chunks = (n - t.n + chunk_rows - 1) / chunk_rows * (Split ? 2 : Shape::parts);
+  const int chunks = (n - t.n + chunk_rows - 1) / chunk_rows * (Epilogue::split ? 2 : Shape::parts);
   return chunks < Shape::chunks_b ? chunks : Shape::chunks_b;
 }
 
+/// Steps of the operand ring, after those of a tile's sum, that bring what its epilogue reads: one for 64 columns.
+template <class Shape, class Epilogue>
+__device__ __forceinline__ int epilogue_steps(const tile& t, int n) {
+  if constexpr (Epilogue::step_blocks == 0)
+    return 0;
+  else
+    return used_chunks_b<Shape, Epilogue>(t, n);
+}
+
+/// Bytes that a step of the epilogue brings for 16 rows, which are one warp's.
+template <class Epilogue>
+inline constexpr int step_bytes = Epilogue::step_blocks* staging_bytes;
+
 /// Enqueues this block's share of the chunks of B for the sum from `k` on. Where B has parts, its chunks are the same
 /// columns of one part after the other.
-template <class Shape, bool Split, class P>
+template <class Shape, class Epilogue, class P>
 __device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t target, std::uint32_t barrier,
                                        const tile& t, int chunks, int k, const P& p, int rank) {
 #pragma unroll
@@ -122,9 +135,9 @@ __device__ __forceinline__ void load_b(const CUtensorMap& map, std::uint32_t tar
     const int c = i * Shape::cluster + (Shape::cluster > 1 ? rank : 0);
     if (c >= chunks) break;
     const int group = Shape::parts > 1 ? c : t.group * p.b_group_step;
-    const int column = Shape::parts > 1 ? t.n
-                       : Split          ? t.n + c / 2 * chunk_rows + c % 2 * p.split
-                                        : t.n + c * chunk_rows;
+    const int column = Shape::parts > 1  ? t.n
+                       : Epilogue::split ? t.n + c / 2 * chunk_rows + c % 2 * p.split
+                                         : t.n + c * chunk_rows;
     const std::uint32_t chunk = target + static_cast<std::uint32_t>(c) * chunk_bytes;
     constexpr auto everyone = static_cast<std::uint16_t>((1 << Shape::cluster) - 1);
     if constexpr (Shape::kind == product::variable_k) {
@@ -175,8 +188,35 @@ __device__ __forceinline__ void wait_empty(const rings<Shape>& r, const ring_pos
     barrier_wait(barrier, at.parity ^ 1);
 }
 
+/// Fills the steps of a tile's epilogue, 16 rows behind one another, only those blocks of them that have rows. Where
+/// one operand is gathered, a slot is full when all threads have arrived, though the copy engine alone brings these.
+/// @param leader Whether this thread feeds it.
+template <class Shape, class Epilogue, class P>
+__device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>& r, ring_position<Shape::stages>& at,
+                                                 const tile& t, bool leader) {
+  static constexpr int bytes = step_bytes<Epilogue>;
+  static_assert(bytes * Shape::consumer_warps <= Shape::stage_bytes, "a step is larger than a slot");
+  const int rows = t.m_end - t.m < Shape::tile_m ? t.m_end - t.m : Shape::tile_m;
+  const int steps = epilogue_steps<Shape, Epilogue>(t, p.sizes.n);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_empty(r, at);
+    const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
+    if (leader) {
+      barrier_arrive_expect(full, static_cast<std::uint32_t>((rows + 15) / 16 * bytes));
+      std::uint32_t target = r.stage(at.slot);
+#pragma unroll 1
+      for (int row = 0; row < rows; row += 16, target += bytes)
+        Epilogue::load(p.epilogue, target, full, t.m + row, t.n + step * chunk_rows);
+    }
+    __syncwarp();
+    if constexpr (Shape::gather != gathered::none) barrier_arrive(full);
+    at.advance();
+  }
+}
+
 /// One warp, in which one thread feeds the copy engine with both operands.
-template <class Shape, bool Split, int StepN, class P>
+template <class Shape, class Epilogue, int StepN, class P>
 __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
                         int rank) {
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
@@ -189,7 +229,7 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
     if (leader) publish_tile(r, slot, t);
     __syncwarp();
     if (t.group < 0) break;
-    const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
+    const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Epilogue>(t, p.sizes.n);
     const auto bytes = static_cast<std::uint32_t>((chunks_a + chunks_b) * chunk_bytes);
     int k = t.k_begin;
 #pragma unroll 1
@@ -200,11 +240,12 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
         const std::uint32_t stage = r.stage(at.slot);
         barrier_arrive_expect(full, bytes);
         load_a<Shape>(map_a, stage, full, t, chunks_a, k);
-        load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
+        load_b<Shape, Epilogue>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
       }
       __syncwarp();
       at.advance();
     }
+    if constexpr (Epilogue::step_blocks > 0) produce_epilogue<Shape, Epilogue>(p, r, at, t, leader);
   }
   if (leader) order.finish();
 }
@@ -215,7 +256,7 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
 /// Copies announce themselves on the stage's barrier when they are complete, so that nobody here waits for memory and
 /// the whole ring is under way. They are ordinary writes to the matrix units, which is why consumers fence after the
 /// wait.
-template <class Shape, bool Split, int StepN, class P>
+template <class Shape, class Epilogue, int StepN, class P>
 __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rings<Shape>& r, int rank) {
   static constexpr bool rows_are_k = Shape::kind == product::variable_k;
   // Lines of 128 bytes: 8 threads copy one; 128 threads, 16 at a time.
@@ -245,7 +286,7 @@ __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rin
       t = read_tile(r, slot);
     }
     if (t.group < 0) break;
-    const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Split>(t, p.sizes.n);
+    const int chunks_a = used_chunks_a(t), chunks_b = used_chunks_b<Shape, Epilogue>(t, p.sizes.n);
     const auto bytes = static_cast<std::uint32_t>(chunks_b * chunk_bytes);
 
     const bfloat16* rows[lines_each];  // `variable_m`: null beyond the group
@@ -290,7 +331,7 @@ __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rin
       if (leader) {
         const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
         barrier_arrive_expect(full, bytes);
-        load_b<Shape, Split>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
+        load_b<Shape, Epilogue>(map_b, stage + Shape::chunks_a * chunk_bytes, full, t, chunks_b, k, p, rank);
       }
       __syncwarp();
       const std::uint32_t target = stage + swizzled;
@@ -332,6 +373,7 @@ __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rin
       copy_async_arrive(r.full + 8 * static_cast<std::uint32_t>(at.slot));
       at.advance();
     }
+    if constexpr (Epilogue::step_blocks > 0) produce_epilogue<Shape, Epilogue>(p, r, at, t, leader);
   }
   copy_async_wait_all();
   if (leader) order.finish();

@@ -147,11 +147,6 @@ __device__ __forceinline__ void tma_load_multicast(std::uint32_t target, const C
       : "memory");
 }
 
-/// Brings the line of `address` into the second-level cache.
-__device__ __forceinline__ void prefetch_line(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 /// Enqueues the store of a box to `(x, y, z)` of a rank-3 map, in this thread's current group of stores.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, std::uint32_t source, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

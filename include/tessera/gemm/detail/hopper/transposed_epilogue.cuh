@@ -21,7 +21,8 @@ namespace detail::hopper {
 /// bytes.
 template <class TC>
 struct transposed_epilogue {
-  static constexpr bool split = false, clusters = true, by_warpgroup = true;
+  static constexpr bool split = false, by_warpgroup = true;
+  static constexpr int step_blocks = 0;
 
   struct params {
     output_matrix<TC> c;
@@ -29,17 +30,11 @@ struct transposed_epilogue {
     bool accumulate;  ///< Whether the old content is added.
   };
 
-  template <int Blocks>
-  using held = nothing_held;
-
-  template <int TileN>
-  static __device__ __forceinline__ void prepare(const params&, const tile&, int, nothing_held&) {}
-
   /// All warps of a warpgroup call together. @param first_row Of this warp's 16 rows, columns of the result; those from
   /// the tile's end on are not stored.
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
-                                               warp_output& output, const nothing_held&) {
+                                               warp_output& output) {
     const int warp = static_cast<int>(threadIdx.x / 32 % 4), first_column = first_row - warp * 16;
     for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
       const int row = t.n + Chunk * chunk_rows;
