@@ -37,16 +37,10 @@ struct direct_accumulation {
   }
 };
 
-/// How often a slot of the operand ring is given back: by warpgroups, which matrix instructions keep together, but by
-/// warps where an epilogue has steps, which each of them takes by itself.
-template <class Shape, class Epilogue>
-inline constexpr int releases_of_slot = Epilogue::step_blocks > 0 ? Shape::consumer_warps
-                                                                  : (Shape::ping_pong ? 1 : 2) * Shape::cluster;
-
 /// Gives a slot of the operand ring back, to every block of the cluster that writes into it.
-template <class Shape, class Epilogue>
+template <class Shape>
 __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
-  const int thread = static_cast<int>(threadIdx.x % (Epilogue::step_blocks > 0 ? 32 : 128));
+  const int thread = static_cast<int>(threadIdx.x % 128);
   const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(slot);
   if constexpr (Shape::cluster > 1) {
     if (thread < Shape::cluster) barrier_arrive_remote(barrier, static_cast<std::uint32_t>(thread));
@@ -55,18 +49,18 @@ __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
   }
 }
 
-/// Waits until the copy engine has read what this warp sent in the last step of an epilogue, and gives the step's slot
-/// back. @param late That slot, then -1; if it is -1 already, the warp has no stores that anything waits for.
+/// Waits until the copy engine has read what this warpgroup sent in the last step of an epilogue, and gives the step's
+/// slot back. @param late That slot, then -1; if it is -1 already, there are no stores that anything waits for.
 template <class Shape, class Epilogue>
 __device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
   if constexpr (Epilogue::step_blocks > 0) {
-    __syncwarp();
     if (late >= 0) {
       if (threadIdx.x % 32 == 0) tma_store_wait_read<0>();
-      release_stage<Shape, Epilogue>(r, late);
+      __syncwarp();
+      named_barrier(1 + static_cast<int>(threadIdx.x / 128), 128);
+      release_stage(r, late);
     }
     late = -1;
-    __syncwarp();
   }
 }
 
@@ -127,7 +121,7 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
     mma_commit();
     // One group stays under way, so that the matrix unit never waits for a release.
     mma_wait<1>();
-    release_stage<Shape, Epilogue>(r, previous);
+    release_stage(r, previous);
     previous = at.slot;
     at.advance();
   }
@@ -136,21 +130,17 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
   mma_wait<0>();
 #pragma unroll
   for (int block = 0; block < Blocks; ++block) accumulator_fence(sums[block]);
-  release_stage<Shape, Epilogue>(r, previous);
+  release_stage(r, previous);
 }
 
-/// Passes `count` steps of the ring on: they hold nothing for this warpgroup, or this warp. Those who give a slot back
-/// together stay together, as matrix instructions would keep them: a warp that fell two rounds of the ring behind could
-/// not tell the rounds apart.
-template <class Shape, class Epilogue>
+/// Passes `count` steps of the ring on: they hold nothing for this warpgroup. Its warps stay together, as matrix
+/// instructions would keep them: a warp that fell two rounds of the ring behind could not tell the rounds apart.
+template <class Shape>
 __device__ __forceinline__ void pass_on(const rings<Shape>& r, ring_position<Shape::stages>& at, int count, int which) {
   for (int s = 0; s < count; ++s) {
     barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
-    if constexpr (Epilogue::step_blocks > 0)
-      __syncwarp();
-    else
-      named_barrier(2 + which, 128);
-    release_stage<Shape, Epilogue>(r, at.slot);
+    named_barrier(2 + which, 128);
+    release_stage(r, at.slot);
     at.advance();
   }
 }
@@ -172,7 +162,8 @@ __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::bloc
   }
 }
 
-/// Takes a tile's sums and the steps that follow them through the epilogue. @param late Receives the last step's slot.
+/// Takes a tile's sums and the steps that follow them through the epilogue; all warps of a warpgroup of which one has
+/// rows. @param late Receives the last step's slot.
 template <class Shape, class Epilogue, class P>
 __device__ __forceinline__ void write_steps(const P& p, const float (&sums)[Shape::accumulators],
                                             typename Epilogue::row_values& rows, const tile& t, int first_row,
@@ -180,13 +171,15 @@ __device__ __forceinline__ void write_steps(const P& p, const float (&sums)[Shap
                                             ring_position<Shape::stages>& at, int& late) {
   static_assert(!Shape::ping_pong && Shape::cluster == 1, "steps need all warps of one block at the same tile");
   const int steps = epilogue_steps<Shape, Epilogue>(t, p.sizes.n);
-  if (first_row >= t.m_end) return pass_on<Shape, Epilogue>(r, at, steps, 0);
   const std::uint32_t of_warp = (threadIdx.x / 32 - 4) * step_bytes<Epilogue>;
   for_each_chunk<Shape::tile_n / chunk_rows>([&]<int Chunk>() {
     if (Chunk >= steps) return;
     barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
-    Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, first_row, output, r.stage(at.slot) + of_warp,
-                                   [&] { release_late<Shape, Epilogue>(r, late); });
+    const auto settle = [&] { release_late<Shape, Epilogue>(r, late); };
+    if (first_row < t.m_end)
+      Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, first_row, output, r.stage(at.slot) + of_warp, settle);
+    else
+      settle();
     late = at.slot;
     at.advance();
   });
@@ -237,7 +230,7 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
         }
       } else {
         release_late<Shape, Epilogue>(r, late);
-        pass_on<Shape, Epilogue>(r, at, sum_stages<Shape>(t) + epilogue_steps<Shape, Epilogue>(t, p.sizes.n), which);
+        pass_on(r, at, sum_stages<Shape>(t) + epilogue_steps<Shape, Epilogue>(t, p.sizes.n), which);
       }
     }
   }

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   static constexpr int gathering_warps = Shape::gather == gathered::none ? 0 : 4;
-  static constexpr int releases = releases_of_slot<Shape, Epilogue>;
+  static constexpr int releases = (Shape::ping_pong ? 1 : 2) * Shape::cluster;
 
   if (threadIdx.x == 0) {
     tma_prefetch(map_a);
