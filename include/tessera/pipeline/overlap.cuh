@@ -92,9 +92,9 @@ class device_lanes {
                                        << " multiprocessors: give 0 (no limit) to " << sms - 1);
       return budget;
     };
+    static_cast<void>(budget_of("communication_sms", communication_sms_));
     forward_dispatch_sms_ = budget_of("forward_dispatch_sms", options.forward_dispatch_sms);
     backward_combine_sms_ = budget_of("backward_combine_sms", options.backward_combine_sms);
-    static_cast<void>(budget_of("communication_sms", options.communication_sms));
     throughout_ = options.throughout;
     TESSERA_EXPECTS(options.head_start.count() >= 0 && options.head_start <= std::chrono::milliseconds(1),
                     "device_lanes: head_start = " << options.head_start.count() << " ns, expected 0 to 1 ms");
