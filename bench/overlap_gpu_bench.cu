@@ -20,13 +20,15 @@
 // what comes before the experts is a copy. The layers of a chunk are one layer with its weights, called as often.
 //
 // `phases/...` are pairs with an event around each phase. Counters are means over the layers of the time from when a
-// phase may begin to its end, on rank 0, in microseconds; all begins and ends go to standard error.
+// phase may begin to its end, on rank 0, in microseconds; all begins and ends go to standard error. An option of its
+// own, --all, adds these cases and more arrangements.
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
@@ -302,32 +304,34 @@ void measure_phases(benchmark::State& state, const layer_shape& s, int num_layer
   }
 }
 
-// The arrangements that are tried.
-std::vector<arrangement> arrangements() {
+// The arrangements that are tried: of each kind one, or all.
+std::vector<arrangement> arrangements(bool all_of_them) {
   using enum pl::overlap_style;
   constexpr std::chrono::microseconds head_start(10);
-  std::vector<arrangement> all;
-  for (const int sms : {16, 24, 32}) all.push_back({"all_to_all", weights, {.communication_sms = sms}});
-  all.push_back({"all_to_all", weights, {.communication_sms = 16, .head_start = head_start}});
   // Rows there take no SMs but for the lists of the routing.
-  const auto copied = [](int sms, int lists) {
-    return pl::device_lanes_options{.communication_sms = sms, .forward_dispatch_sms = lists, .backward_combine_sms = 0};
+  const auto copied = [](int sms, bool throughout) {
+    return pl::device_lanes_options{
+        .communication_sms = sms, .forward_dispatch_sms = 8, .backward_combine_sms = 0, .throughout = throughout};
   };
-  for (const int sms : {8, 16, 24}) {
-    all.push_back({"copies_there", weights, copied(sms, 8)});
-    arrangement throughout{"copies_there", weights, copied(sms, 8)};
-    throughout.lanes.throughout = true;
-    all.push_back(throughout);
-    throughout.transport = "copy_engines";
-    all.push_back(throughout);
+  std::vector<arrangement> all{{"all_to_all", weights, {.communication_sms = 24}},
+                               {"copies_there", weights, copied(16, false)},
+                               {"copies_there", weights, copied(16, true)},
+                               {"copy_engines", weights, copied(16, true)}};
+  if (!all_of_them) return all;
+  for (const int sms : {16, 32}) all.push_back({"all_to_all", weights, {.communication_sms = sms}});
+  all.push_back({"all_to_all", weights, {.communication_sms = 16, .head_start = head_start}});
+  for (const int sms : {8, 24}) {
+    all.push_back({"copies_there", weights, copied(sms, false)});
+    all.push_back({"copies_there", weights, copied(sms, true)});
+    all.push_back({"copy_engines", weights, copied(sms, true)});
   }
-  all.push_back({"copies_there", attention, copied(16, 8)});
-  arrangement ahead{"copies_there", weights, copied(16, 8)};
+  all.push_back({"copies_there", attention, copied(16, false)});
+  arrangement ahead{"copies_there", weights, copied(16, false)};
   ahead.lanes.head_start = head_start;
   all.push_back(ahead);
   // Sums wait for the end of a product and have all SMs then.
-  all.push_back({"one_chunk", weights, copied(0, 8)});
-  all.push_back({"copy_engines", weights, copied(24, 8)});
+  all.push_back({"one_chunk", weights, copied(0, false)});
+  all.push_back({"copy_engines", weights, copied(24, false)});
   return all;
 }
 
@@ -337,6 +341,9 @@ int main(int argc, char** argv) {
   // Streams of a pair have hardware queues of their own, and kernels are there before GPUs wait for each other.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  const auto is_all = [](const char* argument) { return std::strcmp(argument, "--all") == 0; };
+  const bool all = std::any_of(argv + 1, argv + argc, is_all);
+  argc = static_cast<int>(std::remove_if(argv + 1, argv + argc, is_all) - argv);
   const int gpus = std::max(gpu_ranks::count(), 1);
   // Of the last ones computation takes about as long as communication: the first between two GPUs, the others with K or
   // n that make it so between two or four.
@@ -350,14 +357,16 @@ int main(int argc, char** argv) {
     const layer_shape s = shape;
     const int num_layers = layers;
     const std::string chunk_name = std::string(s.name) + "/layers:" + std::to_string(num_layers) + "/";
-    for (const arrangement& a : arrangements()) {
+    for (const arrangement& a : arrangements(all)) {
       add_case("pair/" + chunk_name + a.name(),
                [=](benchmark::State& state) { measure_pair(state, s, num_layers, a); });
+      if (!all) continue;
       const std::string name = "phases/" + chunk_name + a.name();
       add_case(name, [=](benchmark::State& state) {
         measure_phases<pl::device_lanes>(state, s, num_layers, a, name, a.lanes);
       });
     }
+    if (!all) continue;
     const std::string name = "phases/" + chunk_name + "one_stream";
     add_case(name, [=](benchmark::State& state) { measure_phases<serial>(state, s, num_layers, one_stream, name); });
   }
