@@ -319,8 +319,12 @@ std::vector<arrangement> arrangements(bool all_of_them) {
                                {"copy_engines", weights, copied(16, true)}};
   if (!all_of_them) return all;
   for (const int sms : {16, 32}) all.push_back({"all_to_all", weights, {.communication_sms = sms}});
+  for (const int sms : {32, 48, 64}) {
+    all.push_back(
+        {"all_to_all", weights, {.communication_sms = sms, .forward_dispatch_sms = 16, .backward_combine_sms = 16}});
+  }
   all.push_back({"all_to_all", weights, {.communication_sms = 16, .head_start = head_start}});
-  for (const int sms : {8, 24}) {
+  for (const int sms : {8, 24, 48}) {
     all.push_back({"copies_there", weights, copied(sms, false)});
     all.push_back({"copies_there", weights, copied(sms, true)});
     all.push_back({"copy_engines", weights, copied(sms, true)});
