@@ -6,16 +6,31 @@
 // from replays of a graph of two pairs in which the micro-batches change places. Beside it, of the same chunk: one
 // stream, where nothing overlaps (`serial_us`), and its computing phases alone on all SMs (`compute_us`). Then
 //
+//     ratio = compute / (serial - compute)
 //     hidden = (serial - overlapped) / (serial - compute)      exposed = 1 - compute / overlapped
 //
-// Both orders of `make_overlap_order` are tried. Blocks have no attention: what comes before the experts is a copy. The
-// layers of a chunk are one layer with its weights, called as often.
+// One stream is that of transport::all_to_all whatever the pair's transport is, because it is the fastest there. All of
+// a combine counts as communication, the sums of expert rows too, which one GPU would have to make as well, so that
+// `hidden` cannot be 1: they read 2 T K d bytes, and no computation hides what they take of the SMs. `with_sums_us` is
+// the time of the computing phases with what one GPU does instead of a combine, `combine_rows` of T tokens with K rows
+// each, behind each of the two products that a combine follows; `hidden_beside_sums` has it in the place of
+// `compute_us`.
+//
+// Pairs differ in transport, order of `make_overlap_order` and options of `device_lanes`. Blocks have no attention:
+// what comes before the experts is a copy. The layers of a chunk are one layer with its weights, called as often.
+//
+// `phases/...` are pairs with an event around each phase. Counters are means over the layers of the time from when a
+// phase may begin to its end, on rank 0, in microseconds; all begins and ends go to standard error. An option of its
+// own, --all, adds these cases and more arrangements.
 
-#include <cmath>
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,6 +42,7 @@
 #include <tessera/pipeline/moe_chunk.cuh>
 #include <tessera/pipeline/overlap.cuh>
 
+#include "lanes_with_events.cuh"
 #include "rank_layer.cuh"
 #include "rank_timing.cuh"
 
@@ -81,10 +97,29 @@ struct copying_mixer {
 
 using chunk = pl::moe_chunk<spread_layer, copying_mixer>;
 
+// What one GPU does instead of a combine: sums of K rows for each token, from rows that lie as products leave them.
+struct local_sums {
+  explicit local_sums(const layer_shape& s) : shape(s), rows(s.T * s.K * s.d, 51, 1), places(s.T * s.K) {
+    std::vector<std::int32_t> all;
+    for (std::int64_t t = 0; t < s.T; ++t) {
+      for (std::int64_t k = 0; k < s.K; ++k) all.push_back(static_cast<std::int32_t>(k * s.T + t));
+    }
+    places.set(all);
+  }
+  void enqueue(cudaStream_t stream, ts::matrix_view<bfloat16> y) const {
+    ts::combine_rows(stream, ts::matrix_view<const bfloat16>{rows.data(), shape.T * shape.K, shape.d}, places.data(),
+                     ts::matrix_view<const float>{nullptr, shape.T, shape.K}, ts::matrix_view<const bfloat16>{}, y);
+  }
+
+  layer_shape shape;
+  device_array<bfloat16> rows;
+  device_array<std::int32_t> places;
+};
+
 // One rank's chunk with room for two micro-batches, and tokens.
 struct chunk_case : rank_layer {
-  chunk_case(ts::comm::symmetric& comm, const layer_shape& s, int num_layers)
-      : rank_layer(comm, s),
+  chunk_case(ts::comm::symmetric& comm, const layer_shape& s, int num_layers, const ts::transport::automatic& how)
+      : rank_layer(comm, s, options_of(how)),
         x(2 * s.T * s.d, static_cast<unsigned>(comm.rank()) + 11, 1),
         dy(2 * s.T * s.d, static_cast<unsigned>(comm.rank()) + 21, 1),
         y(2 * s.T * s.d),
@@ -98,6 +133,11 @@ struct chunk_case : rank_layer {
                                 ts::deferred_memory(comm.allocate(all.deferred_bytes), all.deferred_bytes),
                                 ts::workspace_memory(comm.allocate(all.workspace_bytes), all.workspace_bytes));
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  static spread_layer::options options_of(const ts::transport::automatic& how) {
+    spread_layer::options options;
+    options.transport = how;
+    return options;
   }
   pl::work_item item(int slot) const { return {.micro_batch = slot, .rows = tokens, .slot = slot}; }
   template <class T>
@@ -122,8 +162,8 @@ struct chunk_case : rank_layer {
     stage.overlapped(stream, item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot), stage, item(other),
                      view<const bfloat16>(x, other), view<const bfloat16>(dy, other), view<bfloat16>(dx, other));
   }
-  // The computing phases of `pair`, on what the last exchange has brought.
-  void computing_phases(cudaStream_t stream, int slot) const {
+  // The computing phases of `pair`, on what the last exchange has brought. @param sums Null: without.
+  void computing_phases(cudaStream_t stream, int slot, const local_sums* sums) const {
     using pl::phase;
     const int other = 1 - slot;
     chunk::forward_type f{item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot), 0, {stream, 0}};
@@ -136,6 +176,8 @@ struct chunk_case : rank_layer {
       if (node.what == phase::forward_attention) layers->forward_attention(f);
       if (node.what == phase::forward_mlp) layers->forward_mlp(f);
       if (node.what == phase::backward_mlp_input) layers->backward_mlp_input(b);
+      if (sums != nullptr && node.what == phase::forward_mlp) sums->enqueue(stream, view<bfloat16>(y, slot));
+      if (sums != nullptr && node.what == phase::backward_mlp_input) sums->enqueue(stream, view<bfloat16>(dx, other));
       if (node.what == phase::backward_mlp_weights) layers->backward_mlp_weights(b);
       if (node.what == phase::backward_attention_input) layers->backward_attention_input(b);
       if (node.what == phase::backward_attention_weights) layers->backward_attention_weights(b);
@@ -148,65 +190,153 @@ struct chunk_case : rank_layer {
   std::unique_ptr<chunk> layers;
 };
 
-enum class what { serial, compute, overlapped };
+// How a pair runs.
+struct arrangement {
+  const char* transport;
+  pl::overlap_style style = pl::overlap_style::weights;
+  pl::device_lanes_options lanes = {};
 
-double pair_us(const layer_shape& s, int num_layers, what which, const pl::device_lanes_options& split = {},
-               pl::overlap_style style = pl::overlap_style::attention) {
-  using serial = pl::serial_lanes<ts::space::device>;
+  ts::transport::automatic how() const {
+    using namespace ts::transport;
+    if (std::string(transport) == "copy_engines") return copy_engines{};
+    if (std::string(transport) == "one_chunk") return copy_engines{.chunks = 1};
+    if (std::string(transport) == "copies_there") return {copy_engines{}, all_to_all{}};
+    return all_to_all{};
+  }
+  std::string name() const {
+    const auto budget = [](const char* word, int sms) { return sms < 0 ? std::string() : word + std::to_string(sms); };
+    return std::string(transport) + (style == pl::overlap_style::weights ? "/weights" : "/figure_4") +
+           budget("/sms:", lanes.communication_sms) + budget("/lists:", lanes.forward_dispatch_sms) +
+           (lanes.throughout ? "/throughout" : "") + (lanes.head_start.count() > 0 ? "/head_start" : "");
+  }
+};
+constexpr arrangement one_stream{"all_to_all"};
+
+using serial = pl::serial_lanes<ts::space::device>;
+
+// What is timed: two pairs in which micro-batches change places, or their computing phases.
+enum class what { pair, compute, compute_and_sums };
+
+// @param after Called with a rank and the lanes when all has run. @param options Of the lanes.
+template <class Lanes, class After, class... Options>
+double pair_us(const layer_shape& s, int num_layers, const arrangement& a, what which, After after,
+               const Options&... options) {
   return 0.5 * slowest_median_us(1, [&](ts::comm::symmetric& comm) {
            comm.set_num_sms(0);
-           auto c = std::make_shared<chunk_case>(comm, s, num_layers);
-           auto one_stream = std::make_shared<serial>();
-           auto alone = std::make_shared<pl::overlap_stage<chunk, serial>>(*c->layers, *one_stream);
-           const work before = [c, one_stream, alone, which](cudaStream_t stream) {
+           auto c = std::make_shared<chunk_case>(comm, s, num_layers, a.how());
+           auto one = std::make_shared<serial>();
+           auto alone = std::make_shared<pl::overlap_stage<chunk, serial>>(*c->layers, *one);
+           const work before = [c, one, alone, which](cudaStream_t stream) {
              for (const int slot : {0, 1}) c->forward(*alone, stream, slot);
-             if (which != what::compute) return;
+             if (which == what::pair) return;
              // Products work on what a whole step has brought: their speed depends on the numbers.
              for (const int slot : {0, 1}) c->backward(*alone, stream, slot);
              for (const int slot : {0, 1}) c->forward(*alone, stream, slot);
            };
-           if (which == what::compute) {
-             return rank_work{before, [c](cudaStream_t stream) {
-                                c->computing_phases(stream, 1);
-                                c->computing_phases(stream, 0);
+           if (which != what::pair) {
+             const auto sums = which == what::compute_and_sums ? std::make_shared<local_sums>(s) : nullptr;
+             return rank_work{before, [c, sums](cudaStream_t stream) {
+                                for (const int slot : {1, 0}) c->computing_phases(stream, slot, sums.get());
                               }};
            }
-           if (which == what::serial) {
-             return rank_work{before, [c, one_stream, alone](cudaStream_t stream) {
-                                c->pair(*alone, stream, 1);
-                                c->pair(*alone, stream, 0);
-                              }};
-           }
-           auto lanes = std::make_shared<pl::device_lanes>(split);
-           auto stage = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*c->layers, *lanes, style);
-           return rank_work{before, [c, lanes, stage](cudaStream_t stream) {
-                              c->pair(*stage, stream, 1);
-                              c->pair(*stage, stream, 0);
-                            }};
+           auto lanes = std::make_shared<Lanes>(options...);
+           auto stage = std::make_shared<pl::overlap_stage<chunk, Lanes>>(*c->layers, *lanes, a.style);
+           return rank_work{before,
+                            [c, lanes, stage](cudaStream_t stream) {
+                              for (const int slot : {1, 0}) c->pair(*stage, stream, slot);
+                            },
+                            true, [lanes, rank = comm.rank(), after] { after(rank, *lanes); }};
          });
 }
 
 // What the overlapped pair is compared with, measured once in a run.
-std::pair<double, double> without_overlap(const layer_shape& s, int num_layers) {
-  static std::map<std::pair<std::string, int>, std::pair<double, double>> known;
+struct bounds {
+  double serial_us, compute_us, with_sums_us;
+};
+bounds without_overlap(const layer_shape& s, int num_layers) {
+  static std::map<std::pair<std::string, int>, bounds> known;
   const auto key = std::make_pair(std::string(s.name), num_layers);
+  const auto time = [&](what which) {
+    return pair_us<serial>(s, num_layers, one_stream, which, [](int, const auto&) {});
+  };
   if (!known.contains(key)) {
-    const double serial = pair_us(s, num_layers, what::serial);
-    known[key] = {serial, pair_us(s, num_layers, what::compute)};
+    known[key] = {time(what::pair), time(what::compute), time(what::compute_and_sums)};
   }
   return known[key];
 }
 
-void measure_pair(benchmark::State& state, const layer_shape& s, int num_layers, const pl::device_lanes_options& split,
-                  pl::overlap_style style) {
-  const auto [serial, compute] = without_overlap(s, num_layers);
-  const double us = pair_us(s, num_layers, what::overlapped, split, style);
+void measure_pair(benchmark::State& state, const layer_shape& s, int num_layers, const arrangement& a) {
+  const bounds b = without_overlap(s, num_layers);
+  const double us = pair_us<pl::device_lanes>(
+      s, num_layers, a, what::pair, [](int, const auto&) {}, a.lanes);
   const double unit = 2.0 * static_cast<double>(s.T) * s.K * static_cast<double>(s.n) * static_cast<double>(s.d);
   report_time(state, us, 9 * num_layers * unit);
-  state.counters["serial_us"] = serial;
-  state.counters["compute_us"] = compute;
-  state.counters["hidden"] = (serial - us) / (serial - compute);
-  state.counters["exposed"] = 1 - compute / us;
+  state.counters["serial_us"] = b.serial_us;
+  state.counters["compute_us"] = b.compute_us;
+  state.counters["with_sums_us"] = b.with_sums_us;
+  state.counters["ratio"] = b.compute_us / (b.serial_us - b.compute_us);
+  state.counters["hidden"] = (b.serial_us - us) / (b.serial_us - b.compute_us);
+  state.counters["hidden_beside_sums"] = (b.serial_us - us) / (b.serial_us - b.with_sums_us);
+  state.counters["exposed"] = 1 - b.compute_us / us;
+}
+
+template <class Lanes, class... Options>
+void measure_phases(benchmark::State& state, const layer_shape& s, int num_layers, const arrangement& a,
+                    const std::string& name, const Options&... options) {
+  using lanes_type = lanes_with_events<Lanes>;
+  std::vector<typename lanes_type::span> spans;
+  const double us = pair_us<lanes_type>(
+      s, num_layers, a, what::pair,
+      [&](int rank, const lanes_type& lanes) {
+        if (rank == 0) spans = lanes.spans();
+      },
+      options...);
+  report_time(state, us, 0);
+  std::fprintf(stderr, "%s: begin and end of each phase in us\n", name.c_str());
+  for (const auto& span : spans) {
+    const bool communicates = pl::is_communication(span.node.what);
+    const std::string phase = pl::symbol_of(span.node.what);
+    std::fprintf(stderr, "%s%-12s %d %9.1f %9.1f  %8.1f\n",
+                 communicates ? "                                      " : "", phase.c_str(), span.node.layer,
+                 span.begin_us, span.end_us, span.end_us - span.begin_us);
+    state.counters[phase] += (span.end_us - span.begin_us) / num_layers;
+    state.counters[communicates ? "communication_us" : "computation_us"] += span.end_us - span.begin_us;
+  }
+}
+
+// The arrangements that are tried: of each kind one, or all.
+std::vector<arrangement> arrangements(bool all_of_them) {
+  using enum pl::overlap_style;
+  constexpr std::chrono::microseconds head_start(10);
+  // Rows there take no SMs but for the lists of the routing.
+  const auto copied = [](int sms, bool throughout) {
+    return pl::device_lanes_options{
+        .communication_sms = sms, .forward_dispatch_sms = 8, .backward_combine_sms = 0, .throughout = throughout};
+  };
+  std::vector<arrangement> all{{"all_to_all", weights, {.communication_sms = 24}},
+                               {"copies_there", weights, copied(16, false)},
+                               {"copies_there", weights, copied(16, true)},
+                               {"copy_engines", weights, copied(16, true)}};
+  if (!all_of_them) return all;
+  for (const int sms : {16, 32}) all.push_back({"all_to_all", weights, {.communication_sms = sms}});
+  for (const int sms : {32, 48, 64}) {
+    all.push_back(
+        {"all_to_all", weights, {.communication_sms = sms, .forward_dispatch_sms = 16, .backward_combine_sms = 16}});
+  }
+  all.push_back({"all_to_all", weights, {.communication_sms = 16, .head_start = head_start}});
+  for (const int sms : {8, 24, 48}) {
+    all.push_back({"copies_there", weights, copied(sms, false)});
+    all.push_back({"copies_there", weights, copied(sms, true)});
+    all.push_back({"copy_engines", weights, copied(sms, true)});
+  }
+  all.push_back({"copies_there", attention, copied(16, false)});
+  arrangement ahead{"copies_there", weights, copied(16, false)};
+  ahead.lanes.head_start = head_start;
+  all.push_back(ahead);
+  // Sums wait for the end of a product and have all SMs then.
+  all.push_back({"one_chunk", weights, copied(0, false)});
+  all.push_back({"copy_engines", weights, copied(24, false)});
+  return all;
 }
 
 }  // namespace
@@ -215,25 +345,34 @@ int main(int argc, char** argv) {
   // Streams of a pair have hardware queues of their own, and kernels are there before GPUs wait for each other.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   setenv("CUDA_MODULE_LOADING", "EAGER", 0);
-  int gpus = 0;
-  if (cudaGetDeviceCount(&gpus) != cudaSuccess) gpus = 1;
-  for (const layer_shape& s : {layer_shape{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8},
-                               layer_shape{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpus, 8}}) {
-    for (const int num_layers : {1, 4}) {
-      for (const auto& [name, style] :
-           {std::pair{"figure_4", pl::overlap_style::attention}, std::pair{"weights", pl::overlap_style::weights}}) {
-        for (const int sms : {0, 8, 16, 24, 32}) {
-          for (const int head_start_us : {0, 10}) {
-            if (sms == 0 && head_start_us > 0) continue;
-            add_case(std::string("pair/") + s.name + "/layers:" + std::to_string(num_layers) + "/" + name +
-                         "/sms:" + std::to_string(sms) + (head_start_us > 0 ? "/head_start" : ""),
-                     [=, order = style](benchmark::State& state) {
-                       measure_pair(state, s, num_layers, {sms, std::chrono::microseconds(head_start_us)}, order);
-                     });
-          }
-        }
-      }
+  const auto is_all = [](const char* argument) { return std::strcmp(argument, "--all") == 0; };
+  const bool all = std::any_of(argv + 1, argv + argc, is_all);
+  argc = static_cast<int>(std::remove_if(argv + 1, argv + argc, is_all) - argv);
+  const int gpus = std::max(gpu_ranks::count(), 1);
+  // Of the last ones computation takes about as long as communication: the first between two GPUs, the others with K or
+  // n that make it so between two or four.
+  const std::pair<layer_shape, int> chunks[] = {
+      {{"Qwen3_30B_T8192", 8192, 2048, 768, 128, 8}, 4},
+      {{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpus, 8}, 2},
+      {{"even_n64", 4096, 7168, 64, 16 * gpus, 8}, 4},
+      {{"even_n128", 4096, 7168, 128, 16 * gpus, 8}, 4},
+      {{"even_n256_K2", 4096, 7168, 256, 8 * gpus, 2}, 4}};
+  for (const auto& [shape, layers] : chunks) {
+    const layer_shape s = shape;
+    const int num_layers = layers;
+    const std::string chunk_name = std::string(s.name) + "/layers:" + std::to_string(num_layers) + "/";
+    for (const arrangement& a : arrangements(all)) {
+      add_case("pair/" + chunk_name + a.name(),
+               [=](benchmark::State& state) { measure_pair(state, s, num_layers, a); });
+      if (!all) continue;
+      const std::string name = "phases/" + chunk_name + a.name();
+      add_case(name, [=](benchmark::State& state) {
+        measure_phases<pl::device_lanes>(state, s, num_layers, a, name, a.lanes);
+      });
     }
+    if (!all) continue;
+    const std::string name = "phases/" + chunk_name + "one_stream";
+    add_case(name, [=](benchmark::State& state) { measure_phases<serial>(state, s, num_layers, one_stream, name); });
   }
   return run_on_gpu(argc, argv);
 }

@@ -30,7 +30,7 @@ using spread_layer =
 struct rank_layer {
   using bfloat16 = tessera::bfloat16;
 
-  rank_layer(tessera::comm::symmetric& comm, const layer_shape& s)
+  rank_layer(tessera::comm::symmetric& comm, const layer_shape& s, const spread_layer::options& options = {})
       : tokens(s.T),
         sizes{.num_experts = s.E,
               .top_k = s.K,
@@ -38,7 +38,7 @@ struct rank_layer {
               .intermediate = static_cast<int>(s.n),
               .max_tokens = s.T},
         placement(s.E, comm.size()),
-        bytes(spread_layer::sizes(sizes, placement, comm.rank())),
+        bytes(spread_layer::sizes(sizes, placement, comm.rank(), options)),
         state(static_cast<std::int64_t>(bytes.state_bytes)),
         up(placement.num_slots(comm.rank()) * 2 * s.n * s.d, static_cast<unsigned>(comm.rank()) + 31,
            1 / std::sqrt(static_cast<float>(s.d))),
@@ -48,7 +48,7 @@ struct rank_layer {
         dgate(gate.size()),
         dup(up.size()),
         ddown(down.size()),
-        moe(sizes, {}, placement, comm, tessera::state_memory(state.data(), bytes.state_bytes)) {
+        moe(sizes, {}, placement, comm, tessera::state_memory(state.data(), bytes.state_bytes), options) {
     moe.reset_state(cudaStreamLegacy);
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }

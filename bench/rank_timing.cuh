@@ -73,17 +73,19 @@ inline cudaGraphExec_t graph_of(cudaStream_t stream, const work& f, int times) {
   require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
   for (int i = 0; i < times; ++i) f(stream);
   require(cudaStreamEndCapture(stream, &graph), "the end of the capture");
-  require(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+  // Streams of communication go first in the graph, too.
+  require(cudaGraphInstantiate(&replay, graph, cudaGraphInstantiateFlagUseNodePriority), "cudaGraphInstantiate");
   cudaGraphDestroy(graph);
   return replay;
 }
 
 // Median over repeats of the slowest rank's time for one `f`, in microseconds. `make(comm)` gives a rank its work:
-// {what runs before, untimed; what is timed}.
+// {what runs before, untimed; what is timed; whether that is captured; what is called in the end, when all has run}.
 struct rank_work {
   work before;
   work timed;
   bool captured = true;
+  std::function<void()> after = {};
 };
 template <class Make>
 double slowest_median_us(int times, Make make) {
@@ -118,6 +120,7 @@ double slowest_median_us(int times, Make make) {
       require(cudaEventElapsedTime(&ms, events[2 * i], events[2 * i + 1]), "cudaEventElapsedTime");
       us[static_cast<std::size_t>(comm.rank())].push_back(1e3 * static_cast<double>(ms) / times);
     }
+    if (w.after) w.after();
     for (cudaEvent_t event : events) cudaEventDestroy(event);
     if (before != nullptr) cudaGraphExecDestroy(before);
     if (timed != nullptr) cudaGraphExecDestroy(timed);

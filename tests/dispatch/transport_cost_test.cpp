@@ -172,6 +172,21 @@ TEST_CASE("automatic takes the cheapest, and says why") {
     CHECK(given.explain() == std::string("transport: ") + ts::name_of(given.dispatch()) + ", as asked for");
   }
   CHECK(ts::transport::automatic(ts::transport::copy_engines{.streams = 3, .chunks = 2}).copies().streams == 3);
+
+  const ts::transport::automatic there(ts::transport::copy_engines{.streams = 2}, ts::transport::all_to_all{});
+  CHECK(there.dispatch() == kind::copy_engines);
+  CHECK(there.combine() == kind::all_to_all);
+  CHECK(there.copies().streams == 2);
+  CHECK(there.explain() == "transport: dispatch by copy_engines, combine by all_to_all, as asked for");
+  const ts::transport::automatic home(ts::transport::all_to_all{.copies_own_rows = true},
+                                      ts::transport::copy_engines{.chunks = 2});
+  CHECK(home.dispatch() == kind::all_to_all);
+  CHECK(home.combine() == kind::copy_engines);
+  CHECK(home.sends().copies_own_rows);
+  CHECK(home.copies().chunks == 2);
+  const ts::transport::automatic dense(ts::transport::all_gather{}, ts::transport::copy_engines{});
+  CHECK(dense.dispatch() == kind::all_gather);
+  CHECK(dense.combine() == kind::copy_engines);
 }
 
 TEST_CASE("copies ask for room on the way home for what goes to each peer, and for streams") {
@@ -181,6 +196,12 @@ TEST_CASE("copies ask for room on the way home for what goes to each peer, and f
   CHECK(ts::outgoing_rows(ts::transport::all_gather{}, bounds) == 0);
   CHECK(ts::outgoing_rows(ts::transport::automatic{}, bounds) == 0);
   CHECK(ts::outgoing_rows(ts::transport::automatic{ts::transport::copy_engines{}}, bounds) == 300);
+  const ts::transport::automatic there(ts::transport::copy_engines{.streams = 2}, ts::transport::all_to_all{});
+  const ts::transport::automatic home(ts::transport::all_to_all{}, ts::transport::copy_engines{.streams = 2});
+  CHECK(ts::outgoing_rows(there, bounds) == 0);
+  CHECK(ts::outgoing_rows(home, bounds) == 300);
+  CHECK(ts::copy_streams_of(there) == 3);
+  CHECK(ts::copy_streams_of(home) == 2);
   CHECK(ts::copy_streams_of(ts::transport::all_to_all{}) == 0);
   CHECK(ts::copy_streams_of(ts::transport::all_to_all{.copies_own_rows = true}) == 1);
   CHECK(ts::copy_streams_of(ts::transport::all_gather{}) == 0);

@@ -40,10 +40,17 @@ inline constexpr ts::shape sizes{.num_experts = E,
                                  .max_tokens = max_rows,
                                  .num_shared_experts = 1};
 
+// How rows travel, and whether they are kept.
+struct travel {
+  ts::saved_rows rows = ts::saved_rows::received;
+  ts::transport::automatic transport = {};
+};
+
 // Every routing has room.
 template <class Comm>
-typename layer_over<Comm>::options options_of(ts::saved_rows rows) {
-  return {.dispatch = {.row_bound = ts::dispatch_options::full_row_bound}, .rows = rows};
+typename layer_over<Comm>::options options_of(const travel& how) {
+  return {
+      .dispatch = {.row_bound = ts::dispatch_options::full_row_bound}, .transport = how.transport, .rows = how.rows};
 }
 
 // Of two micro-batches.
@@ -258,7 +265,7 @@ using meeting = std::function<void()>;
 // Layer by layer, each with memory of its own.
 template <class Comm>
 result one_by_one(
-    Comm& comm, const meeting& meet = [] {}, ts::saved_rows policy = ts::saved_rows::received) {
+    Comm& comm, const meeting& meet = [] {}, const travel& policy = {}) {
   if constexpr (requires { comm.release_all(); }) comm.release_all();
   problem<Comm> p(comm, options_of<Comm>(policy));
   half_mixer mixer;
@@ -320,7 +327,7 @@ enum class how { alone, pair, graph_of_pair };
 template <class Comm, class Lanes>
 result through_chunk(
     Comm& comm, Lanes& lanes, how mode, unsigned long long delay_ns = 0, const meeting& meet = [] {},
-    ts::saved_rows policy = ts::saved_rows::received) {
+    const travel& policy = {}) {
   using layer_type = layer_over<Comm>;
   using chunk_type = pl::moe_chunk<layer_type, half_mixer>;
   if constexpr (requires { comm.release_all(); }) comm.release_all();

@@ -28,17 +28,25 @@ using namespace chunk_test;
 // Kernels are loaded before GPUs wait for each other; streams of a pair have queues of their own.
 const int settings = setenv("CUDA_MODULE_LOADING", "EAGER", 1) + setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
 
-void check_chunks(int slots, int slot) {
+// Calls `check(comm, meet, rank)` on each GPU.
+template <class Check>
+void on_gpus(int slots, int slot, Check&& check) {
   const int ranks = (std::min)(device_test::num_gpus(), 4);
   CHECK_NOTHROW(device_test::on_ranks(ranks, [&](ts::comm::threads& t) {
     ts::comm::symmetric_options window;
     window.window_bytes = std::size_t{64} << 20;
     window.timeout = std::chrono::milliseconds(20000);
     window.slots = slots;
+    window.copy_streams = 3;
     auto comm = ts::comm::symmetric::create(t, window).on_slot(slot);
-    const meeting meet = [&] { t.barrier({}); };
+    check(comm, meeting([&] { t.barrier({}); }), t.rank());
+  }));
+}
+
+void check_chunks(int slots, int slot) {
+  on_gpus(slots, slot, [](ts::comm::symmetric& comm, const meeting& meet, int rank) {
     const result expected = one_by_one(comm, meet);
-    check_plausible(expected, t.rank());
+    check_plausible(expected, rank);
     const auto run = [&](auto& lanes, how mode, unsigned long long delay_ns) {
       check_same(through_chunk(comm, lanes, mode, delay_ns, meet), expected);
       meet();
@@ -55,8 +63,8 @@ void check_chunks(int slots, int slot) {
       run(ahead, how::pair, delay_ns);
     }
     run(with_budgets, how::graph_of_pair, 50000);
-    check_same(through_chunk(comm, with_budgets, how::pair, 20000, meet, ts::saved_rows::resend), expected);
-  }));
+    check_same(through_chunk(comm, with_budgets, how::pair, 20000, meet, {.rows = ts::saved_rows::resend}), expected);
+  });
 }
 
 TEST_CASE("a chunk spread over GPUs has the bits of its layers, alone and as an overlapped pair") {
@@ -64,6 +72,34 @@ TEST_CASE("a chunk spread over GPUs has the bits of its layers, alone and as an 
 }
 
 TEST_CASE("a chunk on the second of two slots") { check_chunks(2, 1); }
+
+TEST_CASE("a chunk whose rows are copied has the same bits, one way or both, and whatever the budgets are") {
+  using namespace ts::transport;
+  on_gpus(2, 1, [](ts::comm::symmetric& comm, const meeting& meet, int) {
+    const result expected = one_by_one(comm, meet);
+    pl::serial_lanes<ts::space::device> one_stream;
+    pl::device_lanes two_streams;
+    pl::device_lanes lists_alone({.communication_sms = 16, .forward_dispatch_sms = 4, .backward_combine_sms = 0});
+    pl::device_lanes throughout({.communication_sms = 3, .throughout = true});
+    for (const automatic& transport :
+         {automatic(copy_engines{}), automatic(copy_engines{.streams = 2, .chunks = 3}),
+          automatic(copy_engines{}, all_to_all{}), automatic(all_to_all{.copies_own_rows = true}, copy_engines{})}) {
+      for (const ts::saved_rows rows : {ts::saved_rows::received, ts::saved_rows::resend}) {
+        const auto run = [&](auto& lanes, how mode, unsigned long long delay_ns) {
+          check_same(through_chunk(comm, lanes, mode, delay_ns, meet, {rows, transport}), expected);
+          meet();
+        };
+        run(one_stream, how::pair, 0);
+        for (const unsigned long long delay_ns : {0ull, 50000ull}) {
+          run(two_streams, how::pair, delay_ns);
+          run(lists_alone, how::pair, delay_ns);
+          run(throughout, how::pair, delay_ns);
+        }
+        run(lists_alone, how::graph_of_pair, 50000);
+      }
+    }
+  });
+}
 
 }  // namespace
 

@@ -39,7 +39,8 @@ struct all_gather {};
 
 /// Every row goes to every rank by copies in streams of the communicator, which take no SMs; kernels of one warp post
 /// and await flags around them. On the way home kernels add up an owner's rows, chunk by chunk of tokens, copies bring
-/// all of a chunk's rows, and kernels add them to home's.
+/// all of a chunk's rows, and kernels add them to home's. The kernels that add up take the SMs of the communicator's
+/// handle, all of them if it has no number.
 ///
 /// Like `all_gather` a dispatch needs no routing. Its `x` stays as it is until `dispatch_end`; begin and end are in one
 /// graph capture. A copy cannot be called off: after a failure of this rank, and until `reset`, copies still write to
@@ -79,11 +80,17 @@ class automatic {
       : dispatch_(transport_kind::all_gather), combine_(transport_kind::all_gather) {}
   /// Both ways the given one. @param which Its options are kept.
   automatic(copy_engines which)  // NOLINT: meant to be implicit
-      : dispatch_(transport_kind::copy_engines), combine_(transport_kind::copy_engines), copies_(which) {}
+      : copies_(which), dispatch_(transport_kind::copy_engines), combine_(transport_kind::copy_engines) {}
+  /// Another each way, such as dispatch by copies, which takes no SMs from products beside it, and combine by
+  /// `all_to_all`, which keeps to a few. @param there Of rows to the owners of experts. @param home Of rows home. Their
+  /// options are kept.
+  template <transport_policy There, transport_policy Home>
+  requires(!std::same_as<There, Home>) automatic(There there, Home home)
+      : dispatch_(keep(there)), combine_(keep(home)) {}
   /// Each way the one that costs least; of equals the first of `transport_kind`. @param c Sizes. @param machine
   /// Constants.
   explicit automatic(const transport_case& c, const transport_machine& machine = {})
-      : chosen_(true), case_(c), machine_(machine), copies_{c.copy_streams, c.chunks} {
+      : copies_{c.copy_streams, c.chunks}, chosen_(true), case_(c), machine_(machine) {
     for (int k = 1; k < num_transport_kinds; ++k) {
       const auto kind = static_cast<transport_kind>(k);
       if (dispatch_time(kind, c, machine).cost_us < dispatch_time(dispatch_, c, machine).cost_us) dispatch_ = kind;
@@ -108,7 +115,11 @@ class automatic {
   }
   /// As `explain`. @param out Where to. @param t What.
   friend std::ostream& operator<<(std::ostream& out, const automatic& t) {
-    if (!t.chosen_) return out << "transport: " << name_of(t.dispatch_) << ", as asked for";
+    if (!t.chosen_) {
+      out << "transport: ";
+      if (t.dispatch_ != t.combine_) out << "dispatch by " << name_of(t.dispatch_) << ", combine by ";
+      return out << name_of(t.combine_) << ", as asked for";
+    }
     const transport_case& c = t.case_;
     std::ostringstream text;
     text << std::fixed << std::setprecision(1) << "transport: dispatch by " << name_of(t.dispatch_) << ", combine by "
@@ -129,13 +140,23 @@ class automatic {
   }
 
  private:
+  transport_kind keep(all_to_all which) {
+    sends_ = which;
+    return transport_kind::all_to_all;
+  }
+  static transport_kind keep(all_gather) { return transport_kind::all_gather; }
+  transport_kind keep(copy_engines which) {
+    copies_ = which;
+    return transport_kind::copy_engines;
+  }
+
+  all_to_all sends_{};  // the kinds' initialisers write these two
+  copy_engines copies_{};
   bool chosen_ = false;
   transport_kind dispatch_ = transport_kind::all_to_all;
   transport_kind combine_ = transport_kind::all_to_all;
   transport_case case_{};
   transport_machine machine_{};
-  all_to_all sends_{};
-  copy_engines copies_{};
 };
 
 }  // namespace transport

@@ -10,11 +10,13 @@
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
 #include <tessera/dispatch/detail/device/rows.cuh>
+#include <tessera/dispatch/detail/symmetric/launch_flags.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Rows that copy engines bring: copies in streams of the communicator, kernels of one warp that post and await the
 // flags around them, and the kernel that adds rows up before and after they travel. The kernels that wait are one warp,
 // so that nobody holds SMs meanwhile, and stand behind what other ranks wait for, so that streams may share a queue.
+// One warp of few registers also finds room beside the block of a product that takes nearly all of an SM.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
 #pragma nv_diagnostic push
@@ -88,35 +90,26 @@ struct sum_rows_task {
 // The peer whose rows are block `i` of those that leave this rank.
 __host__ __device__ constexpr int peer_of_block(int rank, int size, int i) { return (rank + 1 + i) % size; }
 
-// Sums of this rank's rows of tokens from elsewhere, for each peer a plane of the grid; or at home the sums of this
-// rank's rows of its own tokens, what came back in the order of ranks, and `plus`. Tokens from elsewhere without pairs
-// are left out: their home does not look at them.
-template <bool Home, class S, class A, class Out>
-__launch_bounds__(row_threads) TESSERA_KERNEL sum_rows_kernel(const __grid_constant__ sum_rows_task<S, A, Out> task) {
-  constexpr int width = 16 / sizeof(S);
-  constexpr int batch = 4;  // rows in flight per thread
+// One piece of a row: the columns [column, column + Width) of a token from peer `block`, or at home.
+template <bool Home, int Width, int Batch, class S, class A, class Out>
+__device__ __forceinline__ void sum_row(const sum_rows_task<S, A, Out>& task, int block, std::int64_t token,
+                                        std::int64_t column) {
   const comm::symmetric_view& view = task.view;
-  if (failed(view)) return;
-  const int vector = task.plan.column();
-  const std::int64_t token = task.first + static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
-  if (vector >= task.plan.vectors || token >= task.end) return;
-  const std::int64_t column = static_cast<std::int64_t>(vector) * width;
-  const int block = static_cast<int>(blockIdx.z);
   const int home = Home ? view.rank : peer_of_block(view.rank, view.size, block);
   const std::int64_t row = home * task.max_tokens + token;
   const std::int32_t* const places = task.expert_row_of + row * task.top_k;
 
-  A sum[width] = {};
+  A sum[Width] = {};
   if (task.summed) {
     bool any = false;
     for (int k = 0; k < task.top_k; ++k) any = any || __ldg(places + k) != -1;
     if (any) {
-      const auto own = load_once<S, width>(task.rows.row(row) + column);
+      const auto own = load_once<S, Width>(task.rows.row(row) + column);
 #pragma unroll
-      for (int j = 0; j < width; ++j) sum[j] += widen<A>(own.value[j]);  // -0 becomes 0, as everywhere
+      for (int j = 0; j < Width; ++j) sum[j] += widen<A>(own.value[j]);  // -0 becomes 0, as everywhere
     }
   } else {
-    const bool any = add_expert_rows<batch>(sum, task.rows, places, task.top_k, column, [&](int, std::int32_t place) {
+    const bool any = add_expert_rows<Batch>(sum, task.rows, places, task.top_k, column, [&](int, std::int32_t place) {
       return task.weights != nullptr ? __ldg(task.weights + place) : A(1);
     });
     if (!Home && !any) return;
@@ -125,46 +118,74 @@ __launch_bounds__(row_threads) TESSERA_KERNEL sum_rows_kernel(const __grid_const
   if constexpr (Home) {
     target = token;
     const std::uint32_t others = __ldg(task.destinations + token) & ~(1u << view.rank);
-    for (int first = 0; first < view.size; first += batch) {
-      elements<S, width> part[batch];
+    for (int first = 0; first < view.size; first += Batch) {
+      elements<S, Width> part[Batch];
 #pragma unroll
-      for (int i = 0; i < batch; ++i) {
+      for (int i = 0; i < Batch; ++i) {
         if (((others >> (first + i)) & 1u) == 0) continue;
-        part[i] = load_once<S, width>(task.returned + ((first + i) * task.max_tokens + token) * task.y.cols + column);
+        part[i] = load_once<S, Width>(task.returned + ((first + i) * task.max_tokens + token) * task.y.cols + column);
       }
 #pragma unroll
-      for (int i = 0; i < batch; ++i) {
+      for (int i = 0; i < Batch; ++i) {
         if (((others >> (first + i)) & 1u) == 0) continue;
 #pragma unroll
-        for (int j = 0; j < width; ++j) sum[j] += widen<A>(part[i].value[j]);
+        for (int j = 0; j < Width; ++j) sum[j] += widen<A>(part[i].value[j]);
       }
     }
     if (task.plus.data != nullptr) {
-      const auto plus = load_once<S, width>(task.plus.row(token) + column);
+      const auto plus = load_once<S, Width>(task.plus.row(token) + column);
 #pragma unroll
-      for (int j = 0; j < width; ++j) sum[j] += widen<A>(plus.value[j]);
+      for (int j = 0; j < Width; ++j) sum[j] += widen<A>(plus.value[j]);
     }
   }
-  elements<Out, width> out;
+  elements<Out, Width> out;
 #pragma unroll
-  for (int j = 0; j < width; ++j) out.value[j] = static_cast<Out>(sum[j]);
+  for (int j = 0; j < Width; ++j) out.value[j] = static_cast<Out>(sum[j]);
   store_elements(task.y.row(target) + column, out);
+}
+
+// Sums of this rank's rows of tokens from elsewhere, for each peer a plane of the grid; or at home the sums of this
+// rank's rows of its own tokens, what came back in the order of ranks, and `plus`. Tokens from elsewhere without pairs
+// are left out: their home does not look at them.
+template <bool Home, class S, class A, class Out>
+__launch_bounds__(row_threads, 4) TESSERA_KERNEL
+    sum_rows_kernel(const __grid_constant__ sum_rows_task<S, A, Out> task) {
+  constexpr int width = 16 / sizeof(S);
+  constexpr int batch = 4;  // rows in flight per thread
+  const comm::symmetric_view& view = task.view;
+  if (failed(view)) return;
+  const int vector = task.plan.column();
+  if (vector >= task.plan.vectors) return;
+  const std::int64_t column = static_cast<std::int64_t>(vector) * width;
+  const int block = static_cast<int>(blockIdx.z);
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * task.plan.rows;
+#pragma unroll 1
+  for (std::int64_t token = task.first + static_cast<std::int64_t>(blockIdx.x) * task.plan.rows + task.plan.row();
+       token < task.end; token += step)
+    sum_row<Home, width, batch>(task, block, token, column);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Host side
 
+// @param sms Multiprocessors that the blocks find room on, all at once; 0: no limit.
 template <bool Home, class S, class A, class Out>
-void launch_sums(device_stream stream, sum_rows_task<S, A, Out> task, std::int64_t first, std::int64_t end) {
+void launch_sums(device_stream stream, int sms, sum_rows_task<S, A, Out> task, std::int64_t first, std::int64_t end) {
   const int planes = Home ? 1 : task.view.size - 1;
   if (end <= first || planes == 0 || task.y.cols == 0) return;
   task.plan = make_row_plan(task.y.cols, 16 / sizeof(S));
   task.first = first;
   task.end = end;
-  const std::int64_t blocks = (end - first + task.plan.rows - 1) / task.plan.rows;
+  const int threads = task.plan.per_row * task.plan.rows;
+  std::int64_t blocks = (end - first + task.plan.rows - 1) / task.plan.rows;
+  if (sms > 0) {
+    int resident = 0;  // blocks of an SM
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, sum_rows_kernel<Home, S, A, Out>, threads, 0),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    blocks = std::clamp<std::int64_t>(std::int64_t{sms} * resident / (task.plan.parts * planes), 1, blocks);
+  }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(task.plan.parts), static_cast<unsigned>(planes));
-  const auto threads = static_cast<unsigned>(task.plan.per_row * task.plan.rows);
-  sum_rows_kernel<Home, S, A, Out><<<grid, threads, 0, stream.get()>>>(task);
+  sum_rows_kernel<Home, S, A, Out><<<grid, static_cast<unsigned>(threads), 0, stream.get()>>>(task);
   check_cuda(cudaGetLastError(), "sum_rows_kernel");
 }
 
@@ -219,8 +240,7 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
                  matrix_view<const S> x, matrix_view<S> received) {
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
-  enter_kernel<<<1, warp_size, 0, first.get()>>>(view);
-  check_cuda(cudaGetLastError(), "enter_kernel");
+  launch_flags(first, "enter_kernel", enter_kernel, view);
   const device_stream own = comm.copy_stream(streams);
   copy_own_rows(stream, comm, own, x, received);
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
@@ -230,8 +250,7 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
   }
   for (int i = 1; i < streams; ++i) follow(comm, comm.copy_stream(i), first);
   follow(comm, own, first);
-  leave_kernel<<<1, warp_size, 0, first.get()>>>(view);
-  check_cuda(cudaGetLastError(), "leave_kernel");
+  launch_flags(first, "leave_kernel", leave_kernel, view);
 }
 
 // Sums, copies and sums at home, chunk by chunk: one chunk is added up ahead of the one that is copied, which is ahead
@@ -246,8 +265,7 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
   const std::int64_t chunk_tokens = (max_tokens + num_chunks - 1) / num_chunks;
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
-  enter_kernel<<<1, warp_size, 0, first.get()>>>(view);
-  check_cuda(cudaGetLastError(), "enter_kernel");
+  launch_flags(first, "enter_kernel", enter_kernel, view);
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
 
   const sum_rows_task<S, A, S> away{
@@ -259,17 +277,16 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
     const std::int64_t begin = c * chunk_tokens;
     const std::int64_t end = std::min(begin + chunk_tokens, max_tokens);
     if (c < chunks && !task.summed) {
-      launch_sums<false>(stream, away, begin, end);
+      launch_sums<false>(stream, comm.num_sms(), away, begin, end);
       for (int lane = 0; lane < streams; ++lane) follow(comm, stream, comm.copy_stream(lane));
     }
     if (c > 0) {
       // Behind this rank's own copies of the chunk: in whatever order branches of a graph are executed, nobody waits in
       // front of what the others wait for.
       for (int lane = 0; lane < streams; ++lane) follow(comm, comm.copy_stream(lane), stream);
-      await_chunk_kernel<<<1, warp_size, 0, stream.get()>>>(view, c - 1, c == chunks);
-      check_cuda(cudaGetLastError(), "await_chunk_kernel");
+      launch_flags(stream, "await_chunk_kernel", await_chunk_kernel, view, c - 1, c == chunks);
       const std::int64_t first_token = std::min(begin - chunk_tokens, task.y.rows);
-      launch_sums<true>(stream, task, first_token, std::min(first_token + chunk_tokens, task.y.rows));
+      launch_sums<true>(stream, comm.num_sms(), task, first_token, std::min(first_token + chunk_tokens, task.y.rows));
     }
     for (int lane = 0; c < chunks && lane < streams; ++lane) {
       const device_stream copies = comm.copy_stream(lane);
@@ -281,8 +298,7 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
         copy_rows(copies, address_at(view, block + begin * task.y.cols, r), rows.subrows(from, end - begin));
         peers |= 1u << r;
       }
-      post_chunk_kernel<<<1, warp_size, 0, copies.get()>>>(view, c, peers);
-      check_cuda(cudaGetLastError(), "post_chunk_kernel");
+      launch_flags(copies, "post_chunk_kernel", post_chunk_kernel, view, c, peers);
     }
   }
 }
