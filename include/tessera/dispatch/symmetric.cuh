@@ -229,12 +229,6 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                             workspace.tables,
                             counts.data,
                             routing_tables<A>::counts_per_rank(bounds)};
-  const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
-  const auto blocks = static_cast<unsigned>(
-      std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
-  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
-  detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
-
   const std::int64_t rows = bounds.addressed_rows();
   const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
   const int slots = std::max(bounds.num_local_experts, 1);
@@ -259,10 +253,21 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                        workspace.tables.expert_counts,
                        sums.data,
                        routing_tables<A>::counts_per_rank(bounds)};
-  // Tables may be long in coming: blocks that would wait for them on many SMs are launched when they are there.
-  if (sort.plan.num_blocks > most_waiting_blocks) launch_await(side, view);
-  detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
-                             "sort_arrivals_kernel");
+  if (push_and_sort_at_once(rows)) {
+    const exchange_task<A, Layout> both{push, sort};
+    detail::launch_cooperative(side, sort.plan, detail::list_threads, exchange_tables_kernel<A, Layout>, both,
+                               "exchange_tables_kernel");
+  } else {
+    const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
+    const auto blocks = static_cast<unsigned>(
+        std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
+    push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
+    detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
+    // Tables may be long in coming: blocks that would wait for them on many SMs are launched when they are there.
+    if (sort.plan.num_blocks > most_waiting_blocks) launch_await(side, view);
+    detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
+                               "sort_arrivals_kernel");
+  }
   detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");
 }
 
