@@ -337,7 +337,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
       expect_combine(comm, handle, source == combine_source::summed_rows, rows, returned, top_k, plus, y);
   const int num_sms = expect_sm90("combine");
   const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
-  const auto plan = sums_plan::make(max_tokens, row_bytes);
+  const auto plan = sums_plan::make(max_tokens, row_bytes, comm.size() - 1);
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
                                   rows,
                                   handle.expert_row_of,
