@@ -113,7 +113,7 @@ __device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std:
   const int hidden = static_cast<int>(task.y.cols);
   const int peers = view.size - 1;
   unit_walk walk(task.plan, peers, task.max_tokens, view.tickets + 1, first, warps, lane);
-  late_post flags(mail, warp);
+  late_post flags(view, generation, mail, warp);
   int buffer = 0;
   bool entered = false, usable = true;
   add_up<false>(
