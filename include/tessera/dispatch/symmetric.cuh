@@ -136,12 +136,20 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
                        row_bytes,
                        plan.piece_bytes,
                        plan.pieces,
-                       plan.stage_bytes()};
+                       plan.stage_bytes(),
+                       awaits_in_sender(bytes(received.rows * received.stride))};
   allow_shared_memory(send_rows_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
   send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * warp_size),
                      static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
   check_cuda(cudaGetLastError(), "send_rows_kernel");
+}
+
+// Lets the stream wait for rows that `launch_send` has sent.
+template <class Comm, class S>
+void end_send(device_stream stream, const Comm& comm, const matrix_view<S>& received) {
+  if (awaits_in_sender(received.rows * received.stride * static_cast<std::int64_t>(sizeof(S)))) return;
+  launch_await(stream, comm.view(comm::symmetric_channel::rows));
 }
 
 // What every transport of a combine asks of its rows. @return max_tokens.
@@ -302,11 +310,11 @@ void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& 
   detail::symmetric::launch_send(stream, comm, handle.destinations, true, x, received);
 }
 
-/// Lets the stream wait until the rows of all ranks are there. @param stream,comm,received As in `dispatch_begin`.
-/// @return `received`.
+/// Lets the stream wait until the rows of all ranks are there; for few rows it does so already behind `dispatch_begin`.
+/// @param stream,comm,received As in `dispatch_begin`. @return `received`.
 template <peer_communicator Comm, class S>
 matrix_view<const S> dispatch_end(device_stream stream, Comm& comm, matrix_view<S> received) {
-  detail::symmetric::launch_await(stream, comm.view(comm::symmetric_channel::rows));
+  detail::symmetric::end_send(stream, comm, received);
   return received;
 }
 

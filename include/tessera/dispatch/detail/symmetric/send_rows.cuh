@@ -38,7 +38,12 @@ struct send_task {
   int piece_bytes;
   int pieces;       // of a row
   int stage_bytes;  // room of a piece in shared memory
+  bool awaits;      // the rows of all ranks; else a kernel behind this one does
 };
+
+// Whether the kernel that sends rows waits for those of all ranks, too, of which there are `bytes` at most. So few take
+// little longer than the step from one kernel to the next; with more, a stream may have work between begin and end.
+constexpr bool awaits_in_sender(std::int64_t bytes) { return bytes <= std::int64_t{8} << 20; }
 
 inline constexpr int send_stages = 4;  // pieces of a warp: one is being stored, the next one too, two are being read
 inline constexpr int max_send_warps = 16;
@@ -168,7 +173,10 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     }
     bulk::wait_written<0>();
   }
-  leave(view, generation);
+  // One block's wait is enough: what it has acquired is seen by the kernels behind this one, as from a kernel that waits.
+  const int r = static_cast<int>(threadIdx.x);
+  if (leave(view, generation) && task.awaits && r < view.size)
+    await(view, view.arrived + r, generation, r, symmetric_step::arrival);
 #else
   static_cast<void>(task);
 #endif
