@@ -35,6 +35,7 @@
 #include <tessera/dispatch/detail/symmetric/send_sums.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/symmetric.hpp>
+#include <tessera/router/detail/device/early_start.cuh>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -140,9 +141,8 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
                        awaits_in_sender(bytes(received.rows * received.stride))};
   allow_shared_memory(send_rows_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
-  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * warp_size),
-                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
-  check_cuda(cudaGetLastError(), "send_rows_kernel");
+  launch_early(stream, blocks, plan.warps * warp_size, static_cast<std::size_t>(plan.shared_bytes()),
+               "send_rows_kernel", send_rows_kernel, task);
 }
 
 // Lets the stream wait for rows that `launch_send` has sent.
@@ -225,10 +225,9 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
   detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
   const auto token_blocks =
-      static_cast<unsigned>(std::max<std::int64_t>((num_tokens + destination_threads - 1) / destination_threads, 1));
-  find_destinations_kernel<Layout>
-      <<<token_blocks, destination_threads, 0, stream.get()>>>(layout, chosen.expert_ids, handle.destinations);
-  detail::check_cuda(cudaGetLastError(), "find_destinations_kernel");
+      static_cast<int>(std::max<std::int64_t>((num_tokens + destination_threads - 1) / destination_threads, 1));
+  detail::launch_early(stream, token_blocks, destination_threads, 0, "find_destinations_kernel",
+                       find_destinations_kernel<Layout>, layout, chosen.expert_ids, handle.destinations);
   push_task<A, Layout> push{view,
                             layout,
                             chosen.expert_ids,

@@ -11,6 +11,7 @@
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
 #include <tessera/dispatch/symmetric.hpp>
 #include <tessera/layout/expert_layout.hpp>
+#include <tessera/router/detail/device/early_start.cuh>
 #include <tessera/router/detail/device/lists.cuh>
 
 // The routing of every rank, pushed to every rank before the rows, and sorted there while rows travel. The source looks
@@ -59,6 +60,9 @@ template <class Layout>
 __launch_bounds__(destination_threads) TESSERA_KERNEL
     find_destinations_kernel(const __grid_constant__ Layout layout,
                              const __grid_constant__ matrix_view<const std::int32_t> ids, std::uint32_t* destinations) {
+  // in this order: a kernel behind this one is not to take the room of what the one ahead waits for
+  await_stream();
+  let_next_start();
   const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * destination_threads + threadIdx.x;
   if (token >= ids.rows) return;
   std::uint32_t mask = 0;

@@ -10,6 +10,7 @@
 #include <tessera/core/stream.hpp>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
 #include <tessera/gemm/detail/hopper/ptx.cuh>
+#include <tessera/router/detail/device/early_start.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Rows from home to the owners of their experts: a token's row is read once and stored to every rank that owns one of
@@ -73,12 +74,9 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
-  if (block_failed(view)) return;
   const int warps = static_cast<int>(blockDim.x) / warp_size;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const std::uint32_t generation = next_generation(view);
-  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
 
   // Rings start at lines of 128 bytes: from other addresses stores take twice the time.
   const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
@@ -90,6 +88,10 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     hopper::barrier_init_fence();
   }
   __syncwarp();
+  await_stream();  // what is read behind it, is read by plain loads, which the compiler leaves there
+  const std::uint32_t generation = next_generation(view);
+  if (block_failed(view)) return;
+  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
 
   // Items are pieces of rows. A warp begins with two of its own and then takes the next that nobody has: SMs do not
   // reach the links equally fast, and all would wait for the slowest.
@@ -132,7 +134,7 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     const auto destinations_of = [&](std::int64_t item) {
       std::uint32_t mask = (1u << view.size) - 1u;
       if (item >= items) return 0u;
-      if (task.destinations != nullptr) mask = __ldg(task.destinations + item / task.pieces);
+      if (task.destinations != nullptr) mask = task.destinations[item / task.pieces];
       return task.sends_own ? mask : mask & ~(1u << view.rank);
     };
     std::int64_t item = first;
@@ -173,7 +175,7 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     }
     bulk::wait_written<0>();
   }
-  // One block's wait is enough: what it has acquired is seen by the kernels behind this one, as from a kernel that waits.
+  // One block's wait is enough: what it has acquired kernels behind this one see, as they do behind one that waits.
   const int r = static_cast<int>(threadIdx.x);
   if (leave(view, generation) && task.awaits && r < view.size)
     await(view, view.arrived + r, generation, r, symmetric_step::arrival);

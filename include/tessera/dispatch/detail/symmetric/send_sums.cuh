@@ -12,6 +12,7 @@
 #include <tessera/dispatch/detail/symmetric/piece_stream.cuh>
 #include <tessera/dispatch/detail/symmetric/sums_units.cuh>
 #include <tessera/gemm/detail/hopper/ptx.cuh>
+#include <tessera/router/detail/device/early_start.cuh>
 
 // The way home: one kernel with two roles in every block. Sending warps add up this rank's expert rows of a token that
 // came from elsewhere, round the sum once and store it at the token's home; home warps add this rank's rows of its own
@@ -237,6 +238,7 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
     home_role(task, generation, stream, home, grid * home_warps, lane);
   }
   __syncthreads();
+  let_next_start();  // no block waits for other ranks any more
   if (threadIdx.x == 0 && last_block(view)) finish(view, generation);
 #else
   static_cast<void>(task);

@@ -135,15 +135,6 @@ __device__ inline bool is_number(A zero_sum) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks that wait for each other
 
-// For kernels that may be launched before the kernel ahead of them in the stream has ended: waits until it has, and its
-// writes can be read, and lets such a kernel behind this one be launched. Every thread calls it before it touches
-// memory that others write or read.
-__device__ __forceinline__ void start_early() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // The word's low bits count arrivals and come back to 0; its top bit flips once all have come, which this block knows
 // beforehand cannot be before itself. Only thread 0 calls.
 __device__ inline std::uint32_t barrier_phase(const std::uint32_t* word) {
