@@ -361,8 +361,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
-  send_sums_kernel<S, A, Out><<<static_cast<unsigned>(blocks), sums_threads, sums_shared_bytes, stream.get()>>>(task);
-  detail::check_cuda(cudaGetLastError(), "send_sums_kernel");
+  detail::launch_early(stream, blocks, sums_threads, sums_shared_bytes, "send_sums_kernel", send_sums_kernel<S, A, Out>,
+                       task);
 }
 
 /// Brings the output of every expert home and adds it up there in the order of k: `combine::ordered`. The bits of a

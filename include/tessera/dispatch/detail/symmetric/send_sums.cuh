@@ -47,13 +47,14 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
   constexpr int piece = piece_stream<S, A>::piece;
   constexpr int width = piece_stream<S, A>::width;
   const int hidden = static_cast<int>(task.y.cols);
-  // Three steps, a token apart, so that no step waits for the loads of the one before.
+  // Three steps, a token apart, so that no step waits for the loads of the one before. Plain loads: this kernel starts
+  // before what they read is written, and others could be moved ahead of the wait for it.
   const auto look_up = [&](sum_item<A>& item) {
     item.place = -1;
     item.others = 0;
     if (walk.at_end(item.at)) return;
-    if (lane < task.top_k) item.place = __ldg(task.expert_row_of + row_of(item.at) * task.top_k + lane);
-    if constexpr (Home) item.others = __ldg(task.destinations + item.at.token);
+    if (lane < task.top_k) item.place = task.expert_row_of[row_of(item.at) * task.top_k + lane];
+    if constexpr (Home) item.others = task.destinations[item.at.token];
   };
   const auto resolve = [&](sum_item<A>& item) {
     item.weight = A(1);
@@ -64,7 +65,7 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
     if (task.summed) {
       item.place = any && lane == 0 ? static_cast<std::int32_t>(row_of(item.at)) : -1;
     } else if (task.weights != nullptr && item.place >= 0) {
-      item.weight = __ldg(task.weights + item.place);
+      item.weight = task.weights[item.place];
     }
     item.weighted_here = __ballot_sync(full_warp, item.place >= 0);
     if (!complete(item, any)) return;
@@ -207,11 +208,8 @@ template <class S, class A, class Out>
 __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_constant__ sums_task<S, A, Out> task) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const comm::symmetric_view& view = task.view;
-  if (block_failed(view)) return;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const std::uint32_t generation = next_generation(view);
-  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const std::uint32_t address = hopper::shared_address(shared_bytes);
   unsigned char* const rings = shared_bytes + (bulk::next_line(address) - address);
@@ -222,7 +220,10 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
                             lane, warp == ring);
   const flag_mail mail{barriers + (send_warps + home_warps) * sum_slots * 8};
   if (warp == 0 && lane < send_warps) mail.write(lane, 0);
-  __syncthreads();
+  await_stream();
+  const std::uint32_t generation = next_generation(view);
+  if (block_failed(view)) return;  // a barrier of the block, behind which the mail is empty
+  if (blockIdx.x == 0 && warp == send_warps + home_warps) announce(view, generation);
   const int grid = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
   if (warp == send_warps + home_warps) {
