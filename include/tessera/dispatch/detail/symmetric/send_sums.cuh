@@ -191,7 +191,8 @@ __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std:
         if (!here && !idle) return false;
         usable = here;
         arrived = unit;
-        asm volatile("fence.proxy.async;" ::: "memory");  // what peers wrote is read by the copy engine
+        __syncwarp();          // what some lanes have acquired, the one that asks has, too
+        bulk::fence_global();  // what peers wrote is read by the copy engine
         return true;
       },
       [&](const sum_item<A>& item, int begin, A(&sum)[sum_vectors][width]) {
