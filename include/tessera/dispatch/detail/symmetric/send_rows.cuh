@@ -114,10 +114,25 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
 
   constexpr int ahead = send_stages - 2;
   static_assert(ahead == 2, "two items are under way: the next and the one after");
-  if (lane == 0) {
+  const auto ask = [&] { return ahead * step + atomicAdd(view.tickets + 1, 1u); };
+  const auto destinations_of = [&](std::int64_t item) {
+    std::uint32_t mask = (1u << view.size) - 1u;
+    if (item >= items) return 0u;
+    if (task.destinations != nullptr) mask = task.destinations[item / task.pieces];
+    return task.sends_own ? mask : mask & ~(1u << view.rank);
+  };
+  std::int64_t item = first;
+  std::int64_t next = first + step;
+  std::int64_t after = 0;
+  std::uint32_t mask = 0;
+  std::uint32_t next_mask = 0;
+  if (lane == 0 && first < items) {
     for (int i = 0; i < ahead; ++i) {
       if (first + i * step < items) load(first + i * step, i);
     }
+    after = ask();  // asked for an item ahead, so that nobody waits for the answer
+    mask = destinations_of(item);
+    next_mask = destinations_of(next);
   }
   if (!all_entered(view, generation)) {
     // what was loaded must have landed before the block's shared memory is given away
@@ -130,18 +145,6 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   }
 
   if (lane == 0 && first < items) {
-    const auto ask = [&] { return ahead * step + atomicAdd(view.tickets + 1, 1u); };
-    const auto destinations_of = [&](std::int64_t item) {
-      std::uint32_t mask = (1u << view.size) - 1u;
-      if (item >= items) return 0u;
-      if (task.destinations != nullptr) mask = task.destinations[item / task.pieces];
-      return task.sends_own ? mask : mask & ~(1u << view.rank);
-    };
-    std::int64_t item = first;
-    std::int64_t next = first + step;
-    std::int64_t after = ask();  // asked for an item ahead, so that nobody waits for the answer
-    std::uint32_t mask = destinations_of(item);
-    std::uint32_t next_mask = destinations_of(next);
     for (int round = 0; item < items; ++round) {
       const std::int64_t loaded = after;
       std::uint32_t loaded_mask = 0;
