@@ -74,13 +74,17 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
     item.end = min(item.begin + columns, hidden);
   };
   sum_item<A> item, next;
+  fetch_cursor at, then;
   walk.enter(item.at);
   look_up(item);
+  resolve(item);
+  at.start(item);
+  // The first rows are under way before this warp knows its next unit, which all warps ask for at this time.
+  next.begin = next.end = 0;
+  then = {};
+  if (!walk.at_end(item.at)) stream.fill(task, item, at, next, then, ready);
   next.at = walk.after(item.at);
   look_up(next);
-  resolve(item);
-  fetch_cursor at, then;
-  at.start(item);
   while (!walk.at_end(item.at)) {
     sum_item<A> later;
     later.at = walk.after(next.at);
@@ -89,13 +93,17 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
     then.start(next);
     for (int begin = item.begin; begin < item.end; begin += piece) {
       A sum[sum_vectors][width] = {};
-      for (unsigned left = item.weighted_here; left != 0; left &= left - 1) {
+      unsigned weighted = item.weighted_here;
+      unsigned plain = item.plain_here;
+      while ((weighted | plain) != 0) {
         stream.fill(task, item, at, next, then, ready);
-        stream.add(sum, __shfl_sync(full_warp, item.weight, __ffs(static_cast<int>(left)) - 1));
-      }
-      for (unsigned left = item.plain_here; left != 0; left &= left - 1) {
-        stream.fill(task, item, at, next, then, ready);
-        stream.add(sum, A(1));
+        const A weight = __shfl_sync(full_warp, item.weight, __ffs(static_cast<int>(weighted)) - 1);
+        stream.add(sum, weighted != 0 ? weight : A(1));
+        if (weighted != 0) {
+          weighted &= weighted - 1;
+        } else {
+          plain &= plain - 1;
+        }
       }
       finish(item, begin, sum);
     }
