@@ -392,7 +392,7 @@ int main(int argc, char** argv) {
   for (const std::int64_t T : {128, 4096}) {
     exchange("combine_ordered", {T, 7168, 256, 8, true}, operation::combine_rows, 0);
   }
-  exchange("lists", at(4096), operation::lists, 0);
+  for (const std::int64_t T : {128, 4096}) exchange("lists", at(T), operation::lists, 0);
   for (const int sms : {4, 8, 12, 16, 24, 32, 48, 64, 96, 132}) {
     exchange("dispatch", at(4096), operation::dispatch, sms);
     exchange("combine_expert_rows", at(4096), operation::combine_rows, sms);

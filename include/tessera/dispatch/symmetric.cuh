@@ -136,12 +136,19 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
                        row_bytes,
                        plan.piece_bytes,
                        plan.pieces,
-                       plan.stage_bytes()};
+                       plan.stage_bytes(),
+                       awaits_in_sender(bytes(received.rows * received.stride))};
   allow_shared_memory(send_rows_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
-  send_rows_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * warp_size),
-                     static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
-  check_cuda(cudaGetLastError(), "send_rows_kernel");
+  launch_early(stream, "send_rows_kernel", send_rows_kernel, dim3(static_cast<unsigned>(blocks)),
+               static_cast<unsigned>(plan.warps * warp_size), static_cast<std::size_t>(plan.shared_bytes()), task);
+}
+
+// Lets the stream wait for rows that `launch_send` has sent.
+template <class Comm, class S>
+void end_send(device_stream stream, const Comm& comm, const matrix_view<S>& received) {
+  if (awaits_in_sender(received.rows * received.stride * static_cast<std::int64_t>(sizeof(S)))) return;
+  launch_await(stream, comm.view(comm::symmetric_channel::rows));
 }
 
 // What every transport of a combine asks of its rows. @return max_tokens.
@@ -218,9 +225,8 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
   const auto token_blocks =
       static_cast<unsigned>(std::max<std::int64_t>((num_tokens + destination_threads - 1) / destination_threads, 1));
-  find_destinations_kernel<Layout>
-      <<<token_blocks, destination_threads, 0, stream.get()>>>(layout, chosen.expert_ids, handle.destinations);
-  detail::check_cuda(cudaGetLastError(), "find_destinations_kernel");
+  detail::launch_early(stream, "find_destinations_kernel", find_destinations_kernel<Layout>, dim3(token_blocks),
+                       destination_threads, 0, layout, chosen.expert_ids, handle.destinations);
   push_task<A, Layout> push{view,
                             layout,
                             chosen.expert_ids,
@@ -229,12 +235,6 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                             workspace.tables,
                             counts.data,
                             routing_tables<A>::counts_per_rank(bounds)};
-  const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
-  const auto blocks = static_cast<unsigned>(
-      std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
-  push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
-  detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
-
   const std::int64_t rows = bounds.addressed_rows();
   const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
   const int slots = std::max(bounds.num_local_experts, 1);
@@ -259,10 +259,21 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                        workspace.tables.expert_counts,
                        sums.data,
                        routing_tables<A>::counts_per_rank(bounds)};
-  // Tables may be long in coming: blocks that would wait for them on many SMs are launched when they are there.
-  if (sort.plan.num_blocks > most_waiting_blocks) launch_await(side, view);
-  detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
-                             "sort_arrivals_kernel");
+  if (push_and_sort_at_once(rows)) {
+    const exchange_task<A, Layout> both{push, sort};
+    detail::launch_cooperative(side, sort.plan, detail::list_threads, exchange_tables_kernel<A, Layout>, both,
+                               "exchange_tables_kernel");
+  } else {
+    const std::int64_t pairs = bounds.max_tokens * bounds.top_k;
+    const auto blocks = static_cast<unsigned>(
+        std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
+    push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
+    detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
+    // Tables may be long in coming: blocks that would wait for them on many SMs are launched when they are there.
+    if (sort.plan.num_blocks > most_waiting_blocks) launch_await(side, view);
+    detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
+                               "sort_arrivals_kernel");
+  }
   detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");
 }
 
@@ -297,11 +308,11 @@ void dispatch_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& 
   detail::symmetric::launch_send(stream, comm, handle.destinations, true, x, received);
 }
 
-/// Lets the stream wait until the rows of all ranks are there. @param stream,comm,received As in `dispatch_begin`.
-/// @return `received`.
+/// Lets the stream wait until the rows of all ranks are there; for few rows it does so already behind `dispatch_begin`.
+/// @param stream,comm,received As in `dispatch_begin`. @return `received`.
 template <peer_communicator Comm, class S>
 matrix_view<const S> dispatch_end(device_stream stream, Comm& comm, matrix_view<S> received) {
-  detail::symmetric::launch_await(stream, comm.view(comm::symmetric_channel::rows));
+  detail::symmetric::end_send(stream, comm, received);
   return received;
 }
 
@@ -332,7 +343,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
       expect_combine(comm, handle, source == combine_source::summed_rows, rows, returned, top_k, plus, y);
   const int num_sms = expect_sm90("combine");
   const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
-  const auto plan = sums_plan::make(max_tokens, row_bytes);
+  const auto plan = sums_plan::make(max_tokens, row_bytes, comm.size() - 1);
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
                                   rows,
                                   handle.expert_row_of,
@@ -349,8 +360,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
-  send_sums_kernel<S, A, Out><<<static_cast<unsigned>(blocks), sums_threads, sums_shared_bytes, stream.get()>>>(task);
-  detail::check_cuda(cudaGetLastError(), "send_sums_kernel");
+  detail::launch_early(stream, "send_sums_kernel", send_sums_kernel<S, A, Out>, dim3(static_cast<unsigned>(blocks)),
+                       sums_threads, sums_shared_bytes, task);
 }
 
 /// Brings the output of every expert home and adds it up there in the order of k: `combine::ordered`. The bits of a

@@ -58,15 +58,19 @@ void begin_rows(device_stream stream, Comm& comm, const std::uint32_t* destinati
   }
 }
 
-// Lets the stream wait for the copies that a dispatch has begun.
-template <class Comm, class Transport>
-void join_copies(device_stream stream, Comm& comm, const Transport& transport) {
+// Lets the stream wait for the rows of a dispatch that has begun, and for its own copies.
+template <class Comm, class S, class Transport>
+void end_rows(device_stream stream, Comm& comm, const matrix_view<S>& received, const Transport& transport) {
   if constexpr (std::is_same_v<Transport, transport::automatic>) {
-    with_policy(transport.dispatch(), transport, [&](const auto& policy) { join_copies(stream, comm, policy); });
+    with_policy(transport.dispatch(), transport, [&](const auto& policy) { end_rows(stream, comm, received, policy); });
   } else if constexpr (std::is_same_v<Transport, transport::copy_engines>) {
     follow(comm, comm.copy_stream(0), stream);
-  } else if constexpr (std::is_same_v<Transport, transport::all_to_all>) {
-    if (transport.copies_own_rows) follow(comm, comm.copy_stream(0), stream);
+    launch_await(stream, comm.view(comm::symmetric_channel::rows));
+  } else {
+    if constexpr (std::is_same_v<Transport, transport::all_to_all>) {
+      if (transport.copies_own_rows) follow(comm, comm.copy_stream(0), stream);
+    }
+    end_send(stream, comm, received);
   }
 }
 
@@ -103,8 +107,8 @@ void dispatch_begin(device_stream stream, Comm& comm, matrix_view<const S> x, ma
 template <peer_communicator Comm, class S, transport_policy Transport>
 matrix_view<const S> dispatch_end(device_stream stream, Comm& comm, matrix_view<S> received,
                                   const Transport& transport) {
-  detail::symmetric::join_copies(stream, comm, transport);
-  return dispatch_end(stream, comm, received);
+  detail::symmetric::end_rows(stream, comm, received, transport);
+  return received;
 }
 
 /// Brings the outputs of experts home and adds them up, in the order of `combine_rows` of `symmetric.cuh`, whose

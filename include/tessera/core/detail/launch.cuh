@@ -27,26 +27,29 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// For kernels that may be launched before the kernel ahead of them in the stream has ended: waits until it has, and its
-// writes can be read, and lets such a kernel behind this one be launched. Every thread calls it before it touches
-// memory that others write or read.
-//
-// Blocks of the kernel behind take the places of this one's as they end, and wait there. A kernel that waits for other
-// GPUs, or for kernels of another stream, therefore must not call it: those might need the places.
-__device__ __forceinline__ void start_early() {
+// Kernels that start early are launched while the kernel ahead of them in the stream still runs, so that they are there
+// when it ends. They wait for its end before they touch memory that others write or read; and so, in turn, for
+// everything that was ahead of it, because it does not end before it has waited itself.
+
+// Waits until the kernels ahead have ended, and their writes can be read. Every thread calls it.
+__device__ __forceinline__ void await_stream() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Whether a launch of this kernel, which calls `start_early`, may have the attribute below.
-template <class Kernel>
-bool can_start_early(Kernel* kernel) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
-  // code for earlier devices, which runs on later ones too, does not wait for the kernel before it
-  cudaFuncAttributes compiled{};
-  check_cuda(cudaFuncGetAttributes(&compiled, kernel), "cudaFuncGetAttributes");
-  return compiled.ptxVersion >= 90;
+// Lets the kernel behind be launched once every block has called this, or ended. A kernel that waits for other ranks
+// calls it behind its last wait: the blocks of the next would take room that what it waits for may need.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Both, for kernels that wait for nothing but the stream.
+__device__ __forceinline__ void start_early() {
+  let_next_start();
+  await_stream();
 }
 
 inline cudaLaunchAttribute early_start_attribute() {
@@ -56,18 +59,31 @@ inline cudaLaunchAttribute early_start_attribute() {
   return attribute;
 }
 
-// Launches a kernel that calls `start_early`. @param what Its name, for messages.
+// Adds what lets `kernel`, which calls `await_stream`, start early to the attributes of its launch, on devices that
+// can. @param count Of attributes so far. @param what The kernel's name, for messages.
+template <class... Parameters>
+void allow_early_start(void (*kernel)(Parameters...), cudaLaunchAttribute* attributes, int& count, const char* what) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return;
+  // code for earlier devices, which runs on later ones too, does not wait for the kernel before it
+  cudaFuncAttributes compiled{};
+  check_cuda(cudaFuncGetAttributes(&compiled, kernel), what);
+  if (compiled.ptxVersion >= 90) attributes[count++] = early_start_attribute();
+}
+
+// Launches a kernel that calls `await_stream`. @param what Its name, for messages.
 template <class... Parameters, class... Arguments>
 void launch_early(device_stream stream, const char* what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
                   std::size_t shared_bytes, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute = early_start_attribute();
+  cudaLaunchAttribute attribute{};
+  int count = 0;
+  allow_early_start(kernel, &attribute, count, what);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream.get();
   config.attrs = &attribute;
-  config.numAttrs = can_start_early(kernel) ? 1 : 0;
+  config.numAttrs = static_cast<unsigned>(count);
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
 }
 

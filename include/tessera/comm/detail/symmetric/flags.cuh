@@ -147,16 +147,17 @@ __device__ __forceinline__ void finish(const symmetric_view& view, std::uint32_t
 }
 
 /// Tells every rank, from the last block, that what all blocks wrote is there, and ends the operation. All threads call
-/// when their writes are complete.
-__device__ __forceinline__ void leave(const symmetric_view& view, std::uint32_t generation) {
+/// when their writes are complete. @return true in the last block.
+__device__ __forceinline__ bool leave(const symmetric_view& view, std::uint32_t generation) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) last = last_block(view);
   __syncthreads();
-  if (!last) return;
+  if (!last) return false;
   const int r = static_cast<int>(threadIdx.x);
   if (r < view.size) post(at_peer(view, view.arrived + view.rank, r), generation);
   if (r == 0) finish(view, generation);
+  return true;
 }
 
 }  // namespace detail::symmetric

@@ -43,12 +43,17 @@ __device__ __forceinline__ void wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
+// Orders accesses of global memory by the copy engine and by this thread, such as what it has acquired before what it
+// asks the copy engine to read. Without a space it would be compiled to a fence of the whole device first, which waits
+// for this thread's own stores.
+__device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Waits until all but `Pending` groups of this thread have been written, and orders what they wrote before what this
 // thread releases afterwards.
 template <int Pending>
 __device__ __forceinline__ void wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
+  fence_global();
 }
 
 // Orders this thread's writes to shared memory before the copy engine's reads.

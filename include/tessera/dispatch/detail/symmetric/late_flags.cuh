@@ -39,12 +39,22 @@ struct flag_mail {
   }
 };
 
+// Tells the home of a unit that it is there, which this thread knows.
+__device__ __forceinline__ void post_unit(const comm::symmetric_view& view, std::uint32_t generation, int unit) {
+  const int peers = view.size - 1;
+  const int chunk = unit / peers;
+  post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + chunk,
+               peer_of_send(view, unit - chunk * peers)),
+       generation);
+}
+
 // Hands over the flag of a unit when some pieces have been sent after it, which is when its own have been written. One
 // thread's.
 class late_post {
  public:
   static constexpr int lag = 3;
-  __device__ late_post(flag_mail mail, int warp) : mail_(mail), warp_(warp) {}
+  __device__ late_post(const comm::symmetric_view& view, std::uint32_t generation, flag_mail mail, int warp)
+      : view_(view), generation_(generation), mail_(mail), warp_(warp) {}
   // After each piece's commit.
   __device__ void sent() {
     ++groups_;
@@ -57,9 +67,13 @@ class late_post {
     waiting_ = static_cast<std::uint32_t>(unit) + 1;
     groups_ = 0;
   }
+  // The last flag is posted here, as the warp has nothing left to send that would have to wait for it: last flags are
+  // what home waits for in the end, and in the warp of flags they would wait for each other.
   __device__ void last() {
-    groups_ = 0;
-    if (waiting_ != 0) flush();
+    if (waiting_ != 0) {
+      bulk::wait_written<0>();
+      post_unit(view_, generation_, static_cast<int>(waiting_ - 1));
+    }
     mail_.send(warp_, flag_mail::done);
   }
 
@@ -74,6 +88,8 @@ class late_post {
     waiting_ = 0;
   }
 
+  const comm::symmetric_view& view_;
+  std::uint32_t generation_;
   flag_mail mail_;
   int warp_;
   std::uint32_t waiting_ = 0;  // the unit before, and 1
@@ -82,19 +98,14 @@ class late_post {
 
 // A lane for each sending warp.
 inline __device__ void post_role(const comm::symmetric_view& view, std::uint32_t generation, flag_mail mail, int lane) {
-  const int peers = view.size - 1;
-  bool open = lane < send_warps && peers > 0;
+  bool open = lane < send_warps && view.size > 1;
   while (__any_sync(full_warp, open)) {
     if (!open) continue;
     const std::uint32_t got = mail.read(lane);
     if (got == flag_mail::done) open = false;
     if (got == 0 || got == flag_mail::done) continue;
     mail.write(lane, 0);
-    const int unit = static_cast<int>(got - 1);
-    const int chunk = unit / peers;
-    post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + chunk,
-                 peer_of_send(view, unit - chunk * peers)),
-         generation);
+    post_unit(view, generation, static_cast<int>(got - 1));
   }
 }
 

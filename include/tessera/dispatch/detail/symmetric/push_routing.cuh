@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/dispatch/detail/device/arrivals.cuh>
 #include <tessera/dispatch/detail/device/sort.cuh>
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
@@ -29,6 +30,10 @@ inline constexpr int destination_threads = 128;
 // Blocks of a sort that wait for tables by themselves; more would keep SMs from other work, and fewer would wait for a
 // launch that few tokens notice.
 inline constexpr int most_waiting_blocks = 16;
+
+// Whether one kernel pushes the tables and sorts what arrives, for routings of `rows` tokens of all ranks: while so few
+// rows travel there is no time for two kernels, and one block is enough to push them.
+constexpr bool push_and_sort_at_once(std::int64_t rows) { return rows <= most_waiting_blocks * warp_size; }
 
 template <class A, class Layout>
 struct push_task {
@@ -55,6 +60,9 @@ template <class Layout>
 __launch_bounds__(destination_threads) TESSERA_KERNEL
     find_destinations_kernel(const __grid_constant__ Layout layout,
                              const __grid_constant__ matrix_view<const std::int32_t> ids, std::uint32_t* destinations) {
+  // in this order: a kernel behind this one is not to take the room of what the one ahead waits for
+  await_stream();
+  let_next_start();
   const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * destination_threads + threadIdx.x;
   if (token >= ids.rows) return;
   std::uint32_t mask = 0;
@@ -66,31 +74,24 @@ __launch_bounds__(destination_threads) TESSERA_KERNEL
   destinations[token] = mask;
 }
 
+// Adds the pairs of thread `index` of `threads` to `counts` [R] in shared memory, by owner.
 template <class A, class Layout>
-__launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_constant__ push_task<A, Layout> task) {
-  const comm::symmetric_view& view = task.view;
-  if (block_failed(view)) return;
-  __shared__ int counts[comm::max_symmetric_ranks];
-  const int tid = static_cast<int>(threadIdx.x);
-  const std::uint32_t generation = next_generation(view);
-  if (blockIdx.x == 0 && tid < warp_size) announce(view, generation);
-  if (tid < comm::max_symmetric_ranks) counts[tid] = 0;
-  __syncthreads();
-
-  const int top_k = static_cast<int>(task.ids.cols);
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * push_threads + tid;
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * push_threads;
+__device__ __forceinline__ void count_pairs(const push_task<A, Layout>& task, std::int64_t index, std::int64_t threads,
+                                            int* counts) {
   for (std::int64_t token = index; token < task.ids.rows; token += threads) {
-    for (int k = 0; k < top_k; ++k) {
+    for (int k = 0; k < static_cast<int>(task.ids.cols); ++k) {
       const auto owner = owner_of(task.layout, task.ids, token, k);
       if (owner.rank >= 0) atomicAdd(counts + owner.rank, 1);
     }
   }
-  __syncthreads();
-  if (tid < view.size) task.tables.block_counts[blockIdx.x * comm::max_symmetric_ranks + tid] = counts[tid];
-  if (!all_entered(view, generation)) return;
+}
 
-  // Tokens that this rank does not have are written too: the destination need not know how many there are.
+// Writes the pairs of thread `index` of `threads` to all ranks. Tokens that this rank does not have are written too:
+// the destination need not know how many there are.
+template <class A, class Layout>
+__device__ __forceinline__ void push_pairs(const push_task<A, Layout>& task, std::int64_t index, std::int64_t threads) {
+  const comm::symmetric_view& view = task.view;
+  const int top_k = static_cast<int>(task.ids.cols);
   const std::int64_t pairs = task.max_tokens * top_k;
   std::int32_t* const own_slots = task.tables.slots + view.rank * pairs;
   A* const own_weights = task.tables.weights + view.rank * pairs;
@@ -108,27 +109,57 @@ __launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_
       *at_peer(view, own_weights + pair, r) = weight;
     }
   }
+}
 
-  __shared__ bool last;
-  __syncthreads();
-  if (tid == 0) last = last_block(view);
-  __syncthreads();
-  if (!last) return;
+// Writes the counts to all ranks and says that everything is there. All threads of the block that knows what all blocks
+// have written call. @param sum In thread r: pairs for rank r.
+template <class A, class Layout>
+__device__ __forceinline__ void push_counts(const push_task<A, Layout>& task, std::int32_t sum,
+                                            std::uint32_t generation) {
+  const comm::symmetric_view& view = task.view;
+  const int tid = static_cast<int>(threadIdx.x);
   if (tid < view.size) {
-    std::int32_t sum = 0;
-    for (unsigned b = 0; b < gridDim.x; ++b)
-      sum += __ldcg(task.tables.block_counts + b * comm::max_symmetric_ranks + tid);
     for (int r = 0; r < view.size; ++r) *at_peer(view, task.tables.counts + view.rank * view.size + tid, r) = sum;
   }
   if (task.expert_counts != nullptr) {
     std::int64_t* const own = task.tables.expert_counts + view.rank * task.num_counts;
-    for (int i = tid; i < task.num_counts; i += push_threads) {
+    for (int i = tid; i < task.num_counts; i += static_cast<int>(blockDim.x)) {
       const std::int64_t count = task.expert_counts[i];
       for (int r = 0; r < view.size; ++r) *at_peer(view, own + i, r) = count;
     }
   }
   __syncthreads();
   if (tid < view.size) post(at_peer(view, view.arrived + view.rank, tid), generation);
+}
+
+template <class A, class Layout>
+__launch_bounds__(push_threads) TESSERA_KERNEL push_routing_kernel(const __grid_constant__ push_task<A, Layout> task) {
+  const comm::symmetric_view& view = task.view;
+  if (block_failed(view)) return;
+  __shared__ int counts[comm::max_symmetric_ranks];
+  const int tid = static_cast<int>(threadIdx.x);
+  const std::uint32_t generation = next_generation(view);
+  if (blockIdx.x == 0 && tid < warp_size) announce(view, generation);
+  if (tid < comm::max_symmetric_ranks) counts[tid] = 0;
+  __syncthreads();
+
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * push_threads + tid;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * push_threads;
+  count_pairs(task, index, threads, counts);
+  __syncthreads();
+  if (tid < view.size) task.tables.block_counts[blockIdx.x * comm::max_symmetric_ranks + tid] = counts[tid];
+  if (!all_entered(view, generation)) return;
+  push_pairs(task, index, threads);
+
+  __shared__ bool last;
+  __syncthreads();
+  if (tid == 0) last = last_block(view);
+  __syncthreads();
+  if (!last) return;
+  std::int32_t sum = 0;
+  for (unsigned b = 0; tid < view.size && b < gridDim.x; ++b)
+    sum += __ldcg(task.tables.block_counts + b * comm::max_symmetric_ranks + tid);
+  push_counts(task, sum, generation);
   if (tid == 0) finish(view, generation);
 }
 
@@ -158,20 +189,20 @@ __device__ __forceinline__ std::int64_t pairs_to(const comm::symmetric_view& vie
   return sum;
 }
 
+// True in all threads of the block when the tables of every rank are there. @param usable Whether to wait at all.
+__device__ __forceinline__ bool all_arrived(const comm::symmetric_view& view, std::uint32_t generation, bool usable) {
+  const int r = static_cast<int>(threadIdx.x);
+  if (r < view.size) usable = usable && await(view, view.arrived + r, generation, r, symmetric_step::arrival);
+  return __syncthreads_and(usable) != 0;
+}
+
+// Sorts the tables. After a failure lists are empty, and valid: what reads them does nothing. All threads of all blocks
+// call, after `shared` has been cleared. @param usable Whether the tables are there. @param phase As for `write_lists`.
 template <class A>
-__launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __grid_constant__ arrival_task<A> task) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+__device__ __forceinline__ void sort_arrivals(const arrival_task<A>& task, const list_shared& shared, bool usable,
+                                              std::uint32_t phase) {
   const comm::symmetric_view& view = task.view;
   const int tid = static_cast<int>(threadIdx.x);
-  const list_shared shared(shared_bytes, sort_scratch_bytes, task.plan);
-  const std::uint32_t phase = gridDim.x > 1 && tid == 0 ? barrier_phase(task.lists.workspace.barrier) : 0u;
-  shared.clear<list_threads>(task.plan);
-
-  // After a failure lists are empty, and valid: what reads them does nothing.
-  bool usable = !failed(view);
-  if (tid < view.size)
-    usable = usable && await(view, view.arrived + tid, current_generation(view), tid, symmetric_step::arrival);
-  usable = __syncthreads_and(usable) != 0;
   std::int64_t needed = 0;
   if (usable) {
     int over = -1;
@@ -205,6 +236,57 @@ __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __g
     task.total->overflow_drops = usable && needed > task.max_pairs ? needed - task.max_pairs : 0;
   }
   write_lists<list_threads>(task.plan, lists, shared, phase);
+}
+
+template <class A>
+__launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_arrivals_kernel(const __grid_constant__ arrival_task<A> task) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const comm::symmetric_view& view = task.view;
+  const list_shared shared(shared_bytes, sort_scratch_bytes, task.plan);
+  const std::uint32_t phase = gridDim.x > 1 && threadIdx.x == 0 ? barrier_phase(task.lists.workspace.barrier) : 0u;
+  shared.clear<list_threads>(task.plan);
+  const bool usable = all_arrived(view, current_generation(view), !failed(view));
+  sort_arrivals(task, shared, usable, phase);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Both, for few tokens
+
+template <class A, class Layout>
+struct exchange_task {
+  push_task<A, Layout> push;
+  arrival_task<A> sort;
+};
+
+// The first block pushes with one release, all blocks sort. Tables are under way before rows fill the links, and
+// nothing is launched between them and the sort. All blocks run at once: those that sort wait for the one that pushes.
+template <class A, class Layout>
+__launch_bounds__(list_threads, 1) TESSERA_KERNEL
+    exchange_tables_kernel(const __grid_constant__ exchange_task<A, Layout> task) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  __shared__ int counts[comm::max_symmetric_ranks];
+  const comm::symmetric_view& view = task.push.view;
+  const int tid = static_cast<int>(threadIdx.x);
+  const std::uint32_t generation = next_generation(view);
+  const list_shared shared(shared_bytes, sort_scratch_bytes, task.sort.plan);
+  const std::uint32_t phase = gridDim.x > 1 && tid == 0 ? barrier_phase(task.sort.lists.workspace.barrier) : 0u;
+  if (tid < comm::max_symmetric_ranks) counts[tid] = 0;
+  bool usable = !block_failed(view);
+  if (blockIdx.x == 0 && usable) {
+    if (tid < warp_size) announce(view, generation);
+    count_pairs(task.push, tid, list_threads, counts);
+  }
+  shared.clear<list_threads>(task.sort.plan);
+  // Every block waits for entries, though only one writes: a rank that does not come is to be missed by this name.
+  usable = usable && all_entered(view, generation);
+  const bool pushes = blockIdx.x == 0 && usable;
+  if (pushes) {
+    push_pairs(task.push, tid, list_threads);
+    push_counts(task.push, tid < view.size ? counts[tid] : 0, generation);  // counted before the barrier of the wait
+  }
+  sort_arrivals(task.sort, shared, all_arrived(view, generation, usable), phase);
+  // The others have read the generation before they came to the barrier of the lists.
+  if (pushes && tid == 0) finish(view, generation);
 }
 
 }  // namespace detail::symmetric

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/stream.hpp>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
 #include <tessera/gemm/detail/hopper/ptx.cuh>
@@ -38,7 +39,12 @@ struct send_task {
   int piece_bytes;
   int pieces;       // of a row
   int stage_bytes;  // room of a piece in shared memory
+  bool awaits;      // the rows of all ranks; else a kernel behind this one does
 };
+
+// Whether the kernel that sends rows waits for those of all ranks, too, of which there are `bytes` at most. So few take
+// little longer than the step from one kernel to the next; with more, a stream may have work between begin and end.
+constexpr bool awaits_in_sender(std::int64_t bytes) { return bytes <= std::int64_t{8} << 20; }
 
 inline constexpr int send_stages = 4;  // pieces of a warp: one is being stored, the next one too, two are being read
 inline constexpr int max_send_warps = 16;
@@ -68,12 +74,9 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
-  if (block_failed(view)) return;
   const int warps = static_cast<int>(blockDim.x) / warp_size;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const std::uint32_t generation = next_generation(view);
-  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
 
   // Rings start at lines of 128 bytes: from other addresses stores take twice the time.
   const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
@@ -85,6 +88,10 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     hopper::barrier_init_fence();
   }
   __syncwarp();
+  await_stream();  // what is read behind it, is read by plain loads, which the compiler leaves there
+  const std::uint32_t generation = next_generation(view);
+  if (block_failed(view)) return;
+  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
 
   // Items are pieces of rows. A warp begins with two of its own and then takes the next that nobody has: SMs do not
   // reach the links equally fast, and all would wait for the slowest.
@@ -107,10 +114,25 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
 
   constexpr int ahead = send_stages - 2;
   static_assert(ahead == 2, "two items are under way: the next and the one after");
-  if (lane == 0) {
+  const auto ask = [&] { return ahead * step + atomicAdd(view.tickets + 1, 1u); };
+  const auto destinations_of = [&](std::int64_t item) {
+    std::uint32_t mask = (1u << view.size) - 1u;
+    if (item >= items) return 0u;
+    if (task.destinations != nullptr) mask = task.destinations[item / task.pieces];
+    return task.sends_own ? mask : mask & ~(1u << view.rank);
+  };
+  std::int64_t item = first;
+  std::int64_t next = first + step;
+  std::int64_t after = 0;
+  std::uint32_t mask = 0;
+  std::uint32_t next_mask = 0;
+  if (lane == 0 && first < items) {
     for (int i = 0; i < ahead; ++i) {
       if (first + i * step < items) load(first + i * step, i);
     }
+    after = ask();  // asked for an item ahead, so that nobody waits for the answer
+    mask = destinations_of(item);
+    next_mask = destinations_of(next);
   }
   if (!all_entered(view, generation)) {
     // what was loaded must have landed before the block's shared memory is given away
@@ -123,18 +145,6 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   }
 
   if (lane == 0 && first < items) {
-    const auto ask = [&] { return ahead * step + atomicAdd(view.tickets + 1, 1u); };
-    const auto destinations_of = [&](std::int64_t item) {
-      std::uint32_t mask = (1u << view.size) - 1u;
-      if (item >= items) return 0u;
-      if (task.destinations != nullptr) mask = __ldg(task.destinations + item / task.pieces);
-      return task.sends_own ? mask : mask & ~(1u << view.rank);
-    };
-    std::int64_t item = first;
-    std::int64_t next = first + step;
-    std::int64_t after = ask();  // asked for an item ahead, so that nobody waits for the answer
-    std::uint32_t mask = destinations_of(item);
-    std::uint32_t next_mask = destinations_of(next);
     for (int round = 0; item < items; ++round) {
       const std::int64_t loaded = after;
       std::uint32_t loaded_mask = 0;
@@ -168,7 +178,10 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     }
     bulk::wait_written<0>();
   }
-  leave(view, generation);
+  // One block's wait is enough: what it has acquired kernels behind this one see, as they do behind one that waits.
+  const int r = static_cast<int>(threadIdx.x);
+  if (leave(view, generation) && task.awaits && r < view.size)
+    await(view, view.arrived + r, generation, r, symmetric_step::arrival);
 #else
   static_cast<void>(task);
 #endif

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/views.hpp>
 #include <tessera/dispatch/detail/device/rows.cuh>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
@@ -46,13 +47,14 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
   constexpr int piece = piece_stream<S, A>::piece;
   constexpr int width = piece_stream<S, A>::width;
   const int hidden = static_cast<int>(task.y.cols);
-  // Three steps, a token apart, so that no step waits for the loads of the one before.
+  // Three steps, a token apart, so that no step waits for the loads of the one before. Plain loads: this kernel starts
+  // before what they read is written, and others could be moved ahead of the wait for it.
   const auto look_up = [&](sum_item<A>& item) {
     item.place = -1;
     item.others = 0;
     if (walk.at_end(item.at)) return;
-    if (lane < task.top_k) item.place = __ldg(task.expert_row_of + row_of(item.at) * task.top_k + lane);
-    if constexpr (Home) item.others = __ldg(task.destinations + item.at.token);
+    if (lane < task.top_k) item.place = task.expert_row_of[row_of(item.at) * task.top_k + lane];
+    if constexpr (Home) item.others = task.destinations[item.at.token];
   };
   const auto resolve = [&](sum_item<A>& item) {
     item.weight = A(1);
@@ -63,7 +65,7 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
     if (task.summed) {
       item.place = any && lane == 0 ? static_cast<std::int32_t>(row_of(item.at)) : -1;
     } else if (task.weights != nullptr && item.place >= 0) {
-      item.weight = __ldg(task.weights + item.place);
+      item.weight = task.weights[item.place];
     }
     item.weighted_here = __ballot_sync(full_warp, item.place >= 0);
     if (!complete(item, any)) return;
@@ -72,13 +74,17 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
     item.end = min(item.begin + columns, hidden);
   };
   sum_item<A> item, next;
+  fetch_cursor at, then;
   walk.enter(item.at);
   look_up(item);
+  resolve(item);
+  at.start(item);
+  // The first rows are under way before this warp knows its next unit, which all warps ask for at this time.
+  next.begin = next.end = 0;
+  then = {};
+  if (!walk.at_end(item.at)) stream.fill(task, item, at, next, then, ready);
   next.at = walk.after(item.at);
   look_up(next);
-  resolve(item);
-  fetch_cursor at, then;
-  at.start(item);
   while (!walk.at_end(item.at)) {
     sum_item<A> later;
     later.at = walk.after(next.at);
@@ -87,13 +93,17 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
     then.start(next);
     for (int begin = item.begin; begin < item.end; begin += piece) {
       A sum[sum_vectors][width] = {};
-      for (unsigned left = item.weighted_here; left != 0; left &= left - 1) {
+      unsigned weighted = item.weighted_here;
+      unsigned plain = item.plain_here;
+      while ((weighted | plain) != 0) {
         stream.fill(task, item, at, next, then, ready);
-        stream.add(sum, __shfl_sync(full_warp, item.weight, __ffs(static_cast<int>(left)) - 1));
-      }
-      for (unsigned left = item.plain_here; left != 0; left &= left - 1) {
-        stream.fill(task, item, at, next, then, ready);
-        stream.add(sum, A(1));
+        const A weight = __shfl_sync(full_warp, item.weight, __ffs(static_cast<int>(weighted)) - 1);
+        stream.add(sum, weighted != 0 ? weight : A(1));
+        if (weighted != 0) {
+          weighted &= weighted - 1;
+        } else {
+          plain &= plain - 1;
+        }
       }
       finish(item, begin, sum);
     }
@@ -113,7 +123,7 @@ __device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std:
   const int hidden = static_cast<int>(task.y.cols);
   const int peers = view.size - 1;
   unit_walk walk(task.plan, peers, task.max_tokens, view.tickets + 1, first, warps, lane);
-  late_post flags(mail, warp);
+  late_post flags(view, generation, mail, warp);
   int buffer = 0;
   bool entered = false, usable = true;
   add_up<false>(
@@ -189,7 +199,8 @@ __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std:
         if (!here && !idle) return false;
         usable = here;
         arrived = unit;
-        asm volatile("fence.proxy.async;" ::: "memory");  // what peers wrote is read by the copy engine
+        __syncwarp();          // what some lanes have acquired, the one that asks has, too
+        bulk::fence_global();  // what peers wrote is read by the copy engine
         return true;
       },
       [&](const sum_item<A>& item, int begin, A(&sum)[sum_vectors][width]) {
@@ -206,11 +217,8 @@ template <class S, class A, class Out>
 __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_constant__ sums_task<S, A, Out> task) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const comm::symmetric_view& view = task.view;
-  if (block_failed(view)) return;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const std::uint32_t generation = next_generation(view);
-  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const std::uint32_t address = hopper::shared_address(shared_bytes);
   unsigned char* const rings = shared_bytes + (bulk::next_line(address) - address);
@@ -221,7 +229,10 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
                             lane, warp == ring);
   const flag_mail mail{barriers + (send_warps + home_warps) * sum_slots * 8};
   if (warp == 0 && lane < send_warps) mail.write(lane, 0);
-  __syncthreads();
+  await_stream();
+  const std::uint32_t generation = next_generation(view);
+  if (block_failed(view)) return;  // a barrier of the block, behind which the mail is empty
+  if (blockIdx.x == 0 && warp == send_warps + home_warps) announce(view, generation);
   const int grid = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
   if (warp == send_warps + home_warps) {
@@ -237,6 +248,7 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
     home_role(task, generation, stream, home, grid * home_warps, lane);
   }
   __syncthreads();
+  let_next_start();  // no block waits for other ranks any more
   if (threadIdx.x == 0 && last_block(view)) finish(view, generation);
 #else
   static_cast<void>(task);

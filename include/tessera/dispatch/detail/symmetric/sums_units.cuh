@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/core/views.hpp>
@@ -21,29 +20,34 @@ inline constexpr int home_warps = 6;
 inline constexpr int sums_threads = (send_warps + home_warps + 1) * warp_size;  // and one that posts flags
 inline constexpr int sum_vectors = 8;  // 16 bytes of each row that a lane adds up at a time
 inline constexpr int sum_piece_bytes = sum_vectors * warp_size * 16;
-inline constexpr int sum_slots = 3;         // pieces that a warp has under way from memory
-inline constexpr int sum_buffers = 2;       // pieces of a sending warp that are being stored
-inline constexpr int home_part_pieces = 2;  // of a row that a warp adds up at home, at most
+inline constexpr int sum_slots = 3;    // pieces that a warp has under way from memory
+inline constexpr int sum_buffers = 2;  // pieces of a sending warp that are being stored
+// Units that a device begins with, about one a warp. A warp's second unit is under way when its first has been written:
+// where there are so few that warps would do two or three, units are as long as leaves them one.
+inline constexpr int units_at_once = 768;
+inline constexpr int few_units = 3 * units_at_once;
 
 // The unit of work of a warp: some pieces of the rows of a few neighbouring tokens. Sending, a unit has one flag at its
-// home, so units are the same on all ranks, whatever their blocks; at home, where all warps wait for the last parts to
-// come, units are smaller.
+// home, so units are the same on all ranks, whatever their blocks. At home a unit is one piece of a row: warps hold
+// several, because they look up ahead, and what they hold when the last parts have come nobody else can do.
 struct sums_plan {
   int chunk_tokens;
   int parts;        // of a row
   int part_pieces;  // of a part; the last has fewer
   int units;        // chunks * parts; for sending as many flags of each peer
 
-  static sums_plan make(std::int64_t max_tokens, std::int64_t row_bytes) {
+  // @param peers That a rank sends to.
+  static sums_plan make(std::int64_t max_tokens, std::int64_t row_bytes, int peers) {
     const int tokens = std::max(1, up(max_tokens, comm::max_symmetric_chunks));
     const int chunks = up(max_tokens, tokens);
     const int pieces = up(row_bytes, sum_piece_bytes);
-    const int flags_of_chunk = std::clamp(comm::max_symmetric_chunks / std::max(chunks, 1), 1, pieces);
-    return of_parts(chunks, tokens, pieces, up(pieces, flags_of_chunk));
+    const int pairs = std::max(chunks * peers, 1);  // of a chunk and a rank
+    int most_parts = comm::max_symmetric_chunks / std::max(chunks, 1);
+    if (pairs * pieces <= few_units) most_parts = std::min(most_parts, units_at_once / pairs);
+    return of_parts(chunks, tokens, pieces, up(pieces, std::clamp(most_parts, 1, pieces)));
   }
   sums_plan at_home(std::int64_t row_bytes) const {
-    return of_parts(units / parts, chunk_tokens, up(row_bytes, sum_piece_bytes),
-                    std::gcd(part_pieces, home_part_pieces));
+    return of_parts(units / parts, chunk_tokens, up(row_bytes, sum_piece_bytes), 1);
   }
   // The flag of a unit at home, whose plan is `home`.
   __host__ __device__ int flag_of(const sums_plan& home, int chunk, int part) const {

@@ -287,7 +287,7 @@ inline int lanes_for_groups(int num_experts, int group_size) {
   return 0;
 }
 
-// @param starts_early The kernel calls `start_early`: on devices that can, it starts while the kernel before it ends.
+// @param starts_early The kernel calls `start_early`.
 template <class Task>
 void launch_cooperative(device_stream stream, const list_plan& plan, int threads, void (*kernel)(Task),
                         const Task& task, const char* what, bool starts_early = false) {
@@ -297,7 +297,7 @@ void launch_cooperative(device_stream stream, const list_plan& plan, int threads
     attributes[count].id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all of them run, or none
     attributes[count++].val.cooperative = 1;
   }
-  if (starts_early && can_start_early(kernel)) attributes[count++] = early_start_attribute();
+  if (starts_early) allow_early_start(kernel, attributes, count, what);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.num_blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
