@@ -204,10 +204,8 @@ struct arrangement {
     return all_to_all{};
   }
   std::string name() const {
-    const auto budget = [](const char* word, int sms) { return sms < 0 ? std::string() : word + std::to_string(sms); };
     return std::string(transport) + (style == pl::overlap_style::weights ? "/weights" : "/figure_4") +
-           budget("/sms:", lanes.communication_sms) + budget("/lists:", lanes.forward_dispatch_sms) +
-           (lanes.throughout ? "/throughout" : "") + (lanes.head_start.count() > 0 ? "/head_start" : "");
+           "/sms:" + std::to_string(lanes.communication_sms) + (lanes.head_start.count() > 0 ? "/head_start" : "");
   }
 };
 constexpr arrangement one_stream{"all_to_all"};
@@ -308,34 +306,18 @@ void measure_phases(benchmark::State& state, const layer_shape& s, int num_layer
 std::vector<arrangement> arrangements(bool all_of_them) {
   using enum pl::overlap_style;
   constexpr std::chrono::microseconds head_start(10);
-  // Rows there take no SMs but for the lists of the routing.
-  const auto copied = [](int sms, bool throughout) {
-    return pl::device_lanes_options{
-        .communication_sms = sms, .forward_dispatch_sms = 8, .backward_combine_sms = 0, .throughout = throughout};
-  };
-  std::vector<arrangement> all{{"all_to_all", weights, {.communication_sms = 24}},
-                               {"copies_there", weights, copied(16, false)},
-                               {"copies_there", weights, copied(16, true)},
-                               {"copy_engines", weights, copied(16, true)}};
+  std::vector<arrangement> all;
+  for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
+    all.push_back({transport, weights, {.communication_sms = 24}});
   if (!all_of_them) return all;
-  for (const int sms : {16, 32}) all.push_back({"all_to_all", weights, {.communication_sms = sms}});
-  for (const int sms : {32, 48, 64}) {
-    all.push_back(
-        {"all_to_all", weights, {.communication_sms = sms, .forward_dispatch_sms = 16, .backward_combine_sms = 16}});
+  for (const int sms : {8, 16, 32, 48}) {
+    for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
+      all.push_back({transport, weights, {.communication_sms = sms}});
   }
   all.push_back({"all_to_all", weights, {.communication_sms = 16, .head_start = head_start}});
-  for (const int sms : {8, 24, 48}) {
-    all.push_back({"copies_there", weights, copied(sms, false)});
-    all.push_back({"copies_there", weights, copied(sms, true)});
-    all.push_back({"copy_engines", weights, copied(sms, true)});
-  }
-  all.push_back({"copies_there", attention, copied(16, false)});
-  arrangement ahead{"copies_there", weights, copied(16, false)};
-  ahead.lanes.head_start = head_start;
-  all.push_back(ahead);
+  all.push_back({"all_to_all", attention, {.communication_sms = 24}});
   // Sums wait for the end of a product and have all SMs then.
-  all.push_back({"one_chunk", weights, copied(0, false)});
-  all.push_back({"copy_engines", weights, copied(24, false)});
+  all.push_back({"one_chunk", weights, {}});
   return all;
 }
 

@@ -6,7 +6,6 @@
 // pair takes less than three quarters of the sum of its phases. Without a GPU it says so and exits with 77, which CTest
 // reports as skipped.
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -193,33 +192,6 @@ int main() {
     const int computes_on = node.communication > 1 ? sms - budget : blocks_without_limit;
     expect(given.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? budget : computes_on),
            std::string(pl::symbol_of(node.what)) + " did not get its budget with a head start");
-  }
-
-  // Phases that dispatch may have budgets of their own; what begins with both has what the larger leaves.
-  for (const bool throughout : {false, true}) {
-    pl::device_lanes own_budgets(
-        {.communication_sms = budget, .forward_dispatch_sms = 4, .backward_combine_sms = 0, .throughout = throughout});
-    expect(own_budgets.communication_sms(pl::phase::forward_dispatch) == 4 &&
-               own_budgets.communication_sms(pl::phase::backward_combine) == 0 &&
-               own_budgets.communication_sms(pl::phase::backward_dispatch) == budget &&
-               own_budgets.compute_sms(pl::phase::forward_dispatch) == sms - 4 &&
-               own_budgets.compute_sms(pl::phase::backward_combine) == 0,
-           "the budgets of dispatch are not its own");
-    const run_result result = run_pair(own_budgets, stream, records);
-    expect_order(result, "with budgets of dispatch");
-    std::vector<int> blocks(order.nodes.size(), throughout ? sms - budget : blocks_without_limit);
-    pl::for_each_beginning(order, [&](const pl::overlap_node& communication, const pl::overlap_node& computation) {
-      const int left = own_budgets.compute_sms(communication.what);
-      int& given_blocks = blocks[static_cast<std::size_t>(&computation - order.nodes.data())];
-      if (left > 0) given_blocks = given_blocks == blocks_without_limit ? left : std::min(given_blocks, left);
-    });
-    for (std::size_t i = 0; i < order.nodes.size(); ++i) {
-      const pl::overlap_node& node = order.nodes[i];
-      const int own = own_budgets.communication_sms(node.what);
-      const int expected = !pl::is_communication(node.what) ? blocks[i] : own == 0 ? blocks_without_limit : own;
-      expect(result.of(node).blocks == static_cast<unsigned>(expected),
-             std::string(pl::symbol_of(node.what)) + " did not get its own budget");
-    }
   }
 
   // Work on the caller's stream comes before and after the pair, and a pair may be captured.

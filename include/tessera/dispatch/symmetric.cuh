@@ -28,7 +28,6 @@
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/dispatch/combine.hpp>
 #include <tessera/dispatch/detail/device/expect_routing.cuh>
-#include <tessera/dispatch/detail/symmetric/launch_flags.cuh>
 #include <tessera/dispatch/detail/symmetric/push_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/return_values.cuh>
 #include <tessera/dispatch/detail/symmetric/send_pairs.cuh>
@@ -89,7 +88,8 @@ void allow_shared_memory(Kernel kernel, int bytes) {
 }
 
 inline void launch_await(device_stream stream, const comm::symmetric_view& view) {
-  launch_flags(stream, "await_kernel", await_kernel, view);
+  await_kernel<<<1, warp_size, 0, stream.get()>>>(view);
+  check_cuda(cudaGetLastError(), "await_kernel");
 }
 
 // What every transport of a dispatch asks of its rows. @return max_tokens.

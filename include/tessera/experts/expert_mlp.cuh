@@ -88,7 +88,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
                 "precision::bf16_gradients, or the host half");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
-  const auto products = detail::device_products<Gemm>(scratch.tile_counter).limited(scratch.all_sms);
+  const detail::device_products<Gemm> products(scratch.tile_counter);
   const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts,
@@ -123,7 +123,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
-  const auto products = detail::device_products<Gemm>(scratch.tile_counter).limited(scratch.all_sms);
+  const detail::device_products<Gemm> products(scratch.tile_counter);
   const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const std::int64_t max_rows = detail::rows_in_reach(rows, dy.rows, saved.h.rows);
@@ -169,7 +169,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
     pair_weights<accumulate> weighting, const saved_view& saved, const deferred_view& deferred, const gradients& g,
     write mode, const backward_weights_scratch& scratch) const {
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
-  const auto products = detail::device_products<Gemm>(scratch.tile_counter).limited(scratch.all_sms);
+  const detail::device_products<Gemm> products(scratch.tile_counter);
   const auto first = products.limited(scratch.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const std::int64_t max_rows = detail::rows_in_reach(groups, dy.rows, saved.h.rows);

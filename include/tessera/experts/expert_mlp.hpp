@@ -95,7 +95,6 @@ class experts {
     /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
     /// room. The products behind it take all that are free. 0: all.
     int first_sms = 0;
-    int all_sms = 0;  ///< Device: most multiprocessors of every product. 0: all.
   };
   /// During `backward_input`.
   struct backward_input_scratch {
@@ -106,7 +105,6 @@ class experts {
     /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
     /// room. The products behind it take all that are free. 0: all.
     int first_sms = 0;
-    int all_sms = 0;  ///< Device: most multiprocessors of every product. 0: all.
   };
   /// During `backward_weights`.
   struct backward_weights_scratch {
@@ -116,7 +114,6 @@ class experts {
     /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
     /// room. The products behind it take all that are free. 0: all.
     int first_sms = 0;
-    int all_sms = 0;  ///< Device: most multiprocessors of every product. 0: all.
   };
 
   /// @param sizes Sizes of this rank's experts. @param activation_options Options of the activation.

@@ -31,7 +31,6 @@ struct lane {
   stream_ref<Space> stream;  ///< Order of its work.
   /// Multiprocessors that its kernels may occupy; 0: no limit. Where both lanes have one, they add up to the device.
   int num_sms = 0;
-  bool throughout = false;  ///< Whether all kernels of a phase keep to it, or those alone that it begins with.
 };
 
 /// `L::space`: where the work is.

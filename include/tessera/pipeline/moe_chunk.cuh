@@ -57,10 +57,6 @@ void add_residual(device_stream stream, matrix_view<const S> h, matrix_view<S> y
                      "the launch of add_residual_kernel: " << cudaGetErrorString(launched));
 }
 
-inline tessera::detail::product_sms sms_of_products(const lane<space::device>& where) {
-  return {where.num_sms, where.throughout ? where.num_sms : 0};
-}
-
 }  // namespace detail
 
 template <class Layer, class Mixer>
@@ -129,9 +125,8 @@ template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
   with_forward(call, [&](auto&& steps) {
-    const auto sms = detail::sms_of_products(call.lane);
-    steps.experts(call.lane.stream, sms);
-    steps.shared(call.lane.stream, {0, sms.all});
+    steps.experts(call.lane.stream, call.lane.num_sms);
+    steps.shared(call.lane.stream);
   });
 }
 
@@ -166,9 +161,8 @@ template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
   with_backward(call, [&](auto&& steps) {
-    const auto sms = detail::sms_of_products(call.lane);
-    steps.experts(call.lane.stream, sms);
-    steps.shared(call.lane.stream, {0, sms.all});
+    steps.experts(call.lane.stream, call.lane.num_sms);
+    steps.shared(call.lane.stream);
   });
 }
 
@@ -176,7 +170,7 @@ template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
   with_weights(call, [&](auto&& steps, const auto& grads) {
-    steps.experts(call.lane.stream, grads, call.item.gradient_mode, detail::sms_of_products(call.lane));
+    steps.experts(call.lane.stream, grads, call.item.gradient_mode, call.lane.num_sms);
   });
 }
 

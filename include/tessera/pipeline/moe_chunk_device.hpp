@@ -29,7 +29,7 @@ namespace pipeline {
 ///
 /// Budgets of multiprocessors: in the communication lane, the blocks that move rows; in the compute lane, the first
 /// product of a phase, whose blocks would otherwise stand where communication that begins with it needs room. Later
-/// products take every multiprocessor that is free, unless the lane's budget is for the whole phase.
+/// products take every multiprocessor that is free.
 /// @tparam Layer A `moe_layer` over a communicator of device memory. @tparam Mixer What comes before the experts.
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>

@@ -5,7 +5,6 @@
 /// @file
 /// The lanes of an overlapped pair on a device: two streams, events between them, and a budget of multiprocessors.
 
-#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -50,27 +49,17 @@ struct device_lanes_options {
   /// limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel keeps to its budget by the number of
   /// blocks it is launched with.
   int communication_sms = 0;
-  /// The same for `forward_dispatch` alone, and for `backward_combine`, which bring rows to the owners of experts. With
-  /// `transport::copy_engines` rows take none: the lists of a routing do with a few (4), gradients with 0.
-  int forward_dispatch_sms = as_communication;
-  int backward_combine_sms = as_communication;  ///< See there.
-  /// Whether computation keeps to what communication leaves in all phases and all their kernels, and not just in those
-  /// that communication begins with. For communication that takes about as long as computation, or that is of several
-  /// kernels, as with `transport::copy_engines`: between two of them computation would take the multiprocessors.
-  bool throughout = false;
   /// How long a phase of the compute lane waits where one phase of the communication lane begins with it, so that the
   /// blocks of that one stand first: then computation may have all multiprocessors that they leave, and those too when
   /// they end. About 10 us; 0: such phases keep to their budget instead.
   std::chrono::nanoseconds head_start{0};
-
-  static constexpr int as_communication = -1;  ///< What `communication_sms` says.
 };
 
 /// Two streams: the caller's computes, one that the object owns communicates. Phases enqueue and return; `run` enqueues
 /// the whole pair without synchronising. What the caller's stream held before comes before all phases, and what it gets
-/// afterwards comes after them. May be captured in a graph; its communication goes first only if it is instantiated
-/// with cudaGraphInstantiateFlagUseNodePriority. Streams and events belong to the device that was current at
-/// construction, which must be current in `run`. Used by one thread at a time.
+/// afterwards comes after them. May be captured in a graph; its communication goes first there, too, if it is
+/// instantiated with cudaGraphInstantiateFlagUseNodePriority. Streams and events belong to the device that was current
+/// at construction, which must be current in `run`. Used by one thread at a time.
 class device_lanes {
  public:
   using space = tessera::space::device;     ///< Where the work is.
@@ -83,22 +72,15 @@ class device_lanes {
     check(cudaGetDevice(&device), "cudaGetDevice");
     int sms = 0;
     check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    device_sms_ = sms;
-    communication_sms_ = options.communication_sms;
-    const auto budget_of = [&](const char* name, int given) {
-      const int budget = given == device_lanes_options::as_communication ? communication_sms_ : given;
-      TESSERA_EXPECTS(budget >= 0 && budget < sms,
-                      "device_lanes: " << name << " = " << given << ", device " << device << " has " << sms
-                                       << " multiprocessors: give 0 (no limit) to " << sms - 1);
-      return budget;
-    };
-    static_cast<void>(budget_of("communication_sms", communication_sms_));
-    forward_dispatch_sms_ = budget_of("forward_dispatch_sms", options.forward_dispatch_sms);
-    backward_combine_sms_ = budget_of("backward_combine_sms", options.backward_combine_sms);
-    throughout_ = options.throughout;
+    TESSERA_EXPECTS(options.communication_sms >= 0 && options.communication_sms < sms,
+                    "device_lanes: communication_sms = " << options.communication_sms << ", device " << device
+                                                         << " has " << sms << " multiprocessors: give 0 (no limit) to "
+                                                         << sms - 1);
     TESSERA_EXPECTS(options.head_start.count() >= 0 && options.head_start <= std::chrono::milliseconds(1),
                     "device_lanes: head_start = " << options.head_start.count() << " ns, expected 0 to 1 ms");
     head_start_ = options.head_start;
+    communication_sms_ = options.communication_sms;
+    compute_sms_ = options.communication_sms == 0 ? 0 : sms - options.communication_sms;
     int lowest = 0;
     int highest = 0;
     check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
@@ -122,7 +104,6 @@ class device_lanes {
   template <class Execute, class Fail>
   void run(device_stream stream, const overlap_order& order, Execute&& execute, [[maybe_unused]] Fail&& fail) {
     reserve(order.nodes.size() + 2);
-    take_budgets(order);
     const cudaEvent_t fork = events_[order.nodes.size()];
     const cudaEvent_t join = events_[order.nodes.size() + 1];
     check(cudaEventRecord(fork, stream.get()), "cudaEventRecord");
@@ -139,7 +120,9 @@ class device_lanes {
         }
         const bool gives_way = !communicates && node.communication == 1 && head_start_.count() > 0;
         if (gives_way) tessera::pipeline::detail::wait_on_device(own, head_start_);
-        execute(node, lane<tessera::space::device>{own, gives_way ? 0 : budgets_[i], throughout_});
+        const bool limited = communicates || (node.communication > 0 && !gives_way);
+        const int budget = communicates ? communication_sms_ : compute_sms_;
+        execute(node, lane<tessera::space::device>{own, limited ? budget : 0});
         check(cudaEventRecord(events_[i], own), "cudaEventRecord");
       }
     } catch (...) {
@@ -153,17 +136,10 @@ class device_lanes {
 
   /// The stream of the communication lane.
   device_stream communication_stream() const noexcept { return communication_; }
-  /// Multiprocessors of a phase of the communication lane, 0: no limit. @param what The phase.
-  int communication_sms(phase what = phase::forward_combine) const noexcept {
-    if (what == phase::forward_dispatch) return forward_dispatch_sms_;
-    return what == phase::backward_combine ? backward_combine_sms_ : communication_sms_;
-  }
+  /// Multiprocessors of the communication lane, 0: no limit.
+  int communication_sms() const noexcept { return communication_sms_; }
   /// Multiprocessors of a phase of the compute lane that communication may begin with, 0: no limit.
-  /// @param what The phase that communicates.
-  int compute_sms(phase what = phase::forward_combine) const noexcept {
-    const int taken = communication_sms(what);
-    return taken == 0 ? 0 : device_sms_ - taken;
-  }
+  int compute_sms() const noexcept { return compute_sms_; }
 
  private:
   static void check(cudaError_t status, const char* call) {
@@ -179,35 +155,11 @@ class device_lanes {
     }
   }
 
-  // Of each phase: its own where it communicates, else the least that what begins with it leaves.
-  void take_budgets(const overlap_order& order) {
-    budgets_.assign(order.nodes.size(), 0);
-    const auto give = [&](int& budget, phase communication) {
-      const int left = compute_sms(communication);
-      if (left > 0) budget = budget == 0 ? left : (std::min)(budget, left);
-    };
-    for (std::size_t i = 0; i < order.nodes.size(); ++i) {
-      const overlap_node& node = order.nodes[i];
-      if (is_communication(node.what))
-        budgets_[i] = communication_sms(node.what);
-      else if (throughout_)
-        for (const phase what : {phase::forward_combine, phase::forward_dispatch, phase::backward_combine})
-          give(budgets_[i], what);
-    }
-    for_each_beginning(order, [&](const overlap_node& communication, const overlap_node& computation) {
-      give(budgets_[static_cast<std::size_t>(&computation - order.nodes.data())], communication.what);
-    });
-  }
-
   cudaStream_t communication_ = nullptr;
   std::vector<cudaEvent_t> events_;  // one per phase, and two
-  std::vector<int> budgets_;         // of the phases of the order that runs
   std::chrono::nanoseconds head_start_{0};
-  int device_sms_ = 0;
   int communication_sms_ = 0;
-  int forward_dispatch_sms_ = 0;
-  int backward_combine_sms_ = 0;
-  bool throughout_ = false;
+  int compute_sms_ = 0;
 };
 
 static_assert(lane_policy<device_lanes>);

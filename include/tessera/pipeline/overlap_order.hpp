@@ -77,25 +77,18 @@ struct overlap_order {
   bool operator==(const overlap_order&) const = default;
 };
 
-/// Calls `begins(communication, computation)` for every phase that communicates with the one that computes and that it
-/// begins with: the next behind what it waits for, and not before the phase ahead of it in its lane. Phases behind the
-/// last computation are left out. @param order The phases. @param begins Takes two nodes of `order`.
-template <class Order, class Begins>
-void for_each_beginning(Order& order, Begins&& begins) {
+/// Fills in `overlap_node::communication`: a phase that communicates begins with the computation behind the one that it
+/// waits for, and not before the phase ahead of it in its lane. @param order The phases.
+inline void count_communication(overlap_order& order) {
   int earliest = 0;  // node
-  for (auto& node : order.nodes) {
+  for (overlap_node& node : order.nodes) node.communication = 0;
+  for (const overlap_node& node : order.nodes) {
     if (!is_communication(node.what)) continue;
     earliest = std::max(earliest, node.after + 1);
     const auto found = std::find_if(order.nodes.begin() + earliest, order.nodes.end(),
                                     [](const overlap_node& other) { return !is_communication(other.what); });
-    if (found != order.nodes.end()) begins(node, *found);
+    if (found != order.nodes.end()) ++found->communication;
   }
-}
-
-/// Fills in `overlap_node::communication`. @param order The phases.
-inline void count_communication(overlap_order& order) {
-  for (overlap_node& node : order.nodes) node.communication = 0;
-  for_each_beginning(order, [](const overlap_node&, overlap_node& computation) { ++computation.communication; });
 }
 
 /// Which computation both combines run under.

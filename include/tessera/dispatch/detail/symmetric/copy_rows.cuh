@@ -10,13 +10,11 @@
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
 #include <tessera/dispatch/detail/device/rows.cuh>
-#include <tessera/dispatch/detail/symmetric/launch_flags.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Rows that copy engines bring: copies in streams of the communicator, kernels of one warp that post and await the
 // flags around them, and the kernel that adds rows up before and after they travel. The kernels that wait are one warp,
 // so that nobody holds SMs meanwhile, and stand behind what other ranks wait for, so that streams may share a queue.
-// One warp of few registers also finds room beside the block of a product that takes nearly all of an SM.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
 #pragma nv_diagnostic push
@@ -240,7 +238,8 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
                  matrix_view<const S> x, matrix_view<S> received) {
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
-  launch_flags(first, "enter_kernel", enter_kernel, view);
+  enter_kernel<<<1, warp_size, 0, first.get()>>>(view);
+  check_cuda(cudaGetLastError(), "enter_kernel");
   const device_stream own = comm.copy_stream(streams);
   copy_own_rows(stream, comm, own, x, received);
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
@@ -250,7 +249,8 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
   }
   for (int i = 1; i < streams; ++i) follow(comm, comm.copy_stream(i), first);
   follow(comm, own, first);
-  launch_flags(first, "leave_kernel", leave_kernel, view);
+  leave_kernel<<<1, warp_size, 0, first.get()>>>(view);
+  check_cuda(cudaGetLastError(), "leave_kernel");
 }
 
 // Sums, copies and sums at home, chunk by chunk: one chunk is added up ahead of the one that is copied, which is ahead
@@ -265,7 +265,8 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
   const std::int64_t chunk_tokens = (max_tokens + num_chunks - 1) / num_chunks;
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
-  launch_flags(first, "enter_kernel", enter_kernel, view);
+  enter_kernel<<<1, warp_size, 0, first.get()>>>(view);
+  check_cuda(cudaGetLastError(), "enter_kernel");
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
 
   const sum_rows_task<S, A, S> away{
@@ -284,7 +285,8 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
       // Behind this rank's own copies of the chunk: in whatever order branches of a graph are executed, nobody waits in
       // front of what the others wait for.
       for (int lane = 0; lane < streams; ++lane) follow(comm, comm.copy_stream(lane), stream);
-      launch_flags(stream, "await_chunk_kernel", await_chunk_kernel, view, c - 1, c == chunks);
+      await_chunk_kernel<<<1, warp_size, 0, stream.get()>>>(view, c - 1, c == chunks);
+      check_cuda(cudaGetLastError(), "await_chunk_kernel");
       const std::int64_t first_token = std::min(begin - chunk_tokens, task.y.rows);
       launch_sums<true>(stream, comm.num_sms(), task, first_token, std::min(first_token + chunk_tokens, task.y.rows));
     }
@@ -298,7 +300,8 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
         copy_rows(copies, address_at(view, block + begin * task.y.cols, r), rows.subrows(from, end - begin));
         peers |= 1u << r;
       }
-      launch_flags(copies, "post_chunk_kernel", post_chunk_kernel, view, c, peers);
+      post_chunk_kernel<<<1, warp_size, 0, copies.get()>>>(view, c, peers);
+      check_cuda(cudaGetLastError(), "post_chunk_kernel");
     }
   }
 }

@@ -15,7 +15,8 @@
 
 // The steps of a device layer: in order on one stream they are the layer's calls, spread over two streams the phases of
 // an overlapped chunk. An object carves the memory of a call, which costs a few additions, and may be made anew for
-// every step; steps enqueue and return. `sms` bounds the multiprocessors of a step's products.
+// every step; steps enqueue and return. `sms` bounds the first product of a step, for kernels of another stream that
+// begin with it; 0: no bound.
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -35,19 +36,10 @@ void share_tile_counters(const State& state, Routed& routed, Shared& shared) {
   if constexpr (requires { shared.tile_counter = state.tile_counters; }) shared.tile_counter = state.tile_counters + 2;
 }
 
-// Most multiprocessors of a step's products, 0: no bound. The first alone is bounded for kernels of another stream that
-// begin with it.
-struct product_sms {
-  int first = 0;
-  int all = 0;
-  product_sms(int of_first = 0, int of_all = 0) : first(of_first), all(of_all) {}  // NOLINT: meant to be implicit
-};
-
-// The same scratch with bounds, where the container has places for them.
+// The same scratch with a bound for the first product, where the container has a place for it.
 template <class Scratch>
-Scratch with_sms(Scratch scratch, const product_sms& sms) {
-  if constexpr (requires { scratch.first_sms = sms.first; }) scratch.first_sms = sms.first;
-  if constexpr (requires { scratch.all_sms = sms.all; }) scratch.all_sms = sms.all;
+Scratch with_first_sms(Scratch scratch, int sms) {
+  if constexpr (requires { scratch.first_sms = sms; }) scratch.first_sms = sms;
   return scratch;
 }
 
@@ -103,16 +95,16 @@ class layer_forward_steps {
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared(device_stream stream, const product_sms& sms = {}) {
+  void shared(device_stream stream, int sms = 0) {
     if (!plan_.has_shared()) return;
     plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, {}, params_.shared,
                          saved_.shared, {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
-                         with_sms(scratch_.shared, sms));
+                         with_first_sms(scratch_.shared, sms));
   }
-  void experts(device_stream stream, const product_sms& sms = {}) {
+  void experts(device_stream stream, int sms = 0) {
     plan_.experts.forward(stream, saved_.handle.rows(), exchange_.on(stream).arrived(x_, received()),
                           {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts, pairs(),
-                          with_sms(scratch_.experts, sms));
+                          with_first_sms(scratch_.experts, sms));
   }
   // Rows home: y = their sums, and the shared experts' outputs.
   void combine(device_stream stream, matrix_view<S> y) {
@@ -202,19 +194,19 @@ class layer_backward_steps {
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared(device_stream stream, const product_sms& sms = {}) {
+  void shared(device_stream stream, int sms = 0) {
     if (!plan_.has_shared()) return;
     plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_, {}, params_.shared,
                                 saved_.shared, deferred_.shared,
                                 {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
-                                with_sms(scratch_.shared, sms));
+                                with_first_sms(scratch_.shared, sms));
   }
-  void experts(device_stream stream, const product_sms& sms = {}) {
+  void experts(device_stream stream, int sms = 0) {
     auto& arrived = exchange_.on(stream);
-    plan_.experts.backward_input(stream, saved_.handle.rows(), arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
-                                 arrived.arrived(dy_, deferred_.dy_received),
-                                 {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts,
-                                 deferred_.experts, dpairs(), scratch_.dpair_weights, with_sms(scratch_.experts, sms));
+    plan_.experts.backward_input(
+        stream, saved_.handle.rows(), arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        arrived.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, params_.experts,
+        saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights, with_first_sms(scratch_.experts, sms));
   }
   // Home: dx = sums of rows, and the shared experts' part; and the gradients of the routing weights.
   void combine(device_stream stream, matrix_view<S> dx) {
@@ -276,15 +268,15 @@ class layer_weight_steps {
   }
 
   // Of routed and shared experts.
-  void experts(device_stream stream, const gradients& grads, write mode, const product_sms& sms = {}) const {
+  void experts(device_stream stream, const gradients& grads, write mode, int sms = 0) const {
     layer_exchange<Layer> exchange(layer_, plan_, layer_.comm());
     plan_.experts.backward_weights(
         stream, saved_.handle.rows(), exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
         exchange.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, saved_.experts,
-        deferred_.experts, grads.experts, mode, with_sms(deferred_.experts_scratch, sms));
+        deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
     if (plan_.has_shared())
       plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, {}, saved_.shared, deferred_.shared, grads.shared,
-                                    mode, with_sms(deferred_.shared_scratch, {0, sms.all}));
+                                    mode, deferred_.shared_scratch);
   }
   void gate(device_stream stream, const gradients& grads, write mode) const {
     const matrix_view<const A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
