@@ -47,22 +47,22 @@ struct transport_case {
 /// Constants of a machine. Defaults: 4 H200 behind NVSwitch, fitted by least squares of relative errors to the figures
 /// in bench/results/gpu_ranks_2.json and gpu_ranks_4.json; tests/dispatch/transport_cost_test.cpp compares them.
 struct transport_machine {
-  int num_sms = 132;                ///< Of a GPU.
-  double store_gb_s = 353;          ///< Out of a GPU by bulk stores, all SMs together.
-  double sm_store_gb_s = 51.2;      ///< By bulk stores of one SM, rows that stay among them.
-  double copy_gb_s = 360;           ///< Out of a GPU by copy engines, one stream of copies.
-  double streams_copy_gb_s = 224;   ///< The same by several streams at once, all together.
-  double copy_us = 3.5;             ///< Of one more copy behind another.
-  double memory_gb_s = 3570;        ///< Read and written by kernels that add rows up on all SMs.
-  double sm_pair_gb_s = 68.5;       ///< Expert rows that one SM adds up in the kernel that sends sums.
-  double sm_returned_gb_s = 13.75;  ///< Sums that one SM of that kernel sends and adds at home.
-  double send_us = 9.8;             ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
-  double send_us_per_peer = 0.8;    ///< The same for each further rank.
-  double sums_us = 20;              ///< Of the kernel that sends sums, beside its bytes.
-  double copied_send_us = 15.5;     ///< Of copies, beside them: three small kernels and two events.
-  double copied_sums_us = 25;       ///< Of copies on the way home and the kernels around them, beside those of a chunk.
+  int num_sms = 132;               ///< Of a GPU.
+  double store_gb_s = 350;         ///< Out of a GPU by bulk stores, all SMs together.
+  double sm_store_gb_s = 51;       ///< By bulk stores of one SM, rows that stay among them.
+  double copy_gb_s = 360;          ///< Out of a GPU by copy engines, one stream of copies.
+  double streams_copy_gb_s = 223;  ///< The same by several streams at once, all together.
+  double copy_us = 4.1;            ///< Of one more copy behind another.
+  double memory_gb_s = 3530;       ///< Read and written by kernels that add rows up on all SMs.
+  double sm_pair_gb_s = 59.6;      ///< Expert rows that one SM adds up in the kernel that sends sums.
+  double sm_returned_gb_s = 18.5;  ///< Sums that one SM of that kernel sends and adds at home.
+  double send_us = 5.8;            ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
+  double send_us_per_peer = 1.3;   ///< The same for each further rank.
+  double sums_us = 13.3;           ///< Of the kernel that sends sums, beside its bytes.
+  double copied_send_us = 10.8;    ///< Of copies, beside them: three small kernels and two events.
+  double copied_sums_us = 28;      ///< Of copies on the way home and the kernels around them, beside those of a chunk.
   /// A kernel of a chunk. With the figures' 4 chunks only `copied_sums_us` and 12 of these together are known.
-  double small_kernel_us = 3.6;
+  double small_kernel_us = 3;
 };
 
 /// Ranks that own an expert of a token, on average: `R (1 - C(E - E/R, K) / C(E, K))`.
