@@ -19,4 +19,11 @@ struct expert_rows {
   const std::int32_t* gather = nullptr;       ///< `[row_offsets[num_local_experts]]`; null means row `i` reads row `i`.
 };
 
+/// Expert rows whose type says that there is a list, unless there are no rows: device code for rows without one need
+/// not be compiled.
+struct listed_rows : expert_rows {};
+
+/// Expert rows whose type says that there is no list, in the same sense.
+struct rows_in_place : expert_rows {};
+
 TESSERA_NAMESPACE_END

@@ -6,6 +6,7 @@
 /// The expert: up-projection, activation, down-projection over rows sorted by expert; forward, and a backward in two
 /// parts that may run at different times.
 
+#include <concepts>
 #include <cstdint>
 
 #include <tessera/core/expert_rows.hpp>
@@ -163,9 +164,11 @@ class experts {
                pair_weights<accumulate> weighting, const weights& w, const saved_view& saved, matrix_view<storage> y,
                const forward_scratch& scratch) const;
   /// Device half: enqueues on `stream`; all pointers, those in `rows` included, are device memory.
-  void forward(device_stream stream, const expert_rows& rows, matrix_view<const storage> x,
-               pair_weights<accumulate> weighting, const weights& w, const saved_view& saved, matrix_view<storage> y,
-               const forward_scratch& scratch) const;
+  /// @tparam Rows `expert_rows`, or a type that says more. @tparam Weighting `pair_weights`, or a type that says more.
+  template <class Rows = expert_rows, class Weighting = pair_weights<accumulate>>
+  requires std::derived_from<Rows, expert_rows> && std::derived_from<Weighting, pair_weights<accumulate>>
+  void forward(device_stream stream, const Rows& rows, matrix_view<const storage> x, const Weighting& weighting,
+               const weights& w, const saved_view& saved, matrix_view<storage> y, const forward_scratch& scratch) const;
 
   /// Gradients of the inputs and of the pair weights. Nothing is written when it throws.
   /// @param stream   Order of the work.
@@ -187,8 +190,11 @@ class experts {
                       const saved_view& saved, const deferred_view& deferred, matrix_view<storage> dx,
                       accumulate* dpair_weights, const backward_input_scratch& scratch) const;
   /// Device half: enqueues on `stream`; all pointers, those in `rows` included, are device memory.
-  void backward_input(device_stream stream, const expert_rows& rows, matrix_view<const storage> x,
-                      matrix_view<const storage> dy, pair_weights<accumulate> weighting, const weights& w,
+  /// @tparam Rows `expert_rows`, or a type that says more. @tparam Weighting `pair_weights`, or a type that says more.
+  template <class Rows = expert_rows, class Weighting = pair_weights<accumulate>>
+  requires std::derived_from<Rows, expert_rows> && std::derived_from<Weighting, pair_weights<accumulate>>
+  void backward_input(device_stream stream, const Rows& rows, matrix_view<const storage> x,
+                      matrix_view<const storage> dy, const Weighting& weighting, const weights& w,
                       const saved_view& saved, const deferred_view& deferred, matrix_view<storage> dx,
                       accumulate* dpair_weights, const backward_input_scratch& scratch) const;
 
@@ -211,8 +217,11 @@ class experts {
                         const deferred_view& deferred, const gradients& g, write mode,
                         const backward_weights_scratch& scratch) const;
   /// Device half: enqueues on `stream`; all pointers, those in `groups` included, are device memory.
-  void backward_weights(device_stream stream, const expert_rows& groups, matrix_view<const storage> x,
-                        matrix_view<const storage> dy, pair_weights<accumulate> weighting, const saved_view& saved,
+  /// @tparam Rows `expert_rows`, or a type that says more. @tparam Weighting `pair_weights`, or a type that says more.
+  template <class Rows = expert_rows, class Weighting = pair_weights<accumulate>>
+  requires std::derived_from<Rows, expert_rows> && std::derived_from<Weighting, pair_weights<accumulate>>
+  void backward_weights(device_stream stream, const Rows& groups, matrix_view<const storage> x,
+                        matrix_view<const storage> dy, const Weighting& weighting, const saved_view& saved,
                         const deferred_view& deferred, const gradients& g, write mode,
                         const backward_weights_scratch& scratch) const;
 

@@ -57,4 +57,11 @@ struct pair_weights {
   weight_on applied = weight_on::output;  ///< Forward and backward must agree.
 };
 
+/// Pair weights whose type says that they apply to the output: device code for others need not be compiled.
+template <class A>
+struct output_weights : pair_weights<A> {
+  /// @param of_pairs `values`.
+  explicit output_weights(const A* of_pairs = nullptr) : pair_weights<A>{of_pairs, weight_on::output} {}
+};
+
 TESSERA_NAMESPACE_END

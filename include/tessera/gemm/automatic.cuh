@@ -62,7 +62,7 @@ class device_products {
     if (on_hopper_)
       (hopper_ = gemm::hopper::device::current()).tile_counter = tile_counter;
     else
-      portable_ = gemm::portable::device::current();
+      portable_ = {gemm::portable::device::current()};
   }
 
   /// The same products by launches that keep to `sm_budget` multiprocessors. @param sm_budget 0: all.
@@ -114,7 +114,11 @@ class device_products {
 
   bool on_hopper_ = may_be_hopper;
   gemm::hopper::device hopper_;
-  gemm::portable::device portable_;
+  // where code for sm_90a has Hopper's products, it does without these
+  struct portable_device : gemm::portable::device {
+    static constexpr bool beside_hopper = !may_be_hopper;
+  };
+  portable_device portable_;
 };
 
 }  // namespace detail

@@ -16,6 +16,7 @@
 /// Columns and lengths of sums are multiples of 8, rows start at multiples of 16 bytes; row counts are arbitrary,
 /// groups may be empty, and what lies beyond the last row is neither used nor written.
 
+#include <concepts>
 #include <cstdint>
 
 #include <tessera/core/dtype.hpp>
@@ -44,6 +45,8 @@ struct device {
   /// Of the calling thread's current device.
   /// @throws invalid_argument if its compute capability is below 8.0. @throws cuda_error if the runtime fails.
   static device current();
+
+  static constexpr bool beside_hopper = true;  ///< Whether code for sm_90a, too, has the kernels of its launches.
 };
 
 /// How a launch is made.
@@ -58,8 +61,8 @@ struct launch_options {
 /// @param a Rows of `[K]`. @param b `[G]` matrices. @param bias `[G, N]` or null. @param c `[max_rows, N]`.
 /// @param mode Whether the old content is added. @param options How the launch is made.
 /// @throws invalid_argument if an extent, a stride or an address does not fit; nothing is enqueued then.
-template <contiguous Order, gathered Rows, class TC>
-void variable_m(device_stream stream, const device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
+template <contiguous Order, gathered Rows, class TC, std::derived_from<device> Device>
+void variable_m(device_stream stream, const Device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
                 row_operand<bfloat16> a, group_operand<const bfloat16> b, const bfloat16* bias, matrix_view<TC> c,
                 write mode = write::overwrite, const launch_options& options = {});
 
@@ -72,8 +75,8 @@ void variable_m(device_stream stream, const device& d, const row_groups& groups,
 /// @param bias `[G, U]` or null. @param h `[max_rows, U]`. @param out `[max_rows, n]`. @param activation Its options.
 /// @param options How the launch is made.
 /// @throws invalid_argument if an extent, a stride or an address does not fit; nothing is enqueued then.
-template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
-void variable_m_activation(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved, std::derived_from<device> Device>
+void variable_m_activation(device_stream stream, const Device& d, const row_groups& groups, std::int64_t n,
                            std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
                            const bfloat16* bias, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
                            const typename Activation::options& activation, const launch_options& options = {});
@@ -90,8 +93,8 @@ void variable_m_activation(device_stream stream, const device& d, const row_grou
 /// @param parts `[num_weight_parts(n), max_rows]`, or null. @param activation Its options.
 /// @param options How the launch is made.
 /// @throws invalid_argument if an extent, a stride or an address does not fit; nothing is enqueued then.
-template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
-void variable_m_activation_backward(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved, std::derived_from<device> Device>
+void variable_m_activation_backward(device_stream stream, const Device& d, const row_groups& groups, std::int64_t n,
                                     std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
                                     const float* weights, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
                                     float* parts, const typename Activation::options& activation,
@@ -104,8 +107,8 @@ void variable_m_activation_backward(device_stream stream, const device& d, const
 /// Columns of each matrix of `c`. @param a Rows of `[M]`. @param b Rows of `[N]`. @param c `[G]` matrices with
 /// `col_stride == 1`. @param mode Whether the old content is added. @param options How the launch is made.
 /// @throws invalid_argument if an extent, a stride or an address does not fit; nothing is enqueued then.
-template <gathered Rows, class TC>
-void variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
+template <gathered Rows, class TC, std::derived_from<device> Device>
+void variable_k(device_stream stream, const Device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
                 row_operand<bfloat16> a, row_operand<bfloat16> b, group_operand<TC> c, write mode = write::overwrite,
                 const launch_options& options = {});
 

@@ -111,6 +111,14 @@ inline unsigned row_blocks(std::int64_t max_rows) {
   return static_cast<unsigned>(max_rows < 1 ? 1 : (max_rows < 2048 ? max_rows : 2048));
 }
 
+// `to[i] = weights[i] * from[source of i]`, at most `max_rows` rows.
+template <class S>
+void weigh_rows(device_stream stream, const expert_rows& rows, const float* weights, matrix_view<const S> from,
+                std::int64_t max_rows, matrix_view<S> to) {
+  weigh_rows_kernel<S><<<row_blocks(max_rows), row_kernel_threads, 0, stream.get()>>>(rows, weights, from, to);
+  expect_launched("weigh_rows_kernel");
+}
+
 template <class T, class G>
 void sum_columns(device_stream stream, const expert_rows& groups, const float* weights, matrix_view<const T> from,
                  G* sums, bool accumulate) {

@@ -93,22 +93,9 @@ __device__ __forceinline__ void write_row_sums(const typename Epilogue::params& 
   Epilogue::write_row_sum(p, t.m + offset, t.n, row_sums[0][offset] + (both ? row_sums[1][offset] : 0.0f));
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-inline constexpr int launch_bound = threads;
-#else
-// Code for devices without the instructions does nothing. This makes its launch an error.
-inline constexpr int launch_bound = 32;
-#endif
-
-}  // namespace portable
-
-/// A grouped product. @tparam Product Which extent is variable. @tparam OrderB Order of B in `variable_m`; in
-/// `variable_k` both operands are `mn`. @tparam Epilogue What becomes of the sums.
-template <portable::product Product, portable::contiguous OrderB, class Epilogue>
-__global__ void __launch_bounds__(portable::launch_bound, 2) multiply_tiles_kernel(
-    [[maybe_unused]] const __grid_constant__ portable::multiply_params<typename Epilogue::params> p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  using namespace portable;
+/// What each block does.
+template <product Product, contiguous OrderB, class Epilogue>
+__device__ __forceinline__ void multiply_tiles(const multiply_params<typename Epilogue::params>& p) {
   static constexpr contiguous order_a = Product == product::variable_k ? contiguous::mn : contiguous::k;
   static constexpr contiguous order_b = Product == product::variable_k ? contiguous::mn : OrderB;
   static constexpr int step_n = Epilogue::split ? tile_rows / 2 : tile_rows;
@@ -153,6 +140,29 @@ __global__ void __launch_bounds__(portable::launch_bound, 2) multiply_tiles_kern
       if (has_results) write_sums<Epilogue>(p.epilogue, t, row, column, sums, nullptr);
     }
   }
+}
+
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 800 && !defined(__CUDA_ARCH_FEAT_SM90_ALL))
+template <bool Everywhere>
+inline constexpr bool has_code = true;
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <bool Everywhere>
+inline constexpr bool has_code = Everywhere;
+#else
+template <bool Everywhere>
+inline constexpr bool has_code = false;  // devices without the instructions
+#endif
+
+}  // namespace portable
+
+/// A grouped product. @tparam Product Which extent is variable. @tparam OrderB Order of B in `variable_m`; in
+/// `variable_k` both operands are `mn`. @tparam Epilogue What becomes of the sums. @tparam Everywhere Whether there is
+/// code for sm_90a, too. Where there is none, a launch is an error, because it has more threads than are allowed.
+template <portable::product Product, portable::contiguous OrderB, class Epilogue, bool Everywhere>
+__global__ void __launch_bounds__(portable::has_code<Everywhere> ? portable::threads : 32, 2) multiply_tiles_kernel(
+    [[maybe_unused]] const __grid_constant__ portable::multiply_params<typename Epilogue::params> p) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (portable::has_code<Everywhere>) portable::multiply_tiles<Product, OrderB, Epilogue>(p);
 #endif
 }
 

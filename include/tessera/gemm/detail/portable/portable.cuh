@@ -41,10 +41,11 @@ inline int grid_for(const device& d, const problem& p, const launch_options& opt
   return static_cast<int>(blocks < most ? blocks : most);
 }
 
-/// Enqueues one kernel. @param stream Where. @param grid Its blocks. @param p Its parameters.
-template <product Product, contiguous OrderB, class Epilogue>
+/// Enqueues one kernel. @tparam Everywhere Whether it is compiled for sm_90a, too. @param stream Where. @param grid Its
+/// blocks. @param p Its parameters.
+template <product Product, contiguous OrderB, class Epilogue, bool Everywhere>
 void launch(device_stream stream, int grid, const multiply_params<typename Epilogue::params>& p) {
-  const auto kernel = multiply_tiles_kernel<Product, OrderB, Epilogue>;
+  const auto kernel = multiply_tiles_kernel<Product, OrderB, Epilogue, Everywhere>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
              "cudaFuncSetAttribute");
   cudaLaunchConfig_t launch_config{};
@@ -57,8 +58,8 @@ void launch(device_stream stream, int grid, const multiply_params<typename Epilo
 
 /// Everything that the products with variable M have in common. @param shape Bounds. @param split Distance from a gate
 /// to its up value in the rows of b, or 0.
-template <contiguous Order, gathered Rows, class Epilogue>
-void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
+template <contiguous Order, gathered Rows, class Epilogue, class Device>
+void enqueue_variable_m(device_stream stream, const Device& d, const problem& shape, const row_groups& groups,
                         std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
                         const typename Epilogue::params& epilogue, const launch_options& options) {
   expect_sums<Rows>(shape.k, a);
@@ -73,7 +74,7 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   p.b = {b.data, b.group_stride, line_stride, nullptr};
   p.split = static_cast<int>(split);
   p.epilogue = epilogue;
-  launch<product::variable_m, Order, Epilogue>(stream, grid, p);
+  launch<product::variable_m, Order, Epilogue, Device::beside_hopper>(stream, grid, p);
 }
 
 }  // namespace detail::portable
@@ -99,8 +100,8 @@ inline device device::current() {
   return d;
 }
 
-template <contiguous Order, gathered Rows, class TC>
-void variable_m(device_stream stream, const device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
+template <contiguous Order, gathered Rows, class TC, std::derived_from<device> Device>
+void variable_m(device_stream stream, const Device& d, const row_groups& groups, std::int64_t N, std::int64_t K,
                 row_operand<bfloat16> a, group_operand<const bfloat16> b, const bfloat16* bias, matrix_view<TC> c,
                 write mode, const launch_options& options) {
   using namespace tessera::detail::portable;
@@ -116,8 +117,8 @@ void variable_m(device_stream stream, const device& d, const row_groups& groups,
       options);
 }
 
-template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
-void variable_m_activation(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved, std::derived_from<device> Device>
+void variable_m_activation(device_stream stream, const Device& d, const row_groups& groups, std::int64_t n,
                            std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
                            const bfloat16* bias, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
                            const typename Activation::options& activation, const launch_options& options) {
@@ -135,8 +136,8 @@ void variable_m_activation(device_stream stream, const device& d, const row_grou
       {h.data, h.stride, out.data, out.stride, static_cast<int>(n), bias, activation}, options);
 }
 
-template <contiguous Order, gathered Rows, class Activation, bool Interleaved>
-void variable_m_activation_backward(device_stream stream, const device& d, const row_groups& groups, std::int64_t n,
+template <contiguous Order, gathered Rows, class Activation, bool Interleaved, std::derived_from<device> Device>
+void variable_m_activation_backward(device_stream stream, const Device& d, const row_groups& groups, std::int64_t n,
                                     std::int64_t K, row_operand<bfloat16> a, group_operand<const bfloat16> b,
                                     const float* weights, matrix_view<bfloat16> h, matrix_view<bfloat16> out,
                                     float* parts, const typename Activation::options& activation,
@@ -154,8 +155,8 @@ void variable_m_activation_backward(device_stream stream, const device& d, const
       options);
 }
 
-template <gathered Rows, class TC>
-void variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
+template <gathered Rows, class TC, std::derived_from<device> Device>
+void variable_k(device_stream stream, const Device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
                 row_operand<bfloat16> a, row_operand<bfloat16> b, group_operand<TC> c, write mode,
                 const launch_options& options) {
   using namespace tessera::detail::portable;
@@ -173,7 +174,7 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
   p.a = {a.data, 0, a.stride, a.gather};
   p.b = {b.data, 0, b.stride, b.gather};
   p.epilogue = {c.data, c.group_stride, c.row_stride, static_cast<int>(N), mode == write::accumulate, nullptr};
-  launch<product::variable_k, contiguous::mn, epilogue>(stream, grid_for(d, shape, options), p);
+  launch<product::variable_k, contiguous::mn, epilogue, Device::beside_hopper>(stream, grid_for(d, shape, options), p);
 }
 
 }  // namespace gemm::portable

@@ -43,9 +43,19 @@ Scratch with_first_sms(Scratch scratch, int sms) {
   return scratch;
 }
 
-inline expert_rows one_group(device_stream stream, std::int32_t* offsets, std::int64_t num_tokens) {
+inline rows_in_place one_group(device_stream stream, std::int32_t* offsets, std::int64_t num_tokens) {
   fill_chunk_offsets(stream, offsets, num_tokens, 0);
-  return {1, offsets, nullptr};
+  return {{1, offsets, nullptr}};
+}
+
+// The pair weights of routed experts, of a type that says where they apply.
+template <class Layer>
+auto weights_of_pairs(const typename Layer::accumulate* values) {
+  using A = typename Layer::accumulate;
+  if constexpr (layer_plan<Layer>::weights_on == weight_on::output)
+    return output_weights<A>(values);
+  else
+    return pair_weights<A>{values, weight_on::input};
 }
 
 template <class Layer>
@@ -97,13 +107,14 @@ class layer_forward_steps {
   bool has_shared() const { return plan_.has_shared(); }
   void shared(device_stream stream, int sms = 0) {
     if (!plan_.has_shared()) return;
-    plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, {}, params_.shared,
-                         saved_.shared, {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
+    plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, output_weights<A>(),
+                         params_.shared, saved_.shared,
+                         {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
                          with_first_sms(scratch_.shared, sms));
   }
   void experts(device_stream stream, int sms = 0) {
-    plan_.experts.forward(stream, saved_.handle.rows(), exchange_.on(stream).arrived(x_, received()),
-                          {saved_.handle.pair_weights, plan_.weights_on}, params_.experts, saved_.experts, pairs(),
+    plan_.experts.forward(stream, listed_rows{saved_.handle.rows()}, exchange_.on(stream).arrived(x_, received()),
+                          weights_of_pairs<Layer>(saved_.handle.pair_weights), params_.experts, saved_.experts, pairs(),
                           with_first_sms(scratch_.experts, sms));
   }
   // Rows home: y = their sums, and the shared experts' outputs.
@@ -196,17 +207,18 @@ class layer_backward_steps {
   bool has_shared() const { return plan_.has_shared(); }
   void shared(device_stream stream, int sms = 0) {
     if (!plan_.has_shared()) return;
-    plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_, {}, params_.shared,
-                                saved_.shared, deferred_.shared,
+    plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_,
+                                output_weights<A>(), params_.shared, saved_.shared, deferred_.shared,
                                 {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
                                 with_first_sms(scratch_.shared, sms));
   }
   void experts(device_stream stream, int sms = 0) {
     auto& arrived = exchange_.on(stream);
     plan_.experts.backward_input(
-        stream, saved_.handle.rows(), arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
-        arrived.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, params_.experts,
-        saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights, with_first_sms(scratch_.experts, sms));
+        stream, listed_rows{saved_.handle.rows()}, arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        arrived.arrived(dy_, deferred_.dy_received), weights_of_pairs<Layer>(saved_.handle.pair_weights),
+        params_.experts, saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights,
+        with_first_sms(scratch_.experts, sms));
   }
   // Home: dx = sums of rows, and the shared experts' part; and the gradients of the routing weights.
   void combine(device_stream stream, matrix_view<S> dx) {
@@ -271,12 +283,12 @@ class layer_weight_steps {
   void experts(device_stream stream, const gradients& grads, write mode, int sms = 0) const {
     layer_exchange<Layer> exchange(layer_, plan_, layer_.comm());
     plan_.experts.backward_weights(
-        stream, saved_.handle.rows(), exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
-        exchange.arrived(dy_, deferred_.dy_received), {saved_.handle.pair_weights, plan_.weights_on}, saved_.experts,
-        deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
+        stream, listed_rows{saved_.handle.rows()}, exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
+        exchange.arrived(dy_, deferred_.dy_received), weights_of_pairs<Layer>(saved_.handle.pair_weights),
+        saved_.experts, deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
     if (plan_.has_shared())
-      plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, {}, saved_.shared, deferred_.shared, grads.shared,
-                                    mode, deferred_.shared_scratch);
+      plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, output_weights<A>(), saved_.shared,
+                                    deferred_.shared, grads.shared, mode, deferred_.shared_scratch);
   }
   void gate(device_stream stream, const gradients& grads, write mode) const {
     const matrix_view<const A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
@@ -289,9 +301,9 @@ class layer_weight_steps {
 
  private:
   // The chunks that gradients of replicated parameters come in.
-  expert_rows chunks(device_stream stream) const {
+  rows_in_place chunks(device_stream stream) const {
     fill_chunk_offsets(stream, deferred_.chunk_offsets, x_.rows, plan_.chunk_tokens);
-    return {static_cast<std::int32_t>(num_chunks(x_.rows, plan_.chunk_tokens)), deferred_.chunk_offsets, nullptr};
+    return {{static_cast<std::int32_t>(num_chunks(x_.rows, plan_.chunk_tokens)), deferred_.chunk_offsets, nullptr}};
   }
 
   const Layer& layer_;
