@@ -9,18 +9,13 @@
 #include <tessera/moe/moe_layer.cuh>
 
 #include "gpu_timing.cuh"
+#include "layer_shape.hpp"
 
 namespace {
 
 namespace ts = tessera;
 using namespace tessera_bench;
 using ts::bfloat16;
-
-struct layer_shape {
-  const char* name;
-  std::int64_t T, d, n;
-  int E, K;
-};
 
 constexpr layer_shape shapes[] = {
     {"7B_n256", 24576, 1536, 256, 128, 8},          {"30B_n256", 32768, 4096, 256, 256, 16},

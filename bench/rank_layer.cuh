@@ -12,14 +12,9 @@
 #include <tessera/moe/moe_layer.cuh>
 
 #include "gpu_timing.cuh"
+#include "layer_shape.hpp"
 
 namespace tessera_bench {
-
-struct layer_shape {
-  const char* name;
-  std::int64_t T, d, n;
-  int E, K;
-};
 
 using spread_layer =
     tessera::moe_layer<tessera::router<tessera::score::softmax, tessera::select::top_k, tessera::weigh::normalized>,

@@ -249,6 +249,7 @@ TEST_CASE("the model agrees with what was measured on 2 and 4 H200 within 15 per
     CHECK(ts::dispatch_time(kind::all_to_all, c).us == doctest::Approx(b.dispatch_us).epsilon(0.15));
     CHECK(ts::combine_time(kind::all_to_all, c).us == doctest::Approx(b.combine_us).epsilon(0.15));
   }
+  // all_gather is not in those files; its figures are of an earlier run of the same benchmark
   CHECK(ts::dispatch_time(kind::all_gather, sizes(2, 4096)).us == doctest::Approx(171.8).epsilon(0.15));
   CHECK(ts::dispatch_time(kind::all_gather, sizes(4, 4096)).us == doctest::Approx(515.3).epsilon(0.15));
 }
@@ -291,7 +292,7 @@ TEST_CASE("the model is worse where few tokens travel") {
     int ranks;
     double dispatch_us, combine_us, combine_tolerance;
   };
-  for (const figure& f : {figure{2, 10.3, 14.3, 0.45}, {4, 20.4, 28.6, 0.15}}) {
+  for (const figure& f : {figure{2, 10.3, 14.3, 0.4}, {4, 20.4, 28.6, 0.15}}) {
     CAPTURE(f.ranks);
     CHECK(ts::dispatch_time(kind::all_to_all, sizes(f.ranks, 128)).us == doctest::Approx(f.dispatch_us).epsilon(0.2));
     CHECK(ts::combine_time(kind::all_to_all, sizes(f.ranks, 128)).us ==

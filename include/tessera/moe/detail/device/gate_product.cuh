@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include <tessera/core/detail/launch.cuh>
@@ -71,10 +72,7 @@ static __global__ void __launch_bounds__(256) split_kernel(const __grid_constant
 inline void launch_split(device_stream stream, const split_task& task) {
   const std::int64_t blocks = (task.from.rows * (task.from.cols / 8) + 255) / 256;
   launch_early(stream, "split_kernel", split_kernel,
-               dim3(static_cast<unsigned>(blocks < 1      ? 1
-                                          : blocks < 1056 ? blocks
-                                                          : 1056)),
-               256, 0, task);
+               dim3(static_cast<unsigned>(std::clamp<std::int64_t>(blocks, 1, 1056))), 256, 0, task);
 }
 
 // `c(i, j) += bias[j]`.

@@ -1,0 +1,17 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The sizes of a layer that the GPU benchmarks measure.
+
+#include <cstdint>
+
+namespace tessera_bench {
+
+struct layer_shape {
+  const char* name;
+  std::int64_t T, d, n;
+  int E, K;
+};
+
+}  // namespace tessera_bench
