@@ -98,16 +98,10 @@ __launch_bounds__(row_threads) TESSERA_KERNEL add_rows_kernel(const __grid_const
     }
 #pragma unroll
     for (int n = 0; n < batch; ++n) {
-      if (place[n] < 0) continue;
-#pragma unroll
-      for (int j = 0; j < Width; ++j) sum[j] += weight[n] * widen<A>(row[n].value[j]);
+      if (place[n] >= 0) add_elements(sum, row[n], weight[n]);
     }
   }
-  const auto add = [&](const S* from) {
-    const auto row = load_once<S, Width>(from + column);
-#pragma unroll
-    for (int j = 0; j < Width; ++j) sum[j] += widen<A>(row.value[j]);
-  };
+  const auto add = [&](const S* from) { add_elements(sum, load_once<S, Width>(from + column)); };
   const std::int64_t hidden = task.sums.cols;
   task.within.for_each(token.rail, [&](int number) { add(task.within.rows + number * hidden); });
   task.across.for_each(token.own, [&](int number) { add(task.across.rows + number * hidden); });

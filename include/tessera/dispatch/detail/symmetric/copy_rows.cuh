@@ -101,11 +101,7 @@ __device__ __forceinline__ void sum_row(const sum_rows_task<S, A, Out>& task, in
   if (task.summed) {
     bool any = false;
     for (int k = 0; k < task.top_k; ++k) any = any || __ldg(places + k) != -1;
-    if (any) {
-      const auto own = load_once<S, Width>(task.rows.row(row) + column);
-#pragma unroll
-      for (int j = 0; j < Width; ++j) sum[j] += widen<A>(own.value[j]);  // -0 becomes 0, as everywhere
-    }
+    if (any) add_elements(sum, load_once<S, Width>(task.rows.row(row) + column));  // -0 becomes 0, as everywhere
   } else {
     const bool any = add_expert_rows<Batch>(sum, task.rows, places, task.top_k, column, [&](int, std::int32_t place) {
       return task.weights != nullptr ? __ldg(task.weights + place) : A(1);
@@ -125,16 +121,10 @@ __device__ __forceinline__ void sum_row(const sum_rows_task<S, A, Out>& task, in
       }
 #pragma unroll
       for (int i = 0; i < Batch; ++i) {
-        if (((others >> (first + i)) & 1u) == 0) continue;
-#pragma unroll
-        for (int j = 0; j < Width; ++j) sum[j] += widen<A>(part[i].value[j]);
+        if (((others >> (first + i)) & 1u) != 0) add_elements(sum, part[i]);
       }
     }
-    if (task.plus.data != nullptr) {
-      const auto plus = load_once<S, Width>(task.plus.row(token) + column);
-#pragma unroll
-      for (int j = 0; j < Width; ++j) sum[j] += widen<A>(plus.value[j]);
-    }
+    if (task.plus.data != nullptr) add_elements(sum, load_once<S, Width>(task.plus.row(token) + column));
   }
   elements<Out, Width> out;
 #pragma unroll

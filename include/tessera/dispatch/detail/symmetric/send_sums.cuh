@@ -49,15 +49,16 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
   const int hidden = static_cast<int>(task.y.cols);
   // Three steps, a token apart, so that no step waits for the loads of the one before. Plain loads: this kernel starts
   // before what they read is written, and others could be moved ahead of the wait for it.
-  const auto look_up = [&](sum_item<A>& item) {
+  const auto look_up = [&](sum_item<S, A>& item) {
     item.place = -1;
     item.others = 0;
     if (walk.at_end(item.at)) return;
     if (lane < task.top_k) item.place = task.expert_row_of[row_of(item.at) * task.top_k + lane];
     if constexpr (Home) item.others = task.destinations[item.at.token];
   };
-  const auto resolve = [&](sum_item<A>& item) {
+  const auto resolve = [&](sum_item<S, A>& item) {
     item.weight = A(1);
+    item.weighted = item.plain = nullptr;
     item.begin = item.end = 0;
     item.weighted_here = item.plain_here = 0;
     if (walk.at_end(item.at)) return;
@@ -68,12 +69,13 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
       item.weight = task.weights[item.place];
     }
     item.weighted_here = __ballot_sync(full_warp, item.place >= 0);
+    if (item.place >= 0) item.weighted = task.pairs.row(item.place);
     if (!complete(item, any)) return;
     const int columns = (Home ? task.home_plan : task.plan).part_pieces * piece;
     item.begin = item.at.part * columns;
     item.end = min(item.begin + columns, hidden);
   };
-  sum_item<A> item, next;
+  sum_item<S, A> item, next;
   fetch_cursor at, then;
   walk.enter(item.at);
   look_up(item);
@@ -82,11 +84,11 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
   // The first rows are under way before this warp knows its next unit, which all warps ask for at this time.
   next.begin = next.end = 0;
   then = {};
-  if (!walk.at_end(item.at)) stream.fill(task, item, at, next, then, ready);
+  if (!walk.at_end(item.at)) stream.template fill<Home>(item, at, next, then, ready);
   next.at = walk.after(item.at);
   look_up(next);
   while (!walk.at_end(item.at)) {
-    sum_item<A> later;
+    sum_item<S, A> later;
     later.at = walk.after(next.at);
     look_up(later);
     resolve(next);
@@ -96,7 +98,7 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
       unsigned weighted = item.weighted_here;
       unsigned plain = item.plain_here;
       while ((weighted | plain) != 0) {
-        stream.fill(task, item, at, next, then, ready);
+        stream.template fill<Home>(item, at, next, then, ready);
         const A weight = __shfl_sync(full_warp, item.weight, __ffs(static_cast<int>(weighted)) - 1);
         stream.add(sum, weighted != 0 ? weight : A(1));
         if (weighted != 0) {
@@ -131,8 +133,8 @@ __device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std:
       [&](const unit_place& at) {
         return static_cast<std::int64_t>(peer_of_send(view, at.peer)) * task.max_tokens + at.token;
       },
-      [&](sum_item<A>&, bool any) { return any; }, [](const sum_item<A>&, bool) { return true; },
-      [&](const sum_item<A>& item, int begin, A(&sum)[sum_vectors][width]) {
+      [&](sum_item<S, A>&, bool any) { return any; }, [](const sum_item<S, A>&, bool) { return true; },
+      [&](const sum_item<S, A>& item, int begin, A(&sum)[sum_vectors][width]) {
         if (!entered) {
           // peers may be written to once their streams have come here
           if (lane < view.size && lane != view.rank)
@@ -177,12 +179,13 @@ __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std:
   add_up<true>(
       task, walk, lane, stream,
       [&](const unit_place& at) { return static_cast<std::int64_t>(view.rank) * task.max_tokens + at.token; },
-      [&](sum_item<A>& item, bool) {
+      [&](sum_item<S, A>& item, bool) {
         item.plain_here = item.others & ~(1u << view.rank);
         if (task.plus.data != nullptr) item.plain_here |= 1u << view.size;
+        if ((item.plain_here >> lane & 1) != 0) item.plain = task.plain_row(lane, item.at.token);
         return true;
       },
-      [&](const sum_item<A>& item, bool idle) {
+      [&](const sum_item<S, A>& item, bool idle) {
         const int unit = task.plan.flag_of(task.home_plan, item.at.chunk, item.at.part);
         if (unit == arrived || !usable) return true;
         bool here = true;
@@ -203,7 +206,7 @@ __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std:
         bulk::fence_global();  // what peers wrote is read by the copy engine
         return true;
       },
-      [&](const sum_item<A>& item, int begin, A(&sum)[sum_vectors][width]) {
+      [&](const sum_item<S, A>& item, int begin, A(&sum)[sum_vectors][width]) {
 #pragma unroll
         for (int v = 0; v < sum_vectors; ++v) {
           const int at = begin + (v * warp_size + lane) * width;
