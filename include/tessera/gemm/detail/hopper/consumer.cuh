@@ -177,7 +177,7 @@ __device__ __forceinline__ void write_steps(const P& p, const float (&sums)[Shap
     barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
     const auto settle = [&] { release_late<Shape, Epilogue>(r, late); };
     if (first_row < t.m_end)
-      Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, first_row, output, r.stage(at.slot) + of_warp, settle);
+      Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, first_row, output, r.step(at.slot) + of_warp, settle);
     else
       settle();
     late = at.slot;

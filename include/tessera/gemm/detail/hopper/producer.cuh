@@ -27,6 +27,8 @@ struct rings {
   __device__ std::uint32_t stage(int slot) const {
     return operands + static_cast<std::uint32_t>(slot) * Shape::stage_bytes;
   }
+  /// What a slot holds in a step of an epilogue: in B's place, where the copy engine alone writes.
+  __device__ std::uint32_t step(int slot) const { return stage(slot) + Shape::chunks_a * chunk_bytes; }
 };
 
 /// Reads a slot of the tile ring and gives it back; every thread for itself.
@@ -195,7 +197,8 @@ template <class Shape, class Epilogue, class P>
 __device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>& r, ring_position<Shape::stages>& at,
                                                  const tile& t, bool leader) {
   static constexpr int bytes = step_bytes<Epilogue>;
-  static_assert(bytes * Shape::consumer_warps <= Shape::stage_bytes, "a step is larger than a slot");
+  static_assert(bytes * Shape::consumer_warps <= Shape::chunks_b * chunk_bytes,
+                "a step is larger than B's part of a slot");
   const int rows = t.m_end - t.m < Shape::tile_m ? t.m_end - t.m : Shape::tile_m;
   const int steps = epilogue_steps<Shape, Epilogue>(t, p.sizes.n);
 #pragma unroll 1
@@ -204,7 +207,7 @@ __device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>&
     const std::uint32_t full = r.full + 8 * static_cast<std::uint32_t>(at.slot);
     if (leader) {
       barrier_arrive_expect(full, static_cast<std::uint32_t>((rows + 15) / 16 * bytes));
-      std::uint32_t target = r.stage(at.slot);
+      std::uint32_t target = r.step(at.slot);
 #pragma unroll 1
       for (int row = 0; row < rows; row += 16, target += bytes)
         Epilogue::load(p.epilogue, target, full, t.m + row, t.n + step * chunk_rows);
