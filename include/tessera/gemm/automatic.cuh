@@ -68,6 +68,7 @@ class device_products {
   /// The same products by launches that keep to `sm_budget` multiprocessors. @param sm_budget 0: all.
   device_products limited(int sm_budget) const {
     device_products result = *this;
+    if (sm_budget > 0 && sm_budget < hopper_.num_multiprocessors) result.hopper_.leaves_room = true;
     for (int* const sms : {&result.hopper_.num_multiprocessors, &result.portable_.num_multiprocessors})
       if (sm_budget > 0 && sm_budget < *sms) *sms = sm_budget;
     return result;

@@ -39,6 +39,8 @@ struct device {
   int num_multiprocessors = 0;                                   ///< Blocks that run at once.
   tessera::detail::hopper::tensor_map_encoder encode = nullptr;  ///< The driver's function for tensor maps.
   std::int32_t* tile_counter = nullptr;                          ///< For launches whose options have none.
+  bool leaves_room = false;  ///< Whether it has more, which are left to other streams: no kernel of this stream starts
+                             ///< there before a launch has ended.
 
   /// Of the calling thread's current device.
   /// @throws invalid_argument if it is not of compute capability 9.0. @throws cuda_error if the runtime fails.

@@ -43,6 +43,12 @@ config configure(const device& d, problem p, const Options& options) {
   return gemm::hopper::choose(p);
 }
 
+/// Whether a launch leaves multiprocessors to others. @param d The device. @param options What the caller asks for.
+template <class Options>
+bool leaves_room(const device& d, const Options& options) {
+  return d.leaves_room || (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors);
+}
+
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
 /// columns Their length. @param fallback Any mapped address, for no rows. @param name For messages.
 inline CUtensorMap row_map(const device& d, const row_operand<bfloat16>& operand, std::int64_t rows,
@@ -95,6 +101,7 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   p.gather_stride = a.stride;
   p.gather = a.gather;
   p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
+  p.leaves_room = leaves_room(d, options);
   p.epilogue = epilogue;
   if constexpr (Parts > 1)
     launch<kernel_shape<product::variable_m, Order, Rows, 64 * Parts, 4, 1, false, Parts>, Epilogue>(stream, c, map_a,
@@ -127,6 +134,7 @@ void enqueue_variable_k(device_stream stream, const device& d, const row_groups&
   p.gather_stride = a.stride;
   p.gather = a.gather;
   p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
+  p.leaves_room = leaves_room(d, options);
   p.epilogue = epilogue;
   launch_configured<product::variable_k, contiguous::mn, Rows, Epilogue, Options::ping_pong>(stream, chosen, map_a,
                                                                                              map_b, p);

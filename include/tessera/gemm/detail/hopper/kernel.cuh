@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   } else {
     __syncthreads();
   }
-  start_early();
+  if (!p.leaves_room) let_next_start();  // its blocks would take the room, and wait there
+  await_stream();
 
   if (warpgroup == 0) {
     registers_release<Shape::producer_registers>();
