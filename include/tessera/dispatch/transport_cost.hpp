@@ -45,7 +45,8 @@ struct transport_case {
 };
 
 /// Constants of a machine. Defaults: 4 H200 behind NVSwitch, fitted by least squares of relative errors to the figures
-/// in bench/results/gpu_ranks_2.json and gpu_ranks_4.json; tests/dispatch/transport_cost_test.cpp compares them.
+/// in bench/results/gpu_ranks_2.json, gpu_ranks_4.json and, of combine with few SMs, gpu_combine_steps.json;
+/// tests/dispatch/transport_cost_test.cpp compares them.
 struct transport_machine {
   int num_sms = 132;               ///< Of a GPU.
   double store_gb_s = 350;         ///< Out of a GPU by bulk stores, all SMs together.
@@ -54,8 +55,8 @@ struct transport_machine {
   double streams_copy_gb_s = 223;  ///< The same by several streams at once, all together.
   double copy_us = 4.1;            ///< Of one more copy behind another.
   double memory_gb_s = 3530;       ///< Read and written by kernels that add rows up on all SMs.
-  double sm_pair_gb_s = 59.6;      ///< Expert rows that one SM adds up in the kernel that sends sums.
-  double sm_returned_gb_s = 18.5;  ///< Sums that one SM of that kernel sends and adds at home.
+  double sm_pair_gb_s = 63.9;      ///< Expert rows that one SM adds up in the kernel that sends sums.
+  double sm_returned_gb_s = 25.9;  ///< Sums that one SM of that kernel sends and adds at home.
   double send_us = 5.8;            ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
   double send_us_per_peer = 1.3;   ///< The same for each further rank.
   double sums_us = 13.3;           ///< Of the kernel that sends sums, beside its bytes.
