@@ -6,14 +6,17 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <tessera/layout/layout.hpp>
@@ -428,6 +431,79 @@ TEST_CASE("overlapped mixture-of-experts blocks on two threads give the bits of 
 TEST_CASE("the same holds for one thread, and for a schedule that overlaps nothing") {
   expect_serial<pl::serial_lanes<ts::space::host>>(pl::dualpipev(2, 5));
   expect_serial<pl::host_lanes>(pl::one_f_one_b(2, 3));
+}
+
+TEST_CASE("two halves of the tokens that go the same way have the bits of one behind the other") {
+  struct halves {
+    std::vector<float> y, dx, gradient;
+    std::vector<std::int64_t> load;
+  };
+  using chunk_type = pl::moe_chunk<layer, test_mixer>;
+  const auto run = [](threads& world, bool together) {
+    threads group = world.split(0, 0);
+    pl::host_lanes lanes;
+    stage_parts parts(group, 1, 3, 2, 1, true);
+    std::vector<chunk_type::block> blocks;
+    for (std::size_t b = 0; b < moe_blocks; ++b) {
+      test_layer& l = *parts.layers[b];
+      blocks.push_back({.before = parts.mixers[b].get(), .layer = &l.moe, .weights = l.weights(), .gradients = l.rows});
+    }
+    // Chunks of the same layers, each with memory of its own.
+    const auto bytes = chunk_type::sizes(blocks, tokens, hidden, 2);
+    std::vector<ts::host_buffer> memory;
+    for (int i = 0; i < 2; ++i) {
+      for (const std::size_t size : {bytes.saved_bytes, bytes.deferred_bytes, bytes.workspace_bytes}) {
+        memory.emplace_back(size);
+        std::fill_n(memory.back().data(), size, std::byte{0xff});
+      }
+    }
+    chunk_type first(blocks, tokens, hidden, 2, memory[0], memory[1], memory[2]);
+    chunk_type second(blocks, tokens, hidden, 2, memory[3], memory[4], memory[5]);
+    pl::overlap_stage<chunk_type, pl::host_lanes> a(first, lanes), b(second, lanes);
+
+    constexpr std::int64_t rows[2] = {tokens, tokens - 2};
+    const auto size = static_cast<std::size_t>((rows[0] + rows[1]) * hidden);
+    const auto seed = static_cast<std::uint64_t>(900 + group.rank());
+    const auto x = noise_of(seed, (rows[0] + rows[1]) * hidden), dy = noise_of(seed + 2, (rows[0] + rows[1]) * hidden);
+    halves result{std::vector<float>(size), std::vector<float>(size), {}, {}};
+    const auto part = [&](auto& all, int half) {
+      using T = std::remove_reference_t<decltype(*all.data())>;
+      return ts::matrix_view<T>{all.data() + half * rows[0] * hidden, rows[half], hidden};
+    };
+    const pl::work_item items[2] = {
+        {.micro_batch = 0, .rows = rows[0], .slot = 0, .gradient_mode = ts::write::overwrite},
+        {.micro_batch = 1, .rows = rows[1], .slot = 1, .gradient_mode = ts::write::accumulate}};
+    if (together) {
+      a.two_forwards({}, items[0], part(x, 0), part(result.y, 0), b, items[1], part(x, 1), part(result.y, 1));
+      a.two_backwards({}, items[0], part(x, 0), part(dy, 0), part(result.dx, 0), b, items[1], part(x, 1), part(dy, 1),
+                      part(result.dx, 1));
+    } else {
+      for (const int half : {0, 1}) {
+        auto& stage = half == 0 ? a : b;
+        stage.forward({}, items[half], part(x, half), part(result.y, half));
+        stage.backward_input({}, items[half], part(x, half), part(dy, half), part(result.dx, half));
+        stage.backward_weights({}, items[half], part(x, half), part(dy, half));
+      }
+    }
+    result.gradient = parts.gradient();
+    result.load = parts.load();
+    return result;
+  };
+  std::array<std::array<halves, expert_ranks>, 2> results;
+  for (const bool together : {false, true}) {
+    threads::run(expert_ranks, [&](threads& world) {
+      results[together ? 1 : 0][static_cast<std::size_t>(world.rank())] = run(world, together);
+    });
+  }
+  for (std::size_t r = 0; r < expert_ranks; ++r) {
+    const halves &want = results[0][r], &got = results[1][r];
+    CHECK(same_bits(got.y, want.y));
+    CHECK(same_bits(got.dx, want.dx));
+    CHECK(same_bits(got.gradient, want.gradient));
+    CHECK(got.load == want.load);
+    CHECK(std::all_of(want.y.begin(), want.y.end(), [](float v) { return std::abs(v) < 1e3F && v != 0; }));
+    CHECK(std::all_of(want.gradient.begin(), want.gradient.end(), [](float v) { return std::abs(v) < 1e3F; }));
+  }
 }
 
 TEST_CASE("a phase that throws inside an overlapped pair reaches every rank of every group at once") {

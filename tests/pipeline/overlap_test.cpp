@@ -6,6 +6,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <map>
@@ -185,6 +186,96 @@ TEST_CASE("an order has every phase of every layer once, each after what it need
     }
   }
   CHECK_THROWS_AS(pl::make_overlap_order(-1, 0), ts::invalid_argument);
+}
+
+TEST_CASE("two batches that go the same way compute in turns, while the other's rows travel") {
+  std::ostringstream text;
+  text << pl::make_two_forward_order(2) << pl::make_two_backward_order(2);
+  CHECK(
+      text.str() ==
+      "compute:       ATTN(F)0 ATTN(F)0' MLP(F)0 MLP(F)0' ATTN(F)1 ATTN(F)1' MLP(F)1 MLP(F)1'\n"
+      "communication: DISPATCH(F)0 DISPATCH(F)0' COMBINE(F)0 COMBINE(F)0' DISPATCH(F)1 DISPATCH(F)1' COMBINE(F)1 "
+      "COMBINE(F)1'\n"
+      "compute:       MLP(B)1 MLP(B)1' MLP(W)1 ATTN(B)1 ATTN(W)1 MLP(W)1' ATTN(B)1' ATTN(W)1' MLP(B)0 MLP(B)0' MLP(W)0 "
+      "ATTN(B)0 ATTN(W)0 MLP(W)0' ATTN(B)0' ATTN(W)0'\n"
+      "communication: COMBINE(B)1 COMBINE(B)1' DISPATCH(B)1 DISPATCH(B)1' COMBINE(B)0 COMBINE(B)0' DISPATCH(B)0 "
+      "DISPATCH(B)0'\n");
+
+  for (int layers = 0; layers < 5; ++layers) {
+    for (const bool forward : {true, false}) {
+      const pl::overlap_order order =
+          forward ? pl::make_two_forward_order(layers) : pl::make_two_backward_order(layers);
+      CHECK(order.nodes.size() == static_cast<std::size_t>((forward ? 8 : 12) * layers));
+      std::map<std::pair<phase, int>, int> seen[2];
+      for (std::size_t i = 0; i < order.nodes.size(); ++i) {
+        const pl::overlap_node& node = order.nodes[i];
+        CHECK(pl::is_forward(node.what) == forward);
+        auto& own = seen[node.batch];
+        const auto wanted = needs(node.what, node.layer, layers);
+        for (const auto& before : wanted) {
+          REQUIRE(own.count(before) == 1);
+          CHECK(node.after == own[before]);
+        }
+        if (wanted.empty()) CHECK(node.after == -1);
+        CHECK(own.emplace(std::pair(node.what, node.layer), static_cast<int>(i)).second);
+        // one order of sums into the gradients
+        if (node.batch == 1) CHECK(seen[0].count({node.what, node.layer}) == 1);
+      }
+      CHECK(seen[0].size() == seen[1].size());
+    }
+  }
+  CHECK_THROWS_AS(pl::make_two_forward_order(-1), ts::invalid_argument);
+  CHECK_THROWS_AS(pl::make_two_backward_order(-1), ts::invalid_argument);
+
+  // Equal phases: of the communication all is hidden but the last combine forward and the first one backward.
+  for (const int layers : {1, 4, 16}) {
+    const auto forward = pl::estimate_overlap(pl::make_two_forward_order(layers), equal_times);
+    CHECK(forward.compute == 40 * layers);
+    CHECK(forward.time == 40 * layers + 10);
+    const auto backward = pl::estimate_overlap(pl::make_two_backward_order(layers), equal_times);
+    CHECK(backward.compute == 80 * layers);
+    CHECK(backward.time == 80 * layers + 10);
+  }
+}
+
+TEST_CASE("two forwards and two backwards run every phase of both chunks, and tell both of a failure") {
+  pl::host_lanes lanes;
+  const auto run = [&](recording_chunk& a, recording_chunk& b, bool forward) {
+    pl::overlap_stage<recording_chunk, pl::host_lanes> first(a, lanes), second(b, lanes);
+    if (forward) {
+      first.two_forwards({}, {.micro_batch = 0}, {}, {}, second, {.micro_batch = 1}, {}, {});
+    } else {
+      first.two_backwards({}, {.micro_batch = 0}, {}, {}, {}, second, {.micro_batch = 1}, {}, {}, {});
+    }
+  };
+  for (const bool forward : {true, false}) {
+    recording_chunk a, b;
+    a.layers = b.layers = 3;
+    run(a, b, forward);
+    for (const auto* chunk : {&a, &b}) {
+      CHECK(chunk->events.size() == (forward ? 12u : 18u));
+      for (const auto& e : chunk->events) {
+        CHECK(e.computes_here == !pl::is_communication(e.what));
+        for (const auto& [what, layer] : needs(e.what, e.layer, 3)) {
+          const auto before = std::find_if(chunk->events.begin(), chunk->events.end(),
+                                           [&, w = what, l = layer](auto& o) { return o.what == w && o.layer == l; });
+          REQUIRE(before != chunk->events.end());
+          CHECK(before->end <= e.begin);
+        }
+      }
+    }
+    recording_chunk fails, partner;
+    fails.throwing = forward ? phase::forward_dispatch : phase::backward_dispatch;
+    fails.throwing_layer = 1;
+    CHECK_THROWS_WITH_AS(run(fails, partner, forward), "link down", std::runtime_error);
+    CHECK(fails.failures == std::vector<std::string>{"link down"});
+    CHECK(partner.failures == std::vector<std::string>{"link down"});
+    recording_chunk longer;
+    longer.layers = 4;
+    CHECK_THROWS_WITH_AS(run(a, longer, forward), "overlap_stage: two batches that go the same way have 3 and 4 layers",
+                         ts::invalid_argument);
+    CHECK_THROWS_AS(run(a, a, forward), ts::invalid_argument);
+  }
 }
 
 TEST_CASE("at a ratio of computation to communication of 1 at least 85 % of the communication is hidden") {

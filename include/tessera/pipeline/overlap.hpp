@@ -106,7 +106,7 @@ concept chunk_has_backward_attention_weights = requires(C& c, const backward_cal
 };
 
 /// A stage of a model as layers of attention, dispatch, MLP and combine. At any time at most one forward and one
-/// backward of the chunk are in progress, each with one phase in the compute lane and one in the communication lane;
+/// backward of a chunk are in progress, each with one phase in the compute lane and one in the communication lane;
 /// what both lanes, or forward and backward, touch at the same time must be separate memory. The weight phases may come
 /// much later, with others between. A member `fail(const std::string&)` is called, where there is one, when a phase of
 /// the other lane threw: it should end what waits for other ranks (the communicator's `fail`). Model: `moe_chunk`.
@@ -197,19 +197,74 @@ class overlap_stage {
         other.run_backward(node.what, backward_type{backward_item, bx, dy, dx, node.layer, where});
       }
     };
-    const auto fail = [&]([[maybe_unused]] const std::string& text) {
-      if constexpr (requires(Chunk & c) { c.fail(text); }) {
-        chunk_->fail(text);
-        if (other.chunk_ != chunk_) other.chunk_->fail(text);
+    run(stream, order_, execute, other);
+  }
+
+  /// Two forwards, here and in `other`, interleaved: of two micro-batches, or of two parts of the tokens of one.
+  /// @param stream Order of the work. @param item The micro-batch here. @param x Its input. @param y Its output.
+  /// @param other A stage whose chunk has as many layers, perhaps the same ones, and memory of its own. @param
+  /// other_item The micro-batch there, in another slot if the chunks share what they keep. @param other_x Its input.
+  /// @param other_y Its output. @throws invalid_argument if both have one chunk, or the numbers of layers differ.
+  void two_forwards(stream_type stream, const work_item& item, matrix_view<const element> x, matrix_view<element> y,
+                    overlap_stage& other, const work_item& other_item, matrix_view<const element> other_x,
+                    matrix_view<element> other_y) {
+    expect_partner(other);
+    const overlap_order order = make_two_forward_order(chunk_->num_layers());
+    const auto execute = [&](const overlap_node& node, const lane<space>& where) {
+      if (node.batch == 0) {
+        run_forward(node.what, forward_type{item, x, y, node.layer, where});
+      } else {
+        other.run_forward(node.what, forward_type{other_item, other_x, other_y, node.layer, where});
       }
     };
-    lanes_->run(stream, order_, execute, fail);
+    run(stream, order, execute, other);
+  }
+
+  /// Two whole backwards, interleaved; gradients of weights are those of `item` first.
+  /// @param stream Order of the work. @param item The micro-batch here. @param x Input of its forward. @param dy
+  /// Gradient of its output. @param dx Gradient of its input. @param other As in `two_forwards`. @param other_item The
+  /// micro-batch there; it adds to the gradients if both have one row of them. @param other_x Input of its forward.
+  /// @param other_dy Gradient of its output. @param other_dx Gradient of its input.
+  /// @throws invalid_argument as `two_forwards`.
+  void two_backwards(stream_type stream, const work_item& item, matrix_view<const element> x,
+                     matrix_view<const element> dy, matrix_view<element> dx, overlap_stage& other,
+                     const work_item& other_item, matrix_view<const element> other_x,
+                     matrix_view<const element> other_dy, matrix_view<element> other_dx) {
+    expect_partner(other);
+    const overlap_order order = make_two_backward_order(chunk_->num_layers());
+    const auto execute = [&](const overlap_node& node, const lane<space>& where) {
+      if (node.batch == 0) {
+        run_backward(node.what, backward_type{item, x, dy, dx, node.layer, where});
+      } else {
+        other.run_backward(node.what, backward_type{other_item, other_x, other_dy, other_dx, node.layer, where});
+      }
+    };
+    run(stream, order, execute, other);
   }
 
   /// The layers.
   Chunk& chunk() const noexcept { return *chunk_; }
 
  private:
+  void expect_partner(const overlap_stage& other) const {
+    TESSERA_EXPECTS(other.chunk_ != chunk_,
+                    "overlap_stage: two batches that go the same way need a chunk each, these have one");
+    TESSERA_EXPECTS(other.chunk_->num_layers() == chunk_->num_layers(),
+                    "overlap_stage: two batches that go the same way have " << chunk_->num_layers() << " and "
+                                                                            << other.chunk_->num_layers() << " layers");
+  }
+
+  template <class Execute>
+  void run(stream_type stream, const overlap_order& order, Execute& execute, overlap_stage& other) {
+    const auto fail = [&]([[maybe_unused]] const std::string& text) {
+      if constexpr (requires(Chunk & c) { c.fail(text); }) {
+        chunk_->fail(text);
+        if (other.chunk_ != chunk_) other.chunk_->fail(text);
+      }
+    };
+    lanes_->run(stream, order, execute, fail);
+  }
+
   void run_forward(phase what, const forward_type& call) {
     switch (what) {
       case phase::forward_attention:

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <tessera/core/error.hpp>
@@ -63,6 +64,7 @@ struct overlap_node {
   /// Of a phase that computes: how many phases of the communication lane may begin while it runs, if none takes longer
   /// than what it is under. The first of them begins when this one does.
   int communication = 0;
+  int batch = 0;  ///< Which, where two batches go the same way (`make_two_forward_order`).
 
   /// The same node.
   constexpr bool operator==(const overlap_node&) const = default;
@@ -97,6 +99,33 @@ enum class overlap_style : std::uint8_t {
   weights,    ///< The gradients of the experts' weights: for blocks whose attention is short, or elsewhere.
 };
 
+/// Orders phase by phase, each after the latest of the kind that it needs, of the same batch.
+class order_builder {
+ public:
+  /// @param size How many phases.
+  explicit order_builder(std::size_t size) {
+    order_.nodes.reserve(size);
+    for (auto& of_batch : last_) of_batch.fill(-1);
+  }
+  /// Adds a phase. @param what It. @param layer Of which layer. @param needs What it comes after. @param depends
+  /// Whether it does. @param batch Of which batch.
+  void add(phase what, int layer, phase needs, bool depends = true, int batch = 0) {
+    auto& last = last_[static_cast<std::size_t>(batch)];
+    const int after = depends ? last[static_cast<std::size_t>(needs)] : -1;
+    last[static_cast<std::size_t>(what)] = static_cast<int>(order_.nodes.size());
+    order_.nodes.push_back({what, layer, after, 0, batch});
+  }
+  /// The order, whose phases know what communication begins with them.
+  overlap_order take() {
+    count_communication(order_);
+    return std::move(order_);
+  }
+
+ private:
+  overlap_order order_;
+  std::array<std::array<int, num_phases>, 2> last_;  // of each batch and phase: its latest node
+};
+
 /// The order of DeepSeek-V3's Figure 4 (arXiv 2412.19437), repeated for each layer:
 ///
 ///     compute:        MLP(B)      MLP(W)  MLP(F)   ATTN(B)     ATTN(W)  ATTN(F)
@@ -119,14 +148,9 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers,
   TESSERA_EXPECTS(forward_layers >= 0 && backward_layers >= 0,
                   "make_overlap_order: " << forward_layers << " forward and " << backward_layers
                                          << " backward layers, neither may be negative");
-  overlap_order order;
-  order.nodes.reserve(4 * static_cast<std::size_t>(forward_layers) + 6 * static_cast<std::size_t>(backward_layers));
-  std::array<int, num_phases> last;  // latest node of each phase
-  last.fill(-1);
+  order_builder order(4 * static_cast<std::size_t>(forward_layers) + 6 * static_cast<std::size_t>(backward_layers));
   const auto add = [&](phase what, int layer, phase needs, bool depends = true) {
-    const int after = depends ? last[static_cast<std::size_t>(needs)] : -1;
-    last[static_cast<std::size_t>(what)] = static_cast<int>(order.nodes.size());
-    order.nodes.push_back({what, layer, after});
+    order.add(what, layer, needs, depends);
   };
   using enum phase;
   const auto attention_forward = [&](int layer) {
@@ -162,8 +186,52 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers,
     }
     attention_forward(f + 1);
   }
-  count_communication(order);
-  return order;
+  return order.take();
+}
+
+/// The forwards of two batches through the same layers: rows of the one travel while the other computes. Batches may be
+/// two halves of one batch's tokens.
+/// @param layers Of either. @throws invalid_argument if it is negative.
+inline overlap_order make_two_forward_order(int layers) {
+  TESSERA_EXPECTS(layers >= 0, "make_two_forward_order: " << layers << " layers, they may not be negative");
+  order_builder order(8 * static_cast<std::size_t>(layers));
+  using enum phase;
+  for (int layer = 0; layer < layers; ++layer) {
+    for (const int batch : {0, 1}) {
+      order.add(forward_attention, layer, forward_combine, layer > 0, batch);
+      order.add(forward_dispatch, layer, forward_attention, true, batch);
+    }
+    for (const int batch : {0, 1}) {
+      order.add(forward_mlp, layer, forward_dispatch, true, batch);
+      order.add(forward_combine, layer, forward_mlp, true, batch);
+    }
+  }
+  return order.take();
+}
+
+/// The whole backwards of two batches through the same layers. Gradients of a layer's weights are those of batch 0
+/// before those of batch 1. @param layers Of either. @throws invalid_argument if it is negative.
+inline overlap_order make_two_backward_order(int layers) {
+  TESSERA_EXPECTS(layers >= 0, "make_two_backward_order: " << layers << " layers, they may not be negative");
+  order_builder order(12 * static_cast<std::size_t>(layers));
+  using enum phase;
+  const auto combine = [&](int layer, int batch) {
+    if (layer >= 0) order.add(backward_combine, layer, backward_attention_input, layer + 1 < layers, batch);
+  };
+  for (const int batch : {0, 1}) combine(layers - 1, batch);
+  for (int layer = layers - 1; layer >= 0; --layer) {
+    for (const int batch : {0, 1}) {
+      order.add(backward_mlp_input, layer, backward_combine, true, batch);
+      order.add(backward_dispatch, layer, backward_mlp_input, true, batch);
+    }
+    for (const int batch : {0, 1}) {
+      order.add(backward_mlp_weights, layer, backward_mlp_input, true, batch);
+      order.add(backward_attention_input, layer, backward_dispatch, true, batch);
+      combine(layer - 1, batch);
+      order.add(backward_attention_weights, layer, backward_attention_input, true, batch);
+    }
+  }
+  return order.take();
 }
 
 /// The order as text, one line per lane: `compute: ATTN(F)0 MLP(B)1 ...`; the number is the layer.
@@ -171,7 +239,8 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers,
 inline std::string to_string(const overlap_order& order) {
   std::string lines[2] = {"compute:      ", "communication:"};
   for (const overlap_node& node : order.nodes) {
-    lines[is_communication(node.what) ? 1 : 0] += std::string(" ") + symbol_of(node.what) + std::to_string(node.layer);
+    lines[is_communication(node.what) ? 1 : 0] +=
+        std::string(" ") + symbol_of(node.what) + std::to_string(node.layer) + (node.batch > 0 ? "'" : "");
   }
   return lines[0] + "\n" + lines[1] + "\n";
 }
