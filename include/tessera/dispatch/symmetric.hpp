@@ -100,7 +100,8 @@ struct returned_rows {
 
 /// SMs that operations take. Their kernels wait for those of other ranks, so all that run at once must find room at
 /// once: the budgets of slots that overlap, each with its lists, add up to no more than the device has. Between
-/// H200 with nothing else running, 16 SMs dispatch at the best rate and combine takes 48 to 96 (bench/README.md).
+/// H200 with nothing else running, 16 SMs dispatch at the best rate, and combine takes 32 between four of them and 96
+/// between two (bench/README.md).
 struct symmetric_sms {
   int rows;   ///< Of `dispatch_begin` and `combine_pairs`.
   int lists;  ///< Of `exchange_routing`, beside `rows`, or in their place before or after them.

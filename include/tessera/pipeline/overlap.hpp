@@ -200,7 +200,9 @@ class overlap_stage {
     run(stream, order_, execute, other);
   }
 
-  /// Two forwards, here and in `other`, interleaved: of two micro-batches, or of two parts of the tokens of one.
+  /// Two forwards, here and in `other`, interleaved by the lanes of this stage: of two micro-batches, or of two parts
+  /// of the tokens of one, whose counts and losses are those of two micro-batches. All ranks of a chunk's communicator
+  /// call it alike.
   /// @param stream Order of the work. @param item The micro-batch here. @param x Its input. @param y Its output.
   /// @param other A stage whose chunk has as many layers, perhaps the same ones, and memory of its own. @param
   /// other_item The micro-batch there, in another slot if the chunks share what they keep. @param other_x Its input.

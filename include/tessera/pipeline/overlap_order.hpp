@@ -3,8 +3,8 @@
 #pragma once
 
 /// @file
-/// The order in which the forward of one chunk and the backward of another are interleaved, so that each computes while
-/// the other's rows travel: as data, for any lane policy to run.
+/// The order in which the forward of one chunk and the backward of another are interleaved, or two batches that go the
+/// same way, so that each computes while the other's rows travel: as data, for any lane policy to run.
 
 #include <algorithm>
 #include <array>
@@ -99,7 +99,7 @@ enum class overlap_style : std::uint8_t {
   weights,    ///< The gradients of the experts' weights: for blocks whose attention is short, or elsewhere.
 };
 
-/// Orders phase by phase, each after the latest of the kind that it needs, of the same batch.
+/// Makes an order phase by phase, each after the latest of the kind that it needs, of the same batch.
 class order_builder {
  public:
   /// @param size How many phases.
@@ -108,14 +108,15 @@ class order_builder {
     for (auto& of_batch : last_) of_batch.fill(-1);
   }
   /// Adds a phase. @param what It. @param layer Of which layer. @param needs What it comes after. @param depends
-  /// Whether it does. @param batch Of which batch.
+  /// Whether it does. @param batch Of which batch, 0 or 1. @throws invalid_argument for another one.
   void add(phase what, int layer, phase needs, bool depends = true, int batch = 0) {
+    TESSERA_EXPECTS(batch == 0 || batch == 1, "order_builder: batch = " << batch << ", it must be 0 or 1");
     auto& last = last_[static_cast<std::size_t>(batch)];
     const int after = depends ? last[static_cast<std::size_t>(needs)] : -1;
     last[static_cast<std::size_t>(what)] = static_cast<int>(order_.nodes.size());
     order_.nodes.push_back({what, layer, after, 0, batch});
   }
-  /// The order, whose phases know what communication begins with them.
+  /// The order, whose phases know what communication begins with them; the last call.
   overlap_order take() {
     count_communication(order_);
     return std::move(order_);
