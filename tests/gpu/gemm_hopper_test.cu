@@ -48,6 +48,10 @@ struct hopper {
   }
 };
 
+// More shared memory than a product's block leaves of a multiprocessor.
+constexpr int visitor_bytes = 64 * 1024;
+__global__ void visitor_kernel() {}
+
 }  // namespace
 
 TEST_CASE("variable_m multiplies every group's rows, whatever the kernel") { check_multiplies<hopper>(); }
@@ -65,5 +69,50 @@ TEST_CASE("a row's bits depend neither on its neighbours nor on the order of til
 TEST_CASE("a captured product is right when the rows have changed") { check_capture<hopper>(); }
 
 TEST_CASE("what the kernels cannot do is refused with a sentence") { check_refusals<hopper>(); }
+
+TEST_CASE("what a product leaves free stays free for other streams, whatever its own stream has next") {
+  constexpr std::int64_t rows = 16384, N = 4096, K = 4096, room = 8;
+  const hp::device d = hp::device::current();
+  buffer<bfloat16> a(std::vector<bfloat16>(rows * K)), b(std::vector<bfloat16>(N * K)), c(poison<bfloat16>(rows * N));
+  const buffer<std::int32_t> offsets({0, rows});
+  require(cudaFuncSetAttribute(visitor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, visitor_bytes),
+          "cudaFuncSetAttribute");
+  cudaStream_t own, other;
+  cudaEvent_t begin, visited, end;
+  for (cudaStream_t* stream : {&own, &other})
+    require(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  for (cudaEvent_t* event : {&begin, &visited, &end}) require(cudaEventCreate(event), "cudaEventCreate");
+  const auto product = [&](int sm_budget) {
+    hp::launch_options options;
+    options.sm_budget = sm_budget;
+    hp::variable_m<contiguous::k, gathered::none>(own, d, {offsets.device, 1, rows}, N, K, {a.device, K, nullptr},
+                                                  {b.device, N * K, K, 1}, nullptr, bf16_matrix(c.device, rows, N),
+                                                  ts::write::overwrite, options);
+  };
+  const auto visit = [&] {
+    visitor_kernel<<<room, 32, visitor_bytes, other>>>();
+    require(cudaGetLastError(), "visitor_kernel");
+  };
+  // kernels are loaded when they first run, which waits for the device
+  product(0);
+  visit();
+  require(cudaDeviceSynchronize(), "the first products");
+
+  // The visitor is enqueued last, a few tens of microseconds after the first product has begun; each takes about 900.
+  require(cudaEventRecord(begin, own), "cudaEventRecord");
+  product(d.num_multiprocessors - room);
+  product(0);
+  require(cudaEventRecord(end, own), "cudaEventRecord");
+  visit();
+  require(cudaEventRecord(visited, other), "cudaEventRecord");
+  require(cudaDeviceSynchronize(), "the products");
+  float both_ms = 0, visit_ms = 0;
+  require(cudaEventElapsedTime(&both_ms, begin, end), "cudaEventElapsedTime");
+  require(cudaEventElapsedTime(&visit_ms, begin, visited), "cudaEventElapsedTime");
+  INFO("both products ", both_ms, " ms, the visitor was done after ", visit_ms);
+  CHECK(visit_ms < 0.4f * both_ms);
+  for (cudaEvent_t event : {begin, visited, end}) cudaEventDestroy(event);
+  for (cudaStream_t stream : {own, other}) cudaStreamDestroy(stream);
+}
 
 int main(int argc, char** argv) { return run_tests<hopper>(argc, argv); }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <doctest/doctest.h>
@@ -321,9 +322,10 @@ result one_by_one(
   return p.results();
 }
 
-enum class how { alone, pair, graph_of_pair };
+enum class how { alone, pair, graph_of_pair, together };
 
-// Through the chunk. In a pair: the forward of micro-batch 1 and the backward of micro-batch 0.
+// Through the chunk. In a pair: the forward of micro-batch 1 and the backward of micro-batch 0. Together: both
+// forwards, then both backwards, micro-batch 1 through another chunk of the same layers.
 template <class Comm, class Lanes>
 result through_chunk(
     Comm& comm, Lanes& lanes, how mode, unsigned long long delay_ns = 0, const meeting& meet = [] {},
@@ -339,12 +341,17 @@ result through_chunk(
       {.before = &mixer},
       {&mixer, &p.last.layer, p.last.weights(), {&gradients1, 1}}};
   const auto bytes = chunk_type::sizes(blocks, max_rows, d, 2);
-  chunk_type chunk(blocks, max_rows, d, 2, p.memory.template take<ts::saved_memory>(bytes.saved_bytes),
-                   p.memory.template take<ts::deferred_memory>(bytes.deferred_bytes),
-                   p.memory.template take<ts::workspace_memory>(bytes.workspace_bytes));
+  std::optional<chunk_type> chunk, other;
+  const auto make = [&](std::optional<chunk_type>& to) {
+    to.emplace(blocks, max_rows, d, 2, p.memory.template take<ts::saved_memory>(bytes.saved_bytes),
+               p.memory.template take<ts::deferred_memory>(bytes.deferred_bytes),
+               p.memory.template take<ts::workspace_memory>(bytes.workspace_bytes));
+  };
+  make(chunk);
+  if (mode == how::together) make(other);
   // both orders of phases, in turn
   const auto style = delay_ns > 0 ? pl::overlap_style::weights : pl::overlap_style::attention;
-  pl::overlap_stage<chunk_type, Lanes> stage(chunk, lanes, style);
+  pl::overlap_stage<chunk_type, Lanes> stage(*chunk, lanes, style);
   const cudaStream_t stream = device_test::make_stream();
   device_test::synchronize();
   const auto item = [&](int m) {
@@ -361,18 +368,25 @@ result through_chunk(
   cudaGraphExec_t graph = nullptr;
   if (mode == how::graph_of_pair) graph = device_test::capture(stream, pair);
   meet();
-  stage.forward(stream, item(0), view(p.x, 0), view(p.y, 0));
-  if (mode == how::alone) {
-    stage.forward(stream, item(1), view(p.x, 1), view(p.y, 1));
-    stage.backward_input(stream, item(0), view(p.x, 0), view(p.dy, 0), view(p.dx, 0));
-    stage.backward_weights(stream, item(0), view(p.x, 0), view(p.dy, 0));
-  } else if (mode == how::pair) {
-    pair();
+  if (mode == how::together) {
+    pl::overlap_stage<chunk_type, Lanes> partner(*other, lanes, style);
+    stage.two_forwards(stream, item(0), view(p.x, 0), view(p.y, 0), partner, item(1), view(p.x, 1), view(p.y, 1));
+    stage.two_backwards(stream, item(0), view(p.x, 0), view(p.dy, 0), view(p.dx, 0), partner, item(1), view(p.x, 1),
+                        view(p.dy, 1), view(p.dx, 1));
   } else {
-    device_test::require(cudaGraphLaunch(graph, stream), "cudaGraphLaunch");
+    stage.forward(stream, item(0), view(p.x, 0), view(p.y, 0));
+    if (mode == how::alone) {
+      stage.forward(stream, item(1), view(p.x, 1), view(p.y, 1));
+      stage.backward_input(stream, item(0), view(p.x, 0), view(p.dy, 0), view(p.dx, 0));
+      stage.backward_weights(stream, item(0), view(p.x, 0), view(p.dy, 0));
+    } else if (mode == how::pair) {
+      pair();
+    } else {
+      device_test::require(cudaGraphLaunch(graph, stream), "cudaGraphLaunch");
+    }
+    stage.backward_input(stream, item(1), view(p.x, 1), view(p.dy, 1), view(p.dx, 1));
+    stage.backward_weights(stream, item(1), view(p.x, 1), view(p.dy, 1));
   }
-  stage.backward_input(stream, item(1), view(p.x, 1), view(p.dy, 1), view(p.dx, 1));
-  stage.backward_weights(stream, item(1), view(p.x, 1), view(p.dy, 1));
   p.wait(stream);
   meet();
   if (graph != nullptr) device_test::require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");

@@ -54,6 +54,7 @@ void check_chunks(int slots, int slot) {
     pl::serial_lanes<ts::space::device> one_stream;
     run(one_stream, how::alone, 0);
     run(one_stream, how::pair, 20000);
+    run(one_stream, how::together, 0);
     pl::device_lanes two_streams;
     pl::device_lanes with_budgets({.communication_sms = 16});
     pl::device_lanes ahead({.communication_sms = 16, .head_start = std::chrono::microseconds(10)});
@@ -61,6 +62,8 @@ void check_chunks(int slots, int slot) {
       run(two_streams, how::pair, delay_ns);
       run(with_budgets, how::pair, delay_ns);
       run(ahead, how::pair, delay_ns);
+      run(two_streams, how::together, delay_ns);
+      run(ahead, how::together, delay_ns);
     }
     run(with_budgets, how::graph_of_pair, 50000);
     check_same(through_chunk(comm, with_budgets, how::pair, 20000, meet, {.rows = ts::saved_rows::resend}), expected);

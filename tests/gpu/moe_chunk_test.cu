@@ -23,6 +23,7 @@ TEST_CASE("a chunk in device memory has the bits of its layers, alone and as an 
   pl::device_lanes two_streams;
   check_same(through_chunk(comm, two_streams, how::pair), expected);
   check_same(through_chunk(comm, two_streams, how::pair, 30000), expected);
+  check_same(through_chunk(comm, two_streams, how::together, 30000), expected);
   check_same(through_chunk(comm, two_streams, how::graph_of_pair), expected);
   pl::device_lanes with_budgets({.communication_sms = 8});
   check_same(through_chunk(comm, with_budgets, how::pair), expected);
