@@ -19,6 +19,9 @@
 // Pairs differ in transport, order of `make_overlap_order` and options of `device_lanes`. Blocks have no attention:
 // what comes before the experts is a copy. The layers of a chunk are one layer with its weights, called as often.
 //
+// `halves/...`: the forwards, or the whole backwards, of the two halves of a batch's tokens at once, each half in a
+// chunk of its own over the same layers, and beside them the whole batch on one stream (`serial_us`).
+//
 // `phases/...` are pairs with an event around each phase. Counters are means over the layers of the time from when a
 // phase may begin to its end, on rank 0, in microseconds; all begins and ends go to standard error. An option of its
 // own, --all, adds these cases and more arrangements.
@@ -125,14 +128,17 @@ struct chunk_case : rank_layer {
         y(2 * s.T * s.d),
         dx(2 * s.T * s.d),
         written(gradients()) {
+    layers = make_chunk(comm, s, num_layers);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  std::unique_ptr<chunk> make_chunk(ts::comm::symmetric& comm, const layer_shape& s, int num_layers) {
     const pl::moe_block<spread_layer, copying_mixer> block{&mixer, &moe, weights(), {&written, 1}};
     const std::vector<pl::moe_block<spread_layer, copying_mixer>> blocks(static_cast<std::size_t>(num_layers), block);
     const auto all = chunk::sizes(blocks, s.T, s.d, 2);
-    layers =
-        std::make_unique<chunk>(blocks, s.T, s.d, 2, ts::saved_memory(comm.allocate(all.saved_bytes), all.saved_bytes),
-                                ts::deferred_memory(comm.allocate(all.deferred_bytes), all.deferred_bytes),
-                                ts::workspace_memory(comm.allocate(all.workspace_bytes), all.workspace_bytes));
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    return std::make_unique<chunk>(blocks, s.T, s.d, 2,
+                                   ts::saved_memory(comm.allocate(all.saved_bytes), all.saved_bytes),
+                                   ts::deferred_memory(comm.allocate(all.deferred_bytes), all.deferred_bytes),
+                                   ts::workspace_memory(comm.allocate(all.workspace_bytes), all.workspace_bytes));
   }
   static spread_layer::options options_of(const ts::transport::automatic& how) {
     spread_layer::options options;
@@ -161,6 +167,19 @@ struct chunk_case : rank_layer {
     const int other = 1 - slot;
     stage.overlapped(stream, item(slot), view<const bfloat16>(x, slot), view<bfloat16>(y, slot), stage, item(other),
                      view<const bfloat16>(x, other), view<const bfloat16>(dy, other), view<bfloat16>(dx, other));
+  }
+  // Both slots, the second through another chunk, one way.
+  template <class Lanes>
+  void halves(pl::overlap_stage<chunk, Lanes>& stage, pl::overlap_stage<chunk, Lanes>& other, cudaStream_t stream,
+              bool is_backward) const {
+    if (is_backward) {
+      stage.two_backwards(stream, item(0), view<const bfloat16>(x, 0), view<const bfloat16>(dy, 0),
+                          view<bfloat16>(dx, 0), other, item(1), view<const bfloat16>(x, 1),
+                          view<const bfloat16>(dy, 1), view<bfloat16>(dx, 1));
+    } else {
+      stage.two_forwards(stream, item(0), view<const bfloat16>(x, 0), view<bfloat16>(y, 0), other, item(1),
+                         view<const bfloat16>(x, 1), view<bfloat16>(y, 1));
+    }
   }
   // The computing phases of `pair`, on what the last exchange has brought. @param sums Null: without.
   void computing_phases(cudaStream_t stream, int slot, const local_sums* sums) const {
@@ -278,6 +297,40 @@ void measure_pair(benchmark::State& state, const layer_shape& s, int num_layers,
   state.counters["exposed"] = 1 - b.compute_us / us;
 }
 
+// One batch of `s.T` tokens, whole on one stream or as halves by lanes.
+double one_way_us(layer_shape s, int num_layers, const arrangement& a, bool is_backward, bool in_halves) {
+  if (in_halves) s.T /= 2;
+  return slowest_median_us(1, [&](ts::comm::symmetric& comm) {
+    comm.set_num_sms(0);
+    auto c = std::make_shared<chunk_case>(comm, s, num_layers, a.how());
+    auto one = std::make_shared<serial>();
+    auto alone = std::make_shared<pl::overlap_stage<chunk, serial>>(*c->layers, *one);
+    if (!in_halves) {
+      const work whole = [c, one, alone](cudaStream_t stream) { c->forward(*alone, stream, 0); };
+      if (!is_backward) return rank_work{{}, whole};
+      return rank_work{whole, [c, one, alone](cudaStream_t stream) { c->backward(*alone, stream, 0); }};
+    }
+    std::shared_ptr<chunk> other = c->make_chunk(comm, s, num_layers);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    auto lanes = std::make_shared<pl::device_lanes>(a.lanes);
+    auto stage = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*c->layers, *lanes);
+    auto partner = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*other, *lanes);
+    const auto run = [c, other, lanes, stage, partner](bool back) {
+      return [=](cudaStream_t stream) { c->halves(*stage, *partner, stream, back); };
+    };
+    if (!is_backward) return rank_work{{}, run(false), true};
+    return rank_work{run(false), run(true), true};
+  });
+}
+
+void measure_halves(benchmark::State& state, const layer_shape& s, int num_layers, const arrangement& a,
+                    bool is_backward) {
+  const double us = one_way_us(s, num_layers, a, is_backward, true);
+  const double unit = 2.0 * static_cast<double>(s.T) * s.K * static_cast<double>(s.n) * static_cast<double>(s.d);
+  report_time(state, us, (is_backward ? 6 : 3) * num_layers * unit);
+  state.counters["serial_us"] = one_way_us(s, num_layers, one_stream, is_backward, false);
+}
+
 template <class Lanes, class... Options>
 void measure_phases(benchmark::State& state, const layer_shape& s, int num_layers, const arrangement& a,
                     const std::string& name, const Options&... options) {
@@ -351,6 +404,13 @@ int main(int argc, char** argv) {
       add_case(name, [=](benchmark::State& state) {
         measure_phases<pl::device_lanes>(state, s, num_layers, a, name, a.lanes);
       });
+    }
+    for (const int sms : {16, 32}) {
+      const arrangement halves{"all_to_all", pl::overlap_style::weights, {.communication_sms = sms}};
+      for (const bool is_backward : {false, true}) {
+        add_case("halves/" + chunk_name + "sms:" + std::to_string(sms) + (is_backward ? "/backward" : "/forward"),
+                 [=](benchmark::State& state) { measure_halves(state, s, num_layers, halves, is_backward); });
+      }
     }
     if (!all) continue;
     const std::string name = "phases/" + chunk_name + "one_stream";
