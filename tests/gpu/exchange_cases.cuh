@@ -11,10 +11,14 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include <tessera/comm/self.hpp>
 #include <tessera/core/dtype.hpp>
-#include <tessera/dispatch/options.hpp>
+#include <tessera/core/memory.hpp>
+#include <tessera/dispatch/routing_exchange.hpp>
+#include <tessera/layout/block.hpp>
 #include <tessera/layout/expert_layout.hpp>
 
 namespace exchange_cases {
@@ -33,7 +37,18 @@ struct routing_case {
   routing_kind kind;
   std::int64_t row_bound = ts::dispatch_options::full_row_bound;
   ts::overflow_policy overflow = ts::overflow_policy::error;
+  double capacity_factor = 0;
+  ts::drop_order order = ts::drop_order::position;
 };
+
+inline ts::dispatch_options options_of(const routing_case& c) {
+  ts::dispatch_options options;
+  options.row_bound = c.row_bound;
+  options.overflow = c.overflow;
+  options.capacity_factor = c.capacity_factor;
+  options.order = c.order;
+  return options;
+}
 
 // The routing and the tokens of all ranks.
 struct world_data {
@@ -41,6 +56,8 @@ struct world_data {
   std::vector<std::vector<float>> weights;
   std::vector<std::vector<bf16>> x;
   std::vector<std::vector<bf16>> plus;
+  std::vector<std::vector<std::int32_t>> kept;  // the ids without the pairs that a capacity drops
+  std::vector<std::int64_t> capacity_drops;     // of each rank
 
   world_data(const routing_case& c, unsigned seed) {
     std::mt19937 generator(seed);
@@ -71,7 +88,35 @@ struct world_data {
           rows->push_back(bf16(static_cast<float>(static_cast<int>(generator() % 2001) - 1000) / 256.0f));
         }
       }
+      drop_over_capacity(c, tokens);
     }
+  }
+
+ private:
+  // What the host half keeps of the last rank's pairs. A capacity knows no other ranks: one that owns all will do.
+  void drop_over_capacity(const routing_case& c, int tokens) {
+    kept.push_back(ids.back());
+    capacity_drops.push_back(0);
+    if (c.capacity_factor == 0) return;
+    auto options = options_of(c);
+    options.row_bound = ts::dispatch_options::full_row_bound;
+    const auto bounds = ts::dispatch_bounds::make(1, c.num_experts, c.num_experts, c.top_k, c.max_tokens, options);
+    const auto carve = [&](ts::memory_builder& b) {
+      return std::pair(ts::dispatch_handle<float>::layout(b, bounds),
+                       ts::routing_exchange_workspace<float>::layout(b, bounds, options));
+    };
+    ts::memory_builder counting;
+    carve(counting);
+    ts::host_buffer memory(counting.bytes());
+    ts::memory_builder builder(ts::workspace_memory(memory.data(), memory.size()), "the host's lists");
+    const auto [handle, workspace] = carve(builder);
+    ts::comm::self<ts::space::host> alone;
+    const ts::routing<float> chosen{{ids.back().data(), tokens, c.top_k}, {weights.back().data(), tokens, c.top_k}};
+    ts::exchange_routing({}, alone, ts::layout::block(c.num_experts, 1), bounds, options, chosen, handle, workspace);
+    for (std::size_t pair = 0; pair < kept.back().size(); ++pair) {
+      if (handle.pair_slots[pair] < 0) kept.back()[pair] = -1;
+    }
+    capacity_drops.back() = handle.total->capacity_drops;
   }
 };
 
@@ -99,7 +144,7 @@ struct expected_lists {
       for (int t = 0; t < c.tokens[static_cast<std::size_t>(s)]; ++t) {
         for (std::size_t k = 0; k < K; ++k) {
           const auto from = static_cast<std::size_t>(t) * K + k;
-          const int id = data.ids[static_cast<std::size_t>(s)][from];
+          const int id = data.kept[static_cast<std::size_t>(s)][from];
           if (id < 0) continue;
           const auto owner = layout.owner(id, ts::choose_replica(layout, id, t));
           if (owner.rank != me) continue;
@@ -170,6 +215,24 @@ inline float owner_sum(const routing_case& c, const expected_lists& lists, const
                     as_float(rows[static_cast<std::size_t>(place) * static_cast<std::size_t>(c.hidden) +
                                   static_cast<std::size_t>(column)]),
                     sum);
+  }
+  return sum;
+}
+
+// The sum at home of all pairs of a token of `rank`, in the order of k, wherever they were computed.
+inline float home_sum(const routing_case& c, const world_data& data, const std::vector<expected_lists>& lists,
+                      const std::vector<std::vector<bf16>>& outputs, int rank, int token, int column, bool weighted) {
+  float sum = 0;
+  for (int k = 0; k < c.top_k; ++k) {
+    const auto pair = static_cast<std::size_t>((rank * c.max_tokens + token) * c.top_k + k);
+    for (std::size_t r = 0; r < lists.size(); ++r) {
+      const std::int32_t place = lists[r].expert_row_of[pair];
+      if (place < 0) continue;
+      const float weight =
+          weighted ? data.weights[static_cast<std::size_t>(rank)][static_cast<std::size_t>(token * c.top_k + k)] : 1.0f;
+      const auto at = static_cast<std::size_t>(place) * static_cast<std::size_t>(c.hidden);
+      sum = std::fmaf(weight, as_float(outputs[r][at + static_cast<std::size_t>(column)]), sum);
+    }
   }
   return sum;
 }

@@ -93,7 +93,13 @@ struct rank_memory {
     home_values = rank.take<float>(tokens * c.top_k);
     // from here on sizes differ by rank
     workspace.tables.block_counts = rank.take<std::int32_t>(32 * 8);
-    workspace.sort.block_counts = rank.take<std::uint8_t>(ts::router_workspace::block_count_bytes(std::max(slots, 1)));
+    workspace.sort.block_counts = rank.take<std::uint8_t>(ts::router_workspace::block_count_bytes(c.num_experts));
+    ts::memory_builder counting;
+    static_cast<void>(ts::capacity_workspace<float>::layout(counting, bounds, options));
+    ts::memory_builder builder(
+        ts::workspace_memory(rank.take<std::byte>(static_cast<std::int64_t>(counting.bytes())), counting.bytes()),
+        "memory for a capacity");
+    workspace.capacity = ts::capacity_workspace<float>::layout(builder, bounds, options);
     barrier = rank.take<std::uint32_t>(1);
     workspace.sort.barrier = barrier;
     handle.total = rank.take<ts::dispatch_handle<float>::totals>(1);
@@ -150,6 +156,7 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
   }
   const auto total = get(rank, m.handle.total, 1)[0];
   if (total.overflow_drops != own.dropped) found.add(rank.rank(), "drops");
+  if (total.capacity_drops != data.capacity_drops[me]) found.add(rank.rank(), "drops of the capacity");
   if (total.received_pairs != static_cast<std::int64_t>(count)) found.add(rank.rank(), "received pairs");
 
   const auto arrived = get(rank, m.received, static_cast<std::size_t>(rows * c.hidden));
@@ -199,17 +206,7 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
     const auto sums = get(rank, m.y, static_cast<std::size_t>(tokens * c.hidden));
     for (int t = 0; t < tokens; ++t) {
       for (int j = 0; j < c.hidden; ++j) {
-        float sum = 0;
-        for (int k = 0; k < c.top_k; ++k) {
-          for (std::size_t r = 0; r < lists.size(); ++r) {
-            const auto pair = static_cast<std::size_t>((rank.rank() * c.max_tokens + t) * c.top_k + k);
-            const std::int32_t place = lists[r].expert_row_of[pair];
-            if (place < 0) continue;
-            const float weight = weighted ? data.weights[me][static_cast<std::size_t>(t * c.top_k + k)] : 1.0f;
-            const auto at = static_cast<std::size_t>(place) * static_cast<std::size_t>(c.hidden);
-            sum = std::fmaf(weight, as_float(outputs[r][at + static_cast<std::size_t>(j)]), sum);
-          }
-        }
+        float sum = home_sum(c, data, lists, outputs, rank.rank(), t, j, weighted);
         const auto at = static_cast<std::size_t>(t * c.hidden + j);
         if (with_plus) sum += as_float(data.plus[me][at]);
         if (!same_bits(sums[at], bf16(sum))) {
@@ -269,9 +266,7 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
 template <class HostLayout, class MakeLayout>
 void check_case(peer_ranks& ranks, const routing_case& c, const HostLayout& host_layout, MakeLayout make_layout,
                 int rounds = 2) {
-  ts::dispatch_options options;
-  options.row_bound = c.row_bound;
-  options.overflow = c.overflow;
+  const ts::dispatch_options options = options_of(c);
   findings found;
   std::vector<world_data> data;
   std::vector<std::vector<expected_lists>> lists(static_cast<std::size_t>(rounds));
@@ -301,6 +296,14 @@ void check_case(peer_ranks& ranks, const routing_case& c, const HostLayout& host
 }
 
 constexpr std::size_t window_bytes = std::size_t{96} << 20;
+
+// The table's numbers on the current GPU, as long as the program.
+const std::int32_t* on_device(const ts::layout::table_storage& storage) {
+  std::int32_t* copy = nullptr;
+  require(cudaMalloc(&copy, storage.packed().size_bytes()), "cudaMalloc");
+  require(cudaMemcpy(copy, storage.packed().data(), storage.packed().size_bytes(), cudaMemcpyHostToDevice), "copy");
+  return copy;
+}
 
 template <class Layout>
 auto by_value(Layout layout) {
@@ -341,13 +344,55 @@ TEST_CASE("many tokens, wide rows, many experts for one token, and ranks without
 TEST_CASE("an uneven table with replicas") {
   peer_ranks ranks(4, window_bytes);
   const ts::layout::table_storage storage(6, {{0, 1, 2, 3}, {3, 4}, {5, 0, 3}, {}});
-  check_case(ranks, {{40, 33, 64, 5}, 64, 136, 6, 3, routing_kind::uniform}, storage.view(), [&](peer_rank& rank) {
-    std::int32_t* copy = nullptr;
-    require(cudaMalloc(&copy, storage.packed().size_bytes()), "cudaMalloc");  // as long as the program
-    require(cudaMemcpy(copy, storage.packed().data(), storage.packed().size_bytes(), cudaMemcpyHostToDevice), "copy");
-    static_cast<void>(rank);
-    return storage.view_at(copy);
-  });
+  check_case(ranks, {{40, 33, 64, 5}, 64, 136, 6, 3, routing_kind::uniform}, storage.view(),
+             [&](peer_rank&) { return storage.view_at(on_device(storage)); });
+}
+
+TEST_CASE("a capacity drops each rank's own pairs before they travel, by position and by weight, as on the host") {
+  for (const int size : {1, 2, 4}) {
+    CAPTURE(size);
+    peer_ranks ranks(size, window_bytes);
+    const ts::layout::block layout(18, size);
+    std::vector<int> tokens;
+    for (int r = 0; r < size; ++r) tokens.push_back(r == 1 ? 0 : 61 - 7 * r);
+    for (const auto order : {ts::drop_order::position, ts::drop_order::weight}) {
+      for (const double factor : {0.4, 1.0, 1.7, 40.0}) {
+        for (const auto kind : {routing_kind::skewed, routing_kind::gaps}) {
+          CAPTURE(factor);
+          routing_case c{tokens, 64, 72, 18, 4, kind};
+          c.capacity_factor = factor;
+          c.order = order;
+          check_case(ranks, c, layout, by_value(layout), factor == 1.0 ? 2 : 1);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a capacity of many tokens and experts, of replicas, and ahead of a bound") {
+  for (const auto order : {ts::drop_order::position, ts::drop_order::weight}) {
+    {
+      peer_ranks ranks(2, window_bytes);
+      const ts::layout::block many(1024, 2);
+      routing_case c{{1500, 1111}, 1500, 64, 1024, 8, routing_kind::uniform};
+      c.capacity_factor = 0.9;
+      c.order = order;
+      check_case(ranks, c, many, by_value(many), 1);
+      const ts::layout::block few(8, 2);
+      c = {{300, 280}, 300, 64, 8, 4, routing_kind::skewed};
+      c.capacity_factor = 1.1;
+      c.order = order;
+      c.row_bound = 500;
+      c.overflow = ts::overflow_policy::drop;
+      check_case(ranks, c, few, by_value(few));
+    }
+    peer_ranks ranks(4, window_bytes);
+    const ts::layout::table_storage storage(6, {{0, 1, 2, 3}, {3, 4}, {5, 0, 3}, {}});
+    routing_case c{{40, 33, 64, 5}, 64, 136, 6, 3, routing_kind::uniform};
+    c.capacity_factor = 0.8;
+    c.order = order;
+    check_case(ranks, c, storage.view(), [&](peer_rank&) { return storage.view_at(on_device(storage)); });
+  }
 }
 
 TEST_CASE("arrays that are not of the handle's sizes are refused with both numbers, and nothing is enqueued") {
@@ -396,6 +441,12 @@ TEST_CASE("arrays that are not of the handle's sizes are refused with both numbe
   });
   refused("top_k = 2, the handle is of top_k = 4", [&] {
     ts::return_pair_values(stream, rank, m.handle, m.values, ts::matrix_view<float>{m.home_values, c.max_tokens, 2});
+  });
+  auto capped = options;
+  capped.capacity_factor = 1.5;
+  refused("capacity_factor = 1.5 needs a capacity_workspace", [&] {
+    ts::exchange_routing(stream, rank, layout, m.bounds, capped,
+                         ts::routing<float>{{m.ids, 28, c.top_k}, {m.weights, 28, c.top_k}}, m.handle, m.workspace);
   });
   auto other = m.bounds;
   other.max_tokens = 29;

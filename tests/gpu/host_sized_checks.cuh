@@ -67,13 +67,15 @@ class host_sized_rank {
  public:
   host_sized_rank(Comm& comm, const routing_case& c, const Layout& layout, const ts::dispatch_options& options)
       : host_sized_rank(comm, c, layout, layout.num_slots(comm.rank()), options) {}
-  /// @param num_slots Of this rank, where the layout reads memory that only the device sees.
+  /// @param num_slots Of this rank, where the layout reads memory that only the device sees. @param ordered Whether
+  /// memory is laid out for `combine::ordered`, too.
   host_sized_rank(Comm& comm, const routing_case& c, const Layout& layout, int num_slots,
-                  const ts::dispatch_options& options)
+                  const ts::dispatch_options& options, bool ordered = true)
       : comm_(comm),
         c_(c),
         layout_(layout),
         options_(options),
+        ordered_(ordered),
         grid_(ts::grid_of(comm)),
         bounds_(ts::dispatch_bounds::make(comm.size(), c.num_experts, num_slots, c.top_k, c.max_tokens, options)),
         stream_(device_test::make_stream()) {
@@ -98,9 +100,10 @@ class host_sized_rank {
     put(x_, data.x[me]);
     put(plus_, data.plus[me]);
   }
-  ts::host_sized_counts exchange() {
+  ts::host_sized_counts exchange() { return exchange(options_); }
+  ts::host_sized_counts exchange(const ts::dispatch_options& options) {
     const ts::routing<float> chosen{{ids_, tokens(), c_.top_k}, {weights_, tokens(), c_.top_k}};
-    return ts::exchange_routing(stream_, comm_, layout_, bounds_, options_, chosen, handle_, lists_, tables_);
+    return ts::exchange_routing(stream_, comm_, layout_, bounds_, options, chosen, handle_, lists_, tables_);
   }
   void dispatch(const ts::host_sized_counts& counts) {
     ts::dispatch_rows(stream_, comm_, counts, lists_, ts::matrix_view<const bf16>{x_, tokens(), c_.hidden}, received(),
@@ -111,6 +114,13 @@ class host_sized_rank {
     ts::combine_rows(stream_, comm_, counts, lists_, handle_, bounds_, weights,
                      ts::matrix_view<const bf16>{pairs_, bounds_.max_pairs, c_.hidden}, plus,
                      ts::matrix_view<bf16>{y_, tokens(), c_.hidden}, buffers_);
+  }
+  void combine_at_home(const ts::host_sized_counts& counts, bool weighted, bool with_plus) {
+    const ts::matrix_view<const bf16> plus{with_plus ? plus_ : nullptr, tokens(), c_.hidden};
+    ts::combine_pairs(stream_, comm_, counts, lists_, bounds_,
+                      ts::matrix_view<const bf16>{pairs_, bounds_.max_pairs, c_.hidden},
+                      ts::matrix_view<const float>{weighted ? weights_ : nullptr, tokens(), c_.top_k}, plus,
+                      ts::matrix_view<bf16>{y_, tokens(), c_.hidden}, buffers_);
   }
   void wait() { comm_.wait(stream_); }
 
@@ -133,6 +143,7 @@ class host_sized_rank {
     }
     const auto total = get(handle_.total, 1)[0];
     if (total.overflow_drops != own.dropped) found.add(me, "drops");
+    if (total.capacity_drops != data.capacity_drops[at]) found.add(me, "drops of the capacity");
     if (total.received_pairs != static_cast<std::int64_t>(count)) found.add(me, "received pairs");
     check_counts(counts, sums, found);
 
@@ -147,7 +158,14 @@ class host_sized_rank {
         device_test::require(cudaMemsetAsync(y_, 0xff, static_cast<std::size_t>(tokens() * c_.hidden) * 2, stream_),
                              "cudaMemsetAsync");
         combine(*use, weighted ? ts::combine_weights::routing : ts::combine_weights::none, weighted);
-        check_sums(data, sums, weighted, found);
+        check_sums(data, weighted, weighted ? "weighted sum" : "plain sum", found,
+                   [&](int t, int j) { return sums.at_home(me, me * c_.max_tokens + t, j, weighted); });
+        if (!ordered_) continue;
+        device_test::require(cudaMemsetAsync(y_, 0xff, static_cast<std::size_t>(tokens() * c_.hidden) * 2, stream_),
+                             "cudaMemsetAsync");
+        combine_at_home(*use, weighted, weighted);
+        check_sums(data, weighted, weighted ? "weighted sum of pairs" : "plain sum of pairs", found,
+                   [&](int t, int j) { return home_sum(c_, data, lists, outputs, me, t, j, weighted); });
       }
       check_values(*use, lists, found);
     }
@@ -160,12 +178,20 @@ class host_sized_rank {
   void carve(ts::memory_builder& b) {
     const std::int64_t rows = bounds_.addressed_rows();
     barrier_ = b.take<std::uint32_t>("barrier", 1);
-    tables_ = ts::host_sized_tables<float>::layout(
-        b, bounds_, grid_, ts::router_workspace::layout(b, std::max(bounds_.num_local_experts, 1), barrier_));
+    const auto sort = ts::router_workspace::layout(b, bounds_.num_experts, barrier_);
+    const auto carve_for = [&](auto combine) {
+      tables_ = ts::host_sized_tables<float>::layout(b, bounds_, grid_, sort, combine);
+      lists_ = ts::host_sized_lists::layout(b, bounds_, grid_, combine);
+      buffers_ = ts::host_sized_buffers::layout(
+          b, bounds_, grid_, ts::host_sized_buffers::row_bytes<bf16, float>(c_.hidden, c_.top_k), combine);
+    };
+    if (ordered_) {
+      carve_for(ts::combine::ordered{});
+    } else {
+      carve_for(ts::combine::reduced{});
+    }
+    tables_.capacity = ts::capacity_workspace<float>::layout(b, bounds_, options_);
     handle_ = ts::dispatch_handle<float>::layout_device(b, bounds_, true);
-    lists_ = ts::host_sized_lists::layout(b, bounds_, grid_);
-    buffers_ = ts::host_sized_buffers::layout(b, bounds_, grid_,
-                                              ts::host_sized_buffers::row_bytes<bf16, float>(c_.hidden, c_.top_k));
     received_ = b.take<bf16>("received", rows * c_.hidden);
     ids_ = b.take<std::int32_t>("ids", c_.max_tokens * c_.top_k);
     weights_ = b.take<float>("weights", c_.max_tokens * c_.top_k);
@@ -214,18 +240,19 @@ class host_sized_rank {
     }
   }
 
-  void check_sums(const world_data& data, const expected_sums& sums, bool weighted, findings& found) {
+  // @param expected Sum of a token's column, before anything is added.
+  template <class Expected>
+  void check_sums(const world_data& data, bool with_plus, const char* what, findings& found, Expected expected) {
     const int me = comm_.rank();
     const auto y = get(y_, static_cast<std::size_t>(tokens() * c_.hidden));
     for (int t = 0; t < static_cast<int>(tokens()); ++t) {
       for (int j = 0; j < c_.hidden; ++j) {
         const auto at = static_cast<std::size_t>(t * c_.hidden + j);
-        float sum = sums.at_home(me, me * c_.max_tokens + t, j, weighted);
-        if (weighted) sum += as_float(data.plus[static_cast<std::size_t>(me)][at]);
+        float sum = expected(t, j);
+        if (with_plus) sum += as_float(data.plus[static_cast<std::size_t>(me)][at]);
         if (same_bits(y[at], bf16(sum))) continue;
-        return found.add(me, std::string(weighted ? "weighted" : "plain") + " sum of token " + std::to_string(t) +
-                                 " column " + std::to_string(j) + ": " + std::to_string(as_float(y[at])) + " for " +
-                                 std::to_string(sum));
+        return found.add(me, std::string(what) + " of token " + std::to_string(t) + " column " + std::to_string(j) +
+                                 ": " + std::to_string(as_float(y[at])) + " for " + std::to_string(sum));
       }
     }
   }
@@ -278,6 +305,7 @@ class host_sized_rank {
   const routing_case& c_;
   Layout layout_;
   ts::dispatch_options options_;
+  bool ordered_;
   ts::host_grid grid_;
   ts::dispatch_bounds bounds_;
   cudaStream_t stream_;
@@ -309,12 +337,5 @@ struct expected_world {
     }
   }
 };
-
-inline ts::dispatch_options options_of(const routing_case& c) {
-  ts::dispatch_options options;
-  options.row_bound = c.row_bound;
-  options.overflow = c.overflow;
-  return options;
-}
 
 }  // namespace exchange_cases

@@ -43,14 +43,15 @@ void on_shared_gpus(int ranks, F f) {
 
 // `layout_on(rank)` on the device, `layout` on the host. @param ranks_per_host 0: one level.
 template <class Layout, class LayoutOn>
-void check_case(const routing_case& c, const Layout& layout, LayoutOn layout_on, int ranks_per_host, int rounds = 2) {
+void check_case(const routing_case& c, const Layout& layout, LayoutOn layout_on, int ranks_per_host, int rounds = 2,
+                bool ordered = true) {
   const auto options = options_of(c);
   findings found;
   std::vector<expected_world> expected;
   for (int round = 0; round < rounds; ++round) expected.emplace_back(c, layout, options, 31u + unsigned(round));
   CHECK_NOTHROW(on_shared_gpus(static_cast<int>(c.tokens.size()), [&](over_host& comm) {
     const auto run = [&](auto& over) {
-      host_sized_rank rank(over, c, layout_on(comm.rank()), layout.num_slots(comm.rank()), options);
+      host_sized_rank rank(over, c, layout_on(comm.rank()), layout.num_slots(comm.rank()), options, ordered);
       for (const expected_world& e : expected) rank.check(e.data, e.lists, e.outputs, found);
     };
     if (ranks_per_host == 0) {
@@ -64,9 +65,9 @@ void check_case(const routing_case& c, const Layout& layout, LayoutOn layout_on,
 }
 
 template <class Layout>
-void check_case(const routing_case& c, const Layout& layout, int ranks_per_host, int rounds = 2) {
+void check_case(const routing_case& c, const Layout& layout, int ranks_per_host, int rounds = 2, bool ordered = true) {
   check_case(
-      c, layout, [&](int) { return layout; }, ranks_per_host, rounds);
+      c, layout, [&](int) { return layout; }, ranks_per_host, rounds, ordered);
 }
 
 std::vector<int> uneven(int ranks, int most) {
@@ -104,6 +105,28 @@ TEST_CASE("a row crosses to each host once, whatever the hosts") {
   check_case({{50, 40, 31, 9}, 50, 40, 3, 2, routing_kind::uniform}, few, 2);
 }
 
+TEST_CASE("without pairs that come home one by one the rest is the same") {
+  for (const int ranks_per_host : {0, 2}) {
+    check_case({uneven(4, 61), 64, 72, 18, 4, routing_kind::skewed}, ts::layout::block(18, 4), ranks_per_host, 1,
+               false);
+  }
+}
+
+TEST_CASE("a capacity drops each rank's own pairs before they travel, by position and by weight, as on the host") {
+  for (const int ranks : {1, 2, 4}) {
+    CAPTURE(ranks);
+    for (const auto order : {ts::drop_order::position, ts::drop_order::weight}) {
+      for (const double factor : {0.4, 1.0, 1.7}) {
+        CAPTURE(factor);
+        routing_case c{uneven(ranks, 61), 64, 72, 18, 4, factor > 1 ? routing_kind::skewed : routing_kind::gaps};
+        c.capacity_factor = factor;
+        c.order = order;
+        check_case(c, ts::layout::block(18, ranks), ranks == 4 ? 2 : 0, 1);
+      }
+    }
+  }
+}
+
 TEST_CASE("many tokens, wide rows, rows of odd widths, many experts for one token") {
   const ts::layout::block wide(64, 3);
   check_case({{2500, 1300, 1111}, 2600, 24, 64, 8, routing_kind::uniform}, wide, 0, 1);
@@ -137,6 +160,10 @@ TEST_CASE("pairs beyond the bound are dropped in the order of source, token and 
     c.row_bound = 700;
     c.overflow = ts::overflow_policy::drop;
     check_case(c, ts::layout::block(8, ranks), ranks == 2 ? 0 : 2);
+    c.capacity_factor = 1.5;
+    c.order = ts::drop_order::weight;
+    c.row_bound = 500;
+    check_case(c, ts::layout::block(8, ranks), ranks == 2 ? 0 : 2, 1);
   }
 }
 
@@ -191,8 +218,12 @@ TEST_CASE("what cannot be is refused before anything is enqueued") {
     CHECK_THROWS_AS(rank.dispatch(others), bad);
     auto dropping = options_of(c);
     dropping.capacity_factor = 1.5;
-    host_sized_rank with_capacity(comm, c, layout, dropping);
-    CHECK_THROWS_AS(static_cast<void>(with_capacity.exchange()), bad);
+    CHECK_THROWS_AS(static_cast<void>(rank.exchange(dropping)), bad);  // there is no memory for it
+    host_sized_rank reduced(comm, c, layout, layout.num_slots(0), options_of(c), false);
+    reduced.set_routing(e.data);
+    const auto rows_alone = reduced.exchange();
+    CHECK_THROWS_AS(reduced.combine_at_home(rows_alone, false, false), bad);
+    reduced.wait();
     rank.wait();
   }));
 }

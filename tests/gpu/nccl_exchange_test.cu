@@ -76,6 +76,13 @@ std::vector<routing_case> cases_for(int ranks) {
   cases.push_back({uneven(ranks, 1500), 1500, 64, 64, 8, routing_kind::uniform});
   cases.push_back({uneven(ranks, 40), 40, 7168, 64, 8, routing_kind::uniform});
   cases.push_back({uneven(ranks, 50), 50, 5, 64, 32, routing_kind::uniform});
+  for (const auto order : {ts::drop_order::position, ts::drop_order::weight}) {
+    auto& c = cases.emplace_back(routing_case{uneven(ranks, 300), 300, 64, 8, 4, routing_kind::skewed});
+    c.capacity_factor = 1.1;
+    c.order = order;
+    c.row_bound = 500;
+    c.overflow = ts::overflow_policy::drop;
+  }
   return cases;
 }
 

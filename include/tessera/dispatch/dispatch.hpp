@@ -5,6 +5,7 @@
 /// @file
 /// The dispatch room: tokens to the owners of their experts and back.
 
+#include <tessera/dispatch/capacity.hpp>
 #include <tessera/dispatch/combine.hpp>
 #include <tessera/dispatch/handle.hpp>
 #include <tessera/dispatch/host_plan.hpp>

@@ -17,7 +17,8 @@
 /// it on inside the host. On the way home ranks of a host add up first: an owner its rows of a token in fp32 in the
 /// order of k, rounded; the rank of the rail, to its own rows, those of the other owners in the order of ranks,
 /// rounded; and home, to what its own host has, the sums of the other hosts in the order of hosts, rounded once.
-/// Run-to-run bitwise the same.
+/// Run-to-run bitwise the same. Or every pair's row goes straight home, over no other rank, and all are added there in
+/// the order of k (`combine_pairs`), which gives the bits of one GPU.
 ///
 /// Every operation is a collective of the communicator, called in the same order by all ranks.
 
@@ -28,6 +29,7 @@
 #include <type_traits>
 
 #include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/device/capacity.cuh>
 #include <tessera/dispatch/detail/device/expect_routing.cuh>
 #include <tessera/dispatch/detail/host_sized/add_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/find_rows.cuh>
@@ -189,7 +191,8 @@ const std::int32_t* read_words(device_stream stream, Comm& comm, const std::int3
 /// @param comm      R ranks.
 /// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
 /// @param bounds    Sizes, the same on all ranks but for `num_local_experts`.
-/// @param options   Capacity is not supported here: `capacity_factor` is 0. `overflow_policy::drop` admits pairs in the
+/// @param options   Capacity and overflow. A capacity drops this rank's own pairs before anything travels, with two
+/// more launches, or three by weight, and is counted in `handle.total`. `overflow_policy::drop` admits pairs in the
 /// order (source, token, k) and counts on the receiver what it drops.
 /// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert.
 /// @param handle    From `dispatch_handle::layout_device`, written; `destinations` is not.
@@ -208,26 +211,30 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
   using namespace detail::host_sized;
   const host_grid grid = grid_of(comm);
   expect_no_capture(stream, "exchange_routing");
-  detail::expect_routing(comm, layout, bounds, options, chosen);
+  detail::expect_routing(comm, layout, bounds, chosen);
   TESSERA_EXPECTS(lists.words != nullptr && tables.records != nullptr && tables.sort.barrier != nullptr &&
-                      tables.sort.block_counts != nullptr && handle.expert_row_of != nullptr,
-                  "exchange_routing needs host_sized_lists::layout, host_sized_tables::layout with a router_workspace "
-                  "that has barrier and counts, and a handle of dispatch_handle::layout_device");
+                      tables.sort.block_counts != nullptr && handle.expert_row_of != nullptr &&
+                      (!lists.ordered() || tables.owners_home != nullptr),
+                  "exchange_routing needs host_sized_lists::layout, host_sized_tables::layout of the same combine with "
+                  "a router_workspace that has barrier and counts, and a handle of dispatch_handle::layout_device");
   const int num_sms = detail::expect_device("exchange_routing");
 
   const std::int64_t own_pairs = bounds.max_tokens * bounds.top_k;
   const std::int64_t rows = bounds.addressed_rows();
   const token_grid tokens{grid, comm.rank(), static_cast<int>(bounds.max_tokens)};
-  const record_task<A> record{chosen.expert_ids, chosen.weights, bounds.max_tokens, bounds.num_experts,
+  const routing<A> kept = detail::keep_within_capacity(stream, bounds, options, chosen, tables.sort, tables.capacity,
+                                                       num_sms, &handle.total->capacity_drops);
+  const record_task<A> record{kept.expert_ids, kept.weights, bounds.max_tokens, bounds.num_experts,
                               tables.records + comm.rank() * own_pairs};
   record_routing_kernel<A><<<blocks_for(own_pairs, pair_threads), pair_threads, 0, stream.get()>>>(record);
   detail::check_cuda(cudaGetLastError(), "record_routing_kernel");
   comm.all_gather(stream, static_cast<const routing_record<A>*>(record.own), tables.records, own_pairs);
 
   std::int32_t* const pairs = lists.pairs(grid);
-  detail::check_cuda(cudaMemsetAsync(pairs, 0, static_cast<std::size_t>(grid.num_ranks) * sizeof(*pairs), stream.get()),
-                     "cudaMemsetAsync");
-  const owner_task<A, Layout> owners{layout, tokens, bounds.top_k, tables, pairs};
+  const auto counted = static_cast<std::size_t>(grid.num_ranks) * (lists.ordered() ? 4 : 1);
+  detail::check_cuda(cudaMemsetAsync(pairs, 0, counted * sizeof(*pairs), stream.get()), "cudaMemsetAsync");
+  std::int32_t* const before = lists.ordered() ? lists.pairs_before(grid) : nullptr;
+  const owner_task<A, Layout> owners{layout, tokens, bounds.top_k, tables, pairs, before};
   find_owners_kernel<A, Layout>
       <<<blocks_for(rows * bounds.top_k, pair_threads), pair_threads, 0, stream.get()>>>(owners);
   detail::check_cuda(cudaGetLastError(), "find_owners_kernel");
@@ -262,7 +269,7 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                                   {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
                                   tables.sort,
                                   nullptr,
-                                  &handle.total->capacity_drops,
+                                  options.has_capacity() ? nullptr : &handle.total->capacity_drops,  // counted already
                                   &handle.total->received_pairs,
                                   slots,
                                   INT32_MAX,
@@ -281,8 +288,15 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
   resolve_rows_kernel<<<blocks_for(bounds.max_pairs, pair_threads), pair_threads, 0, stream.get()>>>(resolve);
   detail::check_cuda(cudaGetLastError(), "resolve_rows_kernel");
 
-  const std::int64_t offsets = host_sized_counts::words(grid);
-  const std::int32_t* const words = read_words(stream, comm, lists.words, offsets + grid.num_ranks);
+  if (lists.ordered()) {
+    const place_pairs_task place{grid.num_ranks, comm.rank(),        static_cast<int>(own_pairs), bounds.max_pairs,
+                                 before,         tables.owners_home, handle.expert_row_of,        lists.pairs_home};
+    place_pairs_kernel<<<static_cast<unsigned>(2 * grid.num_ranks), number_threads, 0, stream.get()>>>(place);
+    detail::check_cuda(cudaGetLastError(), "place_pairs_kernel");
+  }
+
+  const std::int64_t offsets = host_sized_counts::words(grid, lists.ordered());
+  const std::int32_t* const words = read_words(stream, comm, lists.words, lists.num_words(grid));
   for (int r = 0; r < grid.num_ranks; ++r) {
     TESSERA_EXPECTS_AS(error, options.overflow == overflow_policy::drop || words[offsets + r] <= bounds.max_pairs,
                        "rank " << r << " would receive " << words[offsets + r]
@@ -290,7 +304,7 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                                << ": raise dispatch_options::row_bound, or choose "
                                << "overflow_policy::drop");
   }
-  return host_sized_counts::read(grid, comm.rank(), words);
+  return host_sized_counts::read(grid, comm.rank(), words, lists.ordered());
 }
 
 /// The counts of an exchange that was made before, for backward: **waits on the host** for the stream, at most for the
@@ -302,8 +316,8 @@ host_sized_counts read_counts(device_stream stream, Comm& comm, const host_sized
   expect_no_capture(stream, "read_counts");
   TESSERA_EXPECTS(lists.words != nullptr, "read_counts needs the lists of an exchange_routing");
   const host_grid grid = grid_of(comm);
-  const std::int64_t words = host_sized_counts::words(grid);
-  return host_sized_counts::read(grid, comm.rank(), read_words(stream, comm, lists.words, words));
+  const std::int64_t words = host_sized_counts::words(grid, lists.ordered());
+  return host_sized_counts::read(grid, comm.rank(), read_words(stream, comm, lists.words, words), lists.ordered());
 }
 
 /// The counts that this communicator has read last, if they were those of these lists; otherwise `read_counts`, which
@@ -313,7 +327,7 @@ template <host_sized_communicator Comm>
 host_sized_counts known_counts(device_stream stream, Comm& comm, const host_sized_lists& lists) {
   const std::span<std::int32_t> words = comm.host_words();
   if (*detail::host_sized::source_of(words) != lists.words) return read_counts(stream, comm, lists);
-  return host_sized_counts::read(grid_of(comm), comm.rank(), words.data());
+  return host_sized_counts::read(grid_of(comm), comm.rank(), words.data(), lists.ordered());
 }
 
 /// Sends each token once to every rank that owns one of its experts, over a rank of their host. Its adjoint is
@@ -396,6 +410,40 @@ void combine_rows(device_stream stream, Comm& comm, const host_sized_counts& cou
                     add(y, plus);
                   }
                 });
+}
+
+/// Brings the output of every expert straight home and adds it up there in the order of k: `combine::ordered`. The bits
+/// of a token are those that one GPU computes. A token without pairs becomes what is added to it, or zeros. Enqueues,
+/// does not synchronise.
+/// @param stream  Where the work is enqueued; not being captured.
+/// @param comm    R ranks. Rows go over none of its levels: every rank sends to every other.
+/// @param counts  From `exchange_routing` or `read_counts`.
+/// @param lists   From `exchange_routing`, laid out for `combine::ordered`.
+/// @param bounds  As there.
+/// @param pairs   `[>= received_pairs, d]` outputs of experts in the order of the handle's rows.
+/// @param weights `[T, K]` routing weights of this rank's tokens; without data every weight is 1, and K is its number
+/// of columns all the same.
+/// @param plus    `[T, d]` added in the end; without data nothing is added.
+/// @param y       `[T, d]`, overwritten.
+/// @param buffers Scratch, laid out for `combine::ordered` and rows of at least these bytes.
+template <host_sized_communicator Comm, class A, class S, class Out>
+void combine_pairs(device_stream stream, Comm& comm, const host_sized_counts& counts, const host_sized_lists& lists,
+                   const dispatch_bounds& bounds, matrix_view<const S> pairs, matrix_view<const A> weights,
+                   std::type_identity_t<matrix_view<const S>> plus, matrix_view<Out> y,
+                   const host_sized_buffers& buffers) {
+  using namespace detail::host_sized;
+  expect_no_capture(stream, "combine");
+  expect_counts(counts, comm.size(), comm.rank());
+  TESSERA_EXPECTS(lists.ordered(), "combine_pairs needs lists and buffers that are laid out for combine::ordered");
+  expect_matrix(pairs, -1, y.cols, "rows to combine");
+  TESSERA_EXPECTS(y.rows <= bounds.max_tokens, y.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  TESSERA_EXPECTS(weights.cols == bounds.top_k, "top_k = " << weights.cols << ", the bounds have " << bounds.top_k);
+  S* const sent = reinterpret_cast<S*>(buffers.sums);
+  const matrix_view<S> home{reinterpret_cast<S*>(buffers.within),
+                            counts.pairs.received[static_cast<std::size_t>(comm.size())], y.cols};
+  pack_rows(stream, lists.pairs_home, counts.pairs, comm.size(), comm.rank(), pairs, sent, home);
+  send_rows(stream, comm, counts.pairs, static_cast<const S*>(sent), home.data, y.cols);
+  combine_rows(stream, matrix_view<const S>(home), lists.pairs_home.places, weights, plus, y);
 }
 
 /// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were

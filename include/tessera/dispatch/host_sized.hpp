@@ -12,11 +12,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 #include <tessera/comm/communicator.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/memory.hpp>
 #include <tessera/core/stream.hpp>
+#include <tessera/dispatch/capacity.hpp>
 #include <tessera/dispatch/options.hpp>
 #include <tessera/router/lists.hpp>
 
@@ -111,13 +113,16 @@ struct host_sized_counts {
   int rank = 0;         ///< This rank.
   level_counts within;  ///< Inside the host.
   level_counts across;  ///< Between hosts; 0 with one.
+  level_counts pairs;   ///< Expert rows on their way home, straight between all ranks; 0 without `combine::ordered`.
 
-  /// Words of device memory that the counts are read from. @param grid Where ranks stand.
-  static constexpr std::int64_t words(const host_grid& grid) {
-    return 2 * (grid.ranks_per_host + 1) + 2 * (grid.hosts() + 1);
+  /// Words of device memory that the counts are read from. @param grid Where ranks stand. @param ordered Whether pairs
+  /// are among them.
+  static constexpr std::int64_t words(const host_grid& grid, bool ordered = false) {
+    return 2 * (grid.ranks_per_host + 1) + 2 * (grid.hosts() + 1) + (ordered ? 2 * (grid.num_ranks + 1) : 0);
   }
-  /// From those words. @param grid Where ranks stand. @param rank This rank. @param from `[words(grid)]`.
-  static host_sized_counts read(const host_grid& grid, int rank, const std::int32_t* from) {
+  /// From those words. @param grid Where ranks stand. @param rank This rank. @param from `[words(grid, ordered)]`.
+  /// @param ordered As there.
+  static host_sized_counts read(const host_grid& grid, int rank, const std::int32_t* from, bool ordered = false) {
     host_sized_counts counts{};
     counts.grid = grid;
     counts.rank = rank;
@@ -129,6 +134,10 @@ struct host_sized_counts {
     take(counts.within.received, grid.ranks_per_host);
     take(counts.across.sent, grid.hosts());
     take(counts.across.received, grid.hosts());
+    if (ordered) {
+      take(counts.pairs.sent, grid.num_ranks);
+      take(counts.pairs.received, grid.num_ranks);
+    }
     return counts;
   }
 
@@ -152,33 +161,61 @@ struct level_lists {
 
 /// The lists of a dispatch that is sized on the host, beside those of its handle.
 struct host_sized_lists {
-  std::int32_t* words = nullptr;  ///< `[host_sized_counts::words + R]`: offsets of both levels; pairs of each rank.
-  level_lists within;             ///< Inside the host.
-  level_lists across;             ///< Between hosts.
+  /// `[num_words]`: offsets of both levels, and of pairs; pairs that each rank receives. With `combine::ordered` three
+  /// more for each rank, which the host does not read: see `pairs_before`.
+  std::int32_t* words = nullptr;
+  level_lists within;  ///< Inside the host.
+  level_lists across;  ///< Between hosts.
+  /// With `combine::ordered`: expert rows on their way home. `sent_rows [max_pairs]` are in the order (source, token,
+  /// k), `places [max_tokens, K]` the row at home of each of this rank's pairs, -1 where none comes; no `arrived`.
+  level_lists pairs_home;
 
   /// Takes the arrays from `builder`. @param builder Counting or carving. @param bounds Of the dispatch.
-  /// @param grid Where ranks stand.
-  static host_sized_lists layout(memory_builder& builder, const dispatch_bounds& bounds, const host_grid& grid) {
+  /// @param grid Where ranks stand. @tparam Combine Where rows will be added.
+  /// @throws invalid_argument for `combine::ordered` with more than `max_host_sized_ranks` ranks.
+  template <combine_policy Combine = combine::reduced>
+  static host_sized_lists layout(memory_builder& builder, const dispatch_bounds& bounds, const host_grid& grid,
+                                 Combine = {}) {
+    constexpr bool ordered = std::is_same_v<Combine, combine::ordered>;
+    TESSERA_EXPECTS(!ordered || grid.num_ranks <= max_host_sized_ranks,
+                    "combine::ordered, sized on the host, sends pairs straight home: "
+                        << grid.num_ranks << " ranks, at most " << max_host_sized_ranks);
     host_sized_lists lists;
-    const std::int64_t offsets = host_sized_counts::words(grid);
-    lists.words = builder.take<std::int32_t>("row and pair counts", offsets + grid.num_ranks);
+    lists.words = builder.take<std::int32_t>(
+        "row and pair counts", host_sized_counts::words(grid, ordered) + (ordered ? 4 : 1) * grid.num_ranks);
     std::int32_t* next = lists.words;
+    const auto carve_offsets = [&](level_lists& level, int ranks) {
+      if (next == nullptr) return;
+      level.sent_offsets = next;
+      level.received_offsets = next + ranks + 1;
+      next += 2 * (ranks + 1);
+    };
     const auto carve = [&](level_lists& level, const level_bounds& sizes) {
-      if (next != nullptr) {
-        level.sent_offsets = next;
-        level.received_offsets = next + sizes.ranks + 1;
-        next += 2 * (sizes.ranks + 1);
-      }
+      carve_offsets(level, sizes.ranks);
       level.sent_rows = builder.take<std::int32_t>("rows to send", sizes.listed_rows());
       level.places = builder.take<std::int32_t>("places of rows", sizes.received_rows());
       level.arrived = builder.take<std::int32_t>("tokens of received rows", sizes.received_rows());
     };
     carve(lists.within, level_bounds::within(bounds, grid));
     carve(lists.across, level_bounds::across(bounds, grid));
+    if (ordered) {
+      carve_offsets(lists.pairs_home, grid.num_ranks);
+      lists.pairs_home.sent_rows = builder.take<std::int32_t>("expert rows to return", bounds.max_pairs);
+      lists.pairs_home.places = builder.take<std::int32_t>("places of pairs at home", bounds.max_sent_pairs());
+    }
     return lists;
   }
+  /// Whether pairs can come home: they were laid out for `combine::ordered`.
+  bool ordered() const { return pairs_home.sent_offsets != nullptr; }
+  /// Words that the host reads. @param grid Where ranks stand.
+  std::int64_t num_words(const host_grid& grid) const {
+    return host_sized_counts::words(grid, ordered()) + grid.num_ranks;
+  }
   /// `[R]` pairs that each rank receives. @param grid Where ranks stand.
-  std::int32_t* pairs(const host_grid& grid) const { return words + host_sized_counts::words(grid); }
+  std::int32_t* pairs(const host_grid& grid) const { return words + host_sized_counts::words(grid, ordered()); }
+  /// `[3, R]` with `combine::ordered`: pairs that each rank receives from ranks before this one, and from this one;
+  /// pairs that this one receives from each. @param grid Where ranks stand.
+  std::int32_t* pairs_before(const host_grid& grid) const { return words + num_words(grid); }
 };
 
 /// A pair as ranks tell each other. @tparam A Type of routing weights.
@@ -197,15 +234,21 @@ struct host_sized_tables {
   A* weights = nullptr;                   ///< `[R * max_tokens, K]`.
   std::int32_t* owners_within = nullptr;  ///< `[V, K]` inside the host: who owns the expert there; -1: nobody.
   std::int32_t* owners_across = nullptr;  ///< `[max_tokens, K]`: host of the owner; -1: nobody.
+  std::int32_t* owners_home = nullptr;    ///< `combine::ordered`: `[max_tokens, K]` owners of this rank's pairs, or -1.
   std::int32_t* counts = nullptr;         ///< `[2 G + 2 H]` rows sent and received.
   std::int32_t* places_within = nullptr;  ///< `[P * V]` inside the host: number of a received row among its source's.
   std::int32_t* places_across = nullptr;  ///< The same between hosts.
-  router_workspace sort;                  ///< Of the sort.
+  router_workspace sort;                  ///< Of the sort; with a capacity it has room for all E experts.
+  capacity_workspace<A> capacity;         ///< Where there is a capacity.
 
-  /// Takes the arrays from `builder`. @param builder Counting or carving. @param bounds Of the dispatch.
-  /// @param grid Where ranks stand. @param sort Scratch of the sort, whose barrier was 0 before its first use.
+  /// Takes the arrays from `builder`, all but `capacity`. @param builder Counting or carving. @param bounds Of the
+  /// dispatch. @param grid Where ranks stand. @param sort Scratch of the sort, whose barrier was 0 before its first
+  /// use.
+  /// @tparam Combine Where rows will be added.
+  template <combine_policy Combine = combine::reduced>
   static host_sized_tables layout(memory_builder& builder, const dispatch_bounds& bounds, const host_grid& grid,
-                                  const router_workspace& sort) {
+                                  const router_workspace& sort, Combine = {}) {
+    constexpr bool ordered = std::is_same_v<Combine, combine::ordered>;
     host_sized_tables tables;
     const std::int64_t pairs = bounds.addressed_rows() * bounds.top_k;
     const level_bounds within = level_bounds::within(bounds, grid);
@@ -215,6 +258,7 @@ struct host_sized_tables {
     tables.weights = builder.take<A>("weights of all ranks", pairs);
     tables.owners_within = builder.take<std::int32_t>("owners in the host", within.tokens * bounds.top_k);
     tables.owners_across = builder.take<std::int32_t>("hosts of owners", across.tokens * bounds.top_k);
+    tables.owners_home = builder.take<std::int32_t>("owners of own pairs", ordered ? bounds.max_sent_pairs() : 0);
     tables.counts = builder.take<std::int32_t>("rows of levels", 2 * (within.ranks + across.ranks));
     tables.places_within = builder.take<std::int32_t>("places in the host", within.received_rows());
     tables.places_across = builder.take<std::int32_t>("places between hosts", across.received_rows());
@@ -225,8 +269,8 @@ struct host_sized_tables {
 
 /// Scratch for rows on their way, during one operation: device memory.
 struct host_sized_buffers {
-  std::byte* within = nullptr;  ///< Rows for other ranks of the host, or what they return.
-  std::byte* sums = nullptr;    ///< Sums on their way to other ranks of the host.
+  std::byte* within = nullptr;  ///< Rows for other ranks of the host, or what they return; or pairs at home.
+  std::byte* sums = nullptr;    ///< Sums on their way to other ranks of the host; or pairs on their way home.
   std::byte* across = nullptr;  ///< Rows for other hosts, or what they return.
   std::byte* middle = nullptr;  ///< Rows of the rail that have arrived on this host, or sums on their way back.
 
@@ -237,13 +281,18 @@ struct host_sized_buffers {
     return std::max(hidden * static_cast<std::int64_t>(sizeof(S)), top_k * static_cast<std::int64_t>(sizeof(A)));
   }
   /// Takes the arrays from `builder`. @param builder Counting or carving. @param bounds Of the dispatch.
-  /// @param grid Where ranks stand. @param row_bytes See there.
+  /// @param grid Where ranks stand. @param row_bytes See there. @tparam Combine Where rows are added:
+  /// `combine::ordered` needs room for every pair, at home and on the way.
+  template <combine_policy Combine = combine::reduced>
   static host_sized_buffers layout(memory_builder& builder, const dispatch_bounds& bounds, const host_grid& grid,
-                                   std::int64_t row_bytes) {
+                                   std::int64_t row_bytes, Combine = {}) {
+    constexpr bool ordered = std::is_same_v<Combine, combine::ordered>;
     const level_bounds within = level_bounds::within(bounds, grid);
     const level_bounds across = level_bounds::across(bounds, grid);
-    return {builder.take<std::byte>("rows in the host", within.sent_rows() * row_bytes),
-            builder.take<std::byte>("sums in the host", within.received_from_others() * row_bytes),
+    const std::int64_t home = ordered ? bounds.max_sent_pairs() : 0;
+    const std::int64_t out = ordered ? std::min(bounds.max_pairs, bounds.max_sent_pairs() * (grid.num_ranks - 1)) : 0;
+    return {builder.take<std::byte>("rows in the host", std::max(within.sent_rows(), home) * row_bytes),
+            builder.take<std::byte>("sums in the host", std::max(within.received_from_others(), out) * row_bytes),
             builder.take<std::byte>("rows between hosts", across.sent_rows() * row_bytes),
             builder.take<std::byte>("rows of the rail", across.received_rows() * row_bytes)};
   }

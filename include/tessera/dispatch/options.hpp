@@ -6,7 +6,9 @@
 /// What a user chooses about dispatch and combine, and the bounds that follow.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include <tessera/core/error.hpp>
 
@@ -63,6 +65,17 @@ struct dispatch_options {
 
   /// For `row_bound`: room for every pair of every rank.
   static constexpr std::int64_t full_row_bound = -1;
+
+  /// Whether a capacity limits what is sent.
+  bool has_capacity() const { return capacity_factor > 0; }
+  /// Pairs of one expert that a rank keeps of its own: `ceil(T*K*capacity_factor / E)`, and no more than it has.
+  /// @param num_pairs T*K, T its tokens in this call. @param num_experts E.
+  std::int64_t capacity(std::int64_t num_pairs, int num_experts) const {
+    if (!has_capacity()) return num_pairs;
+    return static_cast<std::int64_t>(
+        std::min(std::ceil(static_cast<double>(num_pairs) * capacity_factor / static_cast<double>(num_experts)),
+                 static_cast<double>(num_pairs)));
+  }
 };
 
 /// Sizes that bound one dispatch on one rank; equal on all ranks but for `num_local_experts`.

@@ -46,7 +46,7 @@ void exchange_routing(host_stream stream, Comm& comm, const Layout& layout, cons
   detail::find_destinations(layout, bounds, comm.rank(), chosen, workspace);
   handle.total->num_tokens = chosen.expert_ids.rows;
   handle.total->capacity_drops =
-      options.capacity_factor > 0 ? detail::drop_over_capacity(bounds, options, chosen, workspace) : 0;
+      options.has_capacity() ? detail::drop_over_capacity(bounds, options, chosen, workspace) : 0;
   handle.total->overflow_drops = 0;
 
   detail::count_destinations(bounds, chosen, workspace);

@@ -27,6 +27,7 @@
 #include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/device/capacity.cuh>
 #include <tessera/dispatch/detail/device/expect_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/push_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/return_values.cuh>
@@ -187,7 +188,8 @@ std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, 
 /// @param comm      R ranks.
 /// @param layout    Where the experts are; its members are `TESSERA_HD` and read memory that the device sees.
 /// @param bounds    Sizes, the same on all ranks but for `num_local_experts`.
-/// @param options   Capacity is not supported here: `capacity_factor` is 0. `overflow_policy::drop` admits pairs in the
+/// @param options   Capacity and overflow. A capacity drops this rank's own pairs before anything travels, with two
+/// more launches, or three by weight, and is counted in `handle.total`. `overflow_policy::drop` admits pairs in the
 /// order (source, token, k) and counts on the receiver what it drops; `error` is a failure of the communicator that
 /// names the rank and its need.
 /// @param chosen    `[T, K]` ids and weights; ids outside [0, E) are slots without expert. Kept until
@@ -204,7 +206,7 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                             balance_counts sums = {}) {
   using namespace detail::symmetric;
   const std::int64_t num_tokens = chosen.expert_ids.rows;
-  detail::expect_routing(comm, layout, bounds, options, chosen);
+  detail::expect_routing(comm, layout, bounds, chosen);
   expect_tokens(handle, bounds.max_tokens, "the routing of these bounds");
   expect_top_k(handle, bounds.top_k);
   const std::int64_t pairs_of_all = bounds.addressed_rows() * bounds.top_k;
@@ -217,6 +219,10 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                   "handle of dispatch_handle::layout_device that travels");
   const int num_sms = expect_sm90("exchange_routing");
   const auto view = comm.view(comm::symmetric_channel::tables);
+  const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
+  const routing<A> kept =
+      detail::keep_within_capacity(stream, bounds, options, chosen, workspace.sort, workspace.capacity, blocks_of_lists,
+                                   &handle.total->capacity_drops);
 
   // Rows wait for their destinations only; tables and lists take the side stream. Both wait for other ranks: graphs of
   // all ranks have the same shape, without tokens too, so that the branches of each begin in the same order.
@@ -226,17 +232,17 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   const auto token_blocks =
       static_cast<unsigned>(std::max<std::int64_t>((num_tokens + destination_threads - 1) / destination_threads, 1));
   detail::launch_early(stream, "find_destinations_kernel", find_destinations_kernel<Layout>, dim3(token_blocks),
-                       destination_threads, 0, layout, chosen.expert_ids, handle.destinations);
+                       destination_threads, 0, layout, matrix_view<const std::int32_t>(kept.expert_ids),
+                       handle.destinations);
   push_task<A, Layout> push{view,
                             layout,
-                            chosen.expert_ids,
-                            chosen.weights,
+                            kept.expert_ids,
+                            kept.weights,
                             bounds.max_tokens,
                             workspace.tables,
                             counts.data,
                             routing_tables<A>::counts_per_rank(bounds)};
   const std::int64_t rows = bounds.addressed_rows();
-  const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
   const int slots = std::max(bounds.num_local_experts, 1);
   arrival_task<A> sort{view,
                        detail::make_list_plan(rows, slots, blocks_of_lists, detail::sort_scratch_bytes),
@@ -245,7 +251,7 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                         {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
                         workspace.sort,
                         nullptr,
-                        &handle.total->capacity_drops,
+                        options.has_capacity() ? nullptr : &handle.total->capacity_drops,  // counted already
                         &handle.total->received_pairs,
                         slots,
                         INT32_MAX,

@@ -13,6 +13,7 @@
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/core/memory.hpp>
 #include <tessera/core/stream.hpp>
+#include <tessera/dispatch/capacity.hpp>
 #include <tessera/dispatch/options.hpp>
 #include <tessera/router/lists.hpp>
 
@@ -71,7 +72,8 @@ struct routing_tables {
 template <class A>
 struct symmetric_routing_workspace {
   routing_tables<A> tables;  ///< In the window.
-  router_workspace sort;     ///< Scratch of the sort; local memory.
+  router_workspace sort;     ///< Scratch of the sort; local memory. With a capacity it has room for all E experts.
+  capacity_workspace<A> capacity;  ///< Local memory, where there is a capacity.
 };
 
 /// Where rows come home: memory of the window, at the same offset on all ranks, scratch of one combine.

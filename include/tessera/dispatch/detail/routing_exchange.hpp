@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include <tessera/comm/communicator.hpp>
@@ -44,7 +43,7 @@ struct routing_exchange_scratch {
     s.pair_expert = builder.take<std::int32_t>("pair experts", sent);
     s.expert_cursor =
         builder.take<std::int32_t>("expert cursors", std::max(bounds.num_experts, bounds.num_local_experts) + 1);
-    s.by_expert = builder.take<std::int32_t>("pairs by expert", options.capacity_factor > 0 ? sent : 0);
+    s.by_expert = builder.take<std::int32_t>("pairs by expert", options.has_capacity() ? sent : 0);
     s.last_token = builder.take<std::int32_t>("last tokens", ranks);
     s.row_cursor = builder.take<std::int32_t>("row cursors", ranks);
     s.pair_cursor = builder.take<std::int32_t>("pair cursors", ranks);
@@ -119,8 +118,7 @@ std::int64_t drop_over_capacity(const dispatch_bounds& bounds, const dispatch_op
                                 const routing<A>& chosen, const routing_exchange_scratch<A>& s) {
   const std::int64_t top_k = chosen.expert_ids.cols;
   const std::int64_t pairs = chosen.expert_ids.rows * top_k;
-  const auto capacity = static_cast<std::int64_t>(
-      std::ceil(static_cast<double>(pairs) * options.capacity_factor / static_cast<double>(bounds.num_experts)));
+  const std::int64_t capacity = options.capacity(pairs, bounds.num_experts);
   const auto expert_of = [&](std::int64_t pair) { return chosen.expert_ids(pair / top_k, pair % top_k); };
   const auto weight_of = [&](std::int64_t pair) { return chosen.weights(pair / top_k, pair % top_k); };
 

@@ -52,9 +52,6 @@ template <class Layer>
 void check_spread(const shape& s, const typename Layer::options& chosen, typename Layer::communicator_type& comm) {
   if constexpr (std::is_same_v<typename Layer::space, space::device> &&
                 !std::is_same_v<typename Layer::communicator_type, comm::self<space::device>>) {
-    TESSERA_EXPECTS(chosen.dispatch.capacity_factor == 0,
-                    "moe_layer: capacity_factor = " << chosen.dispatch.capacity_factor
-                                                    << ", there is no capacity between GPUs: use 0");
     int ranks_per_host = 0;
     if constexpr (requires { comm.ranks_per_host(); }) ranks_per_host = comm.ranks_per_host();
     TESSERA_EXPECTS(host_grid::make(comm.size(), chosen.dispatch.ranks_per_host).ranks_per_host ==
@@ -62,11 +59,7 @@ void check_spread(const shape& s, const typename Layer::options& chosen, typenam
                     "moe_layer: dispatch_options::ranks_per_host = " << chosen.dispatch.ranks_per_host
                                                                      << ", the communicator has hosts of "
                                                                      << ranks_per_host << " ranks (0: all)");
-    if (goes_by_host<typename Layer::communicator_type>(chosen.dispatch)) {
-      TESSERA_EXPECTS((std::is_same_v<typename Layer::combine_type, combine::reduced>),
-                      "moe_layer: sized on the host, rows are added with combine::reduced");
-      return;
-    }
+    if (goes_by_host<typename Layer::communicator_type>(chosen.dispatch)) return;
     if constexpr (requires { comm.direct(); }) {
       TESSERA_EXPECTS(comm.direct(), "moe_layer: kernels cannot reach the memory of other ranks: "
                                          << comm.reason() << "; with dispatch_options::host_sized rows go by NCCL");

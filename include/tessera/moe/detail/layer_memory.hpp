@@ -9,6 +9,7 @@
 #include <tessera/comm/self.hpp>
 #include <tessera/core/chunks.hpp>
 #include <tessera/core/memory.hpp>
+#include <tessera/dispatch/capacity.hpp>
 #include <tessera/dispatch/dispatch.hpp>
 #include <tessera/dispatch/host_sized.hpp>
 #include <tessera/dispatch/symmetric.hpp>
@@ -117,7 +118,8 @@ struct layer_saved {
     counts = b.take<std::int64_t>("global counts", balance_counts::size(s.num_experts));
     handle = plan.on_device ? dispatch_handle<A>::layout_device(b, plan.bounds, plan.travels)
                             : dispatch_handle<A>::layout(b, plan.bounds);
-    if (plan.host_sized()) lists = host_sized_lists::layout(b, plan.bounds, plan.grid());
+    if (plan.host_sized())
+      lists = host_sized_lists::layout(b, plan.bounds, plan.grid(), typename Layer::combine_type{});
     experts = plan.experts.carve_saved(b, plan.bounds.max_pairs);
     if (plan.has_shared()) shared = plan.shared.carve_saved(b, s.max_tokens);
   }
@@ -140,8 +142,9 @@ struct layer_forward_window {
     received = b.take<typename Layer::storage>("received rows", p.resends ? p.received_elements() : 0);
     if (!p.travels) return;
     if (p.host_sized()) {
-      gathered = host_sized_tables<typename Layer::accumulate>::layout(b, p.bounds, p.grid(), {});
-      buffers = host_sized_buffers::layout(b, p.bounds, p.grid(), p.row_bytes());
+      gathered = host_sized_tables<typename Layer::accumulate>::layout(b, p.bounds, p.grid(), {},
+                                                                       typename Layer::combine_type{});
+      buffers = host_sized_buffers::layout(b, p.bounds, p.grid(), p.row_bytes(), typename Layer::combine_type{});
       return;
     }
     tables = routing_tables<typename Layer::accumulate>::layout(b, p.bounds);
@@ -158,6 +161,7 @@ struct layer_forward_scratch {
   std::int64_t* counts;                // [E + 2] of this rank
   routing_exchange_workspace<A> plan;  // on the host, as are the next packed rows and sums
   std::uint8_t* block_counts;          // of the router's kernels; null on the host
+  capacity_workspace<A> capacity;      // between GPUs
   S* gate_parts;                       // [3, E, d]; null on the host
   dispatch_workspace<S> rows;
   S* pairs;  // [max pairs, d] outputs of experts
@@ -174,6 +178,7 @@ struct layer_forward_scratch {
     if (p.on_host) plan = routing_exchange_workspace<A>::layout(b, p.bounds, p.dispatch);
     block_counts =
         b.take<std::uint8_t>("counts of blocks", p.on_device ? router_workspace::block_count_bytes(s.num_experts) : 0);
+    if (p.travels) capacity = capacity_workspace<A>::layout(b, p.bounds, p.dispatch);
     gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     pairs = b.take<S>("expert outputs", p.bounds.max_pairs * s.hidden);
@@ -255,7 +260,7 @@ struct layer_backward_scratch {
   layer_backward_scratch(memory_builder& b, const layer_plan<Layer>& p) {
     const shape& s = p.sizes;
     if (p.host_sized()) {
-      buffers = host_sized_buffers::layout(b, p.bounds, p.grid(), p.row_bytes());
+      buffers = host_sized_buffers::layout(b, p.bounds, p.grid(), p.row_bytes(), typename Layer::combine_type{});
     } else if (p.travels) {
       returned = returned_rows<S>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{}, p.rows_outgoing());
     }

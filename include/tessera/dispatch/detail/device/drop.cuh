@@ -109,6 +109,14 @@ __launch_bounds__(drop_threads) TESSERA_KERNEL drop_light_pairs_kernel(const __g
   }
 }
 
+template <class A>
+void drop_light_pairs(device_stream stream, const matrix_view<const std::int32_t>& ids, const router_lists<A>& lists,
+                      int num_experts, int capacity, std::int64_t* dropped) {
+  drop_light_pairs_kernel<A><<<static_cast<unsigned>(num_experts), drop_threads, 0, stream.get()>>>(
+      {ids, lists.row_offsets, lists.gather, lists.pair_weights, lists.expert_row_of, dropped, capacity});
+  check_cuda(cudaGetLastError(), "drop_light_pairs_kernel");
+}
+
 template <class Totals>
 struct late_task {
   std::int32_t* expert_row_of;  // [num_pairs]

@@ -14,14 +14,11 @@ TESSERA_NAMESPACE_BEGIN
 namespace detail {
 
 template <class Comm, class Layout, class A>
-void expect_routing(const Comm& comm, const Layout& layout, const dispatch_bounds& bounds,
-                    const dispatch_options& options, const routing<A>& chosen) {
+void expect_routing(const Comm& comm, const Layout& layout, const dispatch_bounds& bounds, const routing<A>& chosen) {
   TESSERA_EXPECTS(bounds.num_ranks == comm.size(),
                   "bounds of " << bounds.num_ranks << " ranks, the communicator has " << comm.size());
   TESSERA_EXPECTS(chosen.expert_ids.rows <= bounds.max_tokens,
                   chosen.expert_ids.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
-  TESSERA_EXPECTS(options.capacity_factor == 0,
-                  "capacity_factor = " << options.capacity_factor << ": there is no capacity between GPUs, use 0");
   TESSERA_EXPECTS(bounds.num_local_experts <= max_experts,
                   bounds.num_local_experts << " local experts, expected at most " << max_experts);
   expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");

@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include <tessera/dispatch/detail/device/drop.cuh>
@@ -83,8 +82,7 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
                   chosen.expert_ids.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
   expect_matrix(chosen.expert_ids, -1, bounds.top_k, "expert_ids");
   expect_matrix(chosen.weights, chosen.expert_ids.rows, bounds.top_k, "weights");
-  const bool capped = options.capacity_factor > 0;
-  const bool by_weight = capped && options.order == drop_order::weight;
+  const bool by_weight = options.has_capacity() && options.order == drop_order::weight;
   const bool bounded = pairs > bounds.max_pairs;
   TESSERA_EXPECTS(!by_weight || !bounded, "drop_order::weight on the device needs row_bound >= T * K = "
                                               << pairs << ", it is " << bounds.max_pairs);
@@ -93,12 +91,7 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
   TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
                   "sorting on the device needs a router_workspace with a barrier and counts of blocks");
   const int num_sms = expect_device("exchange_routing");
-  std::int64_t capacity = INT32_MAX;
-  if (capped) {
-    capacity =
-        std::min(capacity, static_cast<std::int64_t>(std::ceil(static_cast<double>(pairs) * options.capacity_factor /
-                                                               static_cast<double>(bounds.num_experts))));
-  }
+  const auto capacity = static_cast<int>(options.capacity(pairs, bounds.num_experts));
   sort_task<A, Layout> task{
       make_list_plan(chosen.expert_ids.rows, bounds.num_local_experts, num_sms, sort_scratch_bytes),
       {chosen.expert_ids,
@@ -109,7 +102,7 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
        &handle.total->capacity_drops,
        &handle.total->received_pairs,
        bounds.num_local_experts,
-       by_weight ? INT32_MAX : static_cast<int>(capacity),
+       by_weight ? INT32_MAX : capacity,
        {layout},
        bounds.max_pairs},
       handle.total};
@@ -119,10 +112,8 @@ void sort_on_device(device_stream stream, const Layout& layout, const dispatch_b
   sort();
   if (!by_weight && !bounded) return;
   if (by_weight) {
-    drop_light_pairs_kernel<A><<<static_cast<unsigned>(bounds.num_local_experts), drop_threads, 0, stream.get()>>>(
-        {chosen.expert_ids, handle.expert_offsets, handle.gather, handle.pair_weights, handle.expert_row_of,
-         &handle.total->capacity_drops, static_cast<int>(capacity)});
-    check_cuda(cudaGetLastError(), "drop_light_pairs_kernel");
+    drop_light_pairs<A>(stream, chosen.expert_ids, task.lists.lists, bounds.num_local_experts, capacity,
+                        &handle.total->capacity_drops);
   } else {
     drop_late_pairs_kernel<typename dispatch_handle<A>::totals>
         <<<1, list_threads, 0, stream.get()>>>({handle.expert_row_of, pairs, bounds.max_pairs, handle.total,

@@ -73,17 +73,22 @@ struct owner_task {
   token_grid tokens;
   int top_k;
   host_sized_tables<A> tables;
-  std::int32_t* pairs;  // [R], 0 before
+  std::int32_t* pairs;   // [R], 0 before
+  std::int32_t* before;  // [3, R], 0 before, see host_sized_lists::pairs_before; null: nobody asks
 };
 
 // Who owns the expert of each pair, and how many pairs each rank receives.
 template <class A, class Layout>
 __launch_bounds__(pair_threads) TESSERA_KERNEL find_owners_kernel(const __grid_constant__ owner_task<A, Layout> task) {
   __shared__ int counts[max_host_sized_ranks];
+  __shared__ int counts_before[3][max_host_sized_ranks];
   const token_grid& tokens = task.tokens;
   const host_grid& grid = tokens.grid;
   const bool counted_here = grid.num_ranks <= max_host_sized_ranks;
-  for (int r = static_cast<int>(threadIdx.x); r < max_host_sized_ranks; r += pair_threads) counts[r] = 0;
+  for (int r = static_cast<int>(threadIdx.x); r < max_host_sized_ranks; r += pair_threads) {
+    counts[r] = 0;
+    for (int i = 0; task.before != nullptr && i < 3; ++i) counts_before[i][r] = 0;
+  }
   __syncthreads();
   const int pair = static_cast<int>(blockIdx.x) * pair_threads + static_cast<int>(threadIdx.x);
   if (pair < grid.num_ranks * tokens.max_tokens * task.top_k) {
@@ -106,11 +111,19 @@ __launch_bounds__(pair_threads) TESSERA_KERNEL find_owners_kernel(const __grid_c
     if (grid.two_levels() && source == tokens.rank) {
       task.tables.owners_across[t * task.top_k + k] = any ? grid.host_of(owner.rank) : -1;
     }
+    if (task.before != nullptr) {
+      if (source == tokens.rank) task.tables.owners_home[t * task.top_k + k] = any ? owner.rank : -1;
+      if (any && source <= tokens.rank) atomicAdd(&counts_before[source == tokens.rank ? 1 : 0][owner.rank], 1);
+      if (any && owner.rank == tokens.rank) atomicAdd(&counts_before[2][source], 1);
+    }
   }
   __syncthreads();
   if (!counted_here) return;
   for (int r = static_cast<int>(threadIdx.x); r < grid.num_ranks; r += pair_threads) {
     if (counts[r] != 0) atomicAdd(task.pairs + r, counts[r]);
+    for (int i = 0; task.before != nullptr && i < 3; ++i) {
+      if (counts_before[i][r] != 0) atomicAdd(task.before + i * grid.num_ranks + r, counts_before[i][r]);
+    }
   }
 }
 
@@ -206,13 +219,14 @@ struct list_rows_task {
   level_task within, across;
 };
 
-// Offsets from counts: rows for each rank or from it. Threads of one warp call.
-__device__ inline void prefix_sums(const std::int32_t* counts, int ranks, int* offsets) {
+// Offsets from counts: rows for each rank or from it. Threads of one warp call. @param count Of a rank.
+template <class Count>
+__device__ __forceinline__ void prefix_sums(Count count, int ranks, int* offsets) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   int before = 0;
   for (int first = 0; first < ranks; first += warp_size) {
     const int r = first + lane;
-    int sum = r < ranks ? counts[r] : 0;
+    int sum = r < ranks ? count(r) : 0;
 #pragma unroll
     for (int step = 1; step < warp_size; step *= 2) {
       const int lower = __shfl_up_sync(full_warp, sum, step);
@@ -233,7 +247,7 @@ static __launch_bounds__(pair_threads) TESSERA_KERNEL list_rows_kernel(const __g
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   if (warp < 4) {
     const std::int32_t* const from = task.counts + (warp >= 1 ? G : 0) + (warp >= 2 ? G : 0) + (warp >= 3 ? H : 0);
-    prefix_sums(from, warp < 2 ? G : H, offsets[warp]);
+    prefix_sums([&](int r) { return from[r]; }, warp < 2 ? G : H, offsets[warp]);
   }
   __syncthreads();
   const int first = static_cast<int>(blockIdx.x) * pair_threads + static_cast<int>(threadIdx.x);
@@ -334,6 +348,73 @@ static __launch_bounds__(pair_threads) TESSERA_KERNEL resolve_rows_kernel(const 
   const int place = tokens.grid.place_of(source);
   const int u = tokens.grid.host_of(source) * tokens.max_tokens + (row - source * tokens.max_tokens);
   task.gather[pair] = task.within.lists.received_offsets[place] + task.within.placed[place * task.within.tokens + u];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pairs on their way home
+
+struct place_pairs_task {
+  int num_ranks;
+  int rank;
+  int pairs_per_rank;                 // max_tokens * K
+  std::int64_t max_pairs;             // of every rank
+  const std::int32_t* before;         // [3, R], see host_sized_lists::pairs_before
+  const std::int32_t* owners;         // [pairs_per_rank] of this rank's pairs; -1: nobody
+  const std::int32_t* expert_row_of;  // [R, pairs_per_rank]
+  level_lists lists;
+};
+
+// Pairs travel in the order (source, token, k), so that their owner and their home number them alike and nobody tells
+// anybody. What a bound drops is the last of that order, so home knows that, too. A block for each rank as an owner of
+// this one's pairs, then for each rank as a home.
+static __launch_bounds__(number_threads) TESSERA_KERNEL
+    place_pairs_kernel(const __grid_constant__ place_pairs_task task) {
+  __shared__ int sent[max_host_sized_ranks + 1];
+  __shared__ int received[max_host_sized_ranks + 1];
+  __shared__ int arriving[max_host_sized_ranks + 1];
+  const int R = task.num_ranks;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int warp = tid / warp_size;
+  // Of `count` pairs that stand behind `ahead` others, how many their owner admits.
+  const auto admitted = [&](std::int64_t ahead, int count) {
+    const std::int64_t left = task.max_pairs - ahead;
+    return left <= 0 ? 0 : static_cast<int>(left < count ? left : count);
+  };
+  if (warp == 0) {
+    prefix_sums([&](int r) { return admitted(task.before[r], task.before[R + r]); }, R, received);
+    prefix_sums([&](int r) { return task.before[2 * R + r]; }, R, arriving);
+    __syncwarp();
+    // own pairs stay here and stand behind the others
+    prefix_sums([&](int r) { return r == task.rank ? 0 : admitted(arriving[r], task.before[2 * R + r]); }, R, sent);
+  }
+  __syncthreads();
+  if (blockIdx.x == 0) {
+    for (int r = tid; r <= R; r += number_threads) {
+      task.lists.sent_offsets[r] = sent[r];
+      task.lists.received_offsets[r] = received[r];
+    }
+  }
+  const int job = static_cast<int>(blockIdx.x);
+  if (job < R) {
+    number_tokens(
+        task.pairs_per_rank, [&](int i) { return task.owners[i] == job; },
+        [&](int i, int number) {
+          if (number >= 0) {
+            task.lists.places[i] = number < received[job + 1] - received[job] ? received[job] + number : -1;
+          } else if (job == 0 && task.owners[i] < 0) {
+            task.lists.places[i] = -1;
+          }
+        });
+    return;
+  }
+  const int source = job - R;
+  const std::int32_t* const rows = task.expert_row_of + static_cast<std::int64_t>(source) * task.pairs_per_rank;
+  const int first = sent[source == task.rank ? R : source];
+  number_tokens(
+      task.pairs_per_rank, [&](int i) { return rows[i] >= 0; },
+      [&](int i, int number) {
+        if (number >= 0) task.lists.sent_rows[first + number] = rows[i];
+      });
 }
 
 }  // namespace detail::host_sized

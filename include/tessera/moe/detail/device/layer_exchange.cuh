@@ -159,7 +159,7 @@ class layer_exchange<Layer, exchange_kind::alone> {
     const balance_counts counts = counting ? balance_counts(saved.counts, num_experts) : balance_counts{};
     const router_workspace sort{state.barrier, scratch.block_counts};
     set_totals(stream_, saved.handle.total, chosen.expert_ids.rows);
-    if (plan_.dispatch.capacity_factor > 0 || plan_.bounds.max_pairs < plan_.bounds.max_sent_pairs()) {
+    if (plan_.dispatch.has_capacity() || plan_.bounds.max_pairs < plan_.bounds.max_sent_pairs()) {
       choose(in, chosen, counts);
       exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle, sort,
                        state.status);
@@ -220,8 +220,6 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
   static_assert(host_sized_communicator<comm_type>,
                 "moe_layer: the device half needs a communicator that it can dispatch over. Models: "
                 "comm::self<space::device>, comm::symmetric, comm::nccl, comm::hosts<comm::nccl>");
-  static_assert(peer_communicator<comm_type> || std::is_same_v<typename Layer::combine_type, combine::reduced>,
-                "moe_layer: over comm::nccl and comm::hosts rows are added with combine::reduced");
 
   layer_exchange(const Layer& layer, const layer_plan<Layer>& plan, const comm_type& comm,
                  const host_sized_buffers& buffers = {})
@@ -249,6 +247,7 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
     }
     auto tables = window.gathered;
     tables.sort = {layer_.state().barrier, scratch.block_counts};
+    tables.capacity = scratch.capacity;
     static_cast<void>(exchange_routing(stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen,
                                        saved.handle, saved.lists, tables));
   }
@@ -266,10 +265,15 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
   matrix_view<const S> await_rows(matrix_view<const S>, S* received) { return view(received); }
   matrix_view<const S> arrived(matrix_view<const S>, S* received) const { return view(received); }
 
-  void combine(const layer_saved<Layer>& saved, matrix_view<const A>, bool weighted, matrix_view<const S> pairs,
+  void combine(const layer_saved<Layer>& saved, matrix_view<const A> weights, bool weighted, matrix_view<const S> pairs,
                const returned_rows<S>&, matrix_view<const S> plus, matrix_view<S> y) {
-    combine_rows(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds,
-                 weighted ? combine_weights::routing : combine_weights::none, pairs, plus, y, buffers_);
+    if constexpr (std::is_same_v<typename Layer::combine_type, combine::ordered>) {
+      if (!weighted) weights.data = nullptr;
+      combine_pairs(stream_, comm_, counts_of(saved), saved.lists, plan_.bounds, pairs, weights, plus, y, buffers_);
+    } else {
+      combine_rows(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds,
+                   weighted ? combine_weights::routing : combine_weights::none, pairs, plus, y, buffers_);
+    }
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
@@ -319,7 +323,7 @@ class layer_exchange<Layer, exchange_kind::peers> {
     if (plan_.host_sized()) return by_host().send_routing(chosen, counting, saved, window, scratch);
     exchange_routing_begin(
         stream_, comm_, layer_.placement(), plan_.bounds, plan_.dispatch, chosen, saved.handle,
-        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}},
+        symmetric_routing_workspace<A>{window.tables, {layer_.state().barrier, scratch.block_counts}, scratch.capacity},
         counts_of(counting, scratch),
         counting && Layer::num_losses > 0 ? balance_counts(saved.counts, layer_.dims().num_experts) : balance_counts{});
   }
