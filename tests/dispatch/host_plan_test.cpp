@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include <tessera/dispatch/capacity.hpp>
 #include <tessera/dispatch/host_plan.hpp>
 #include <tessera/layout/layout.hpp>
 
@@ -167,4 +168,83 @@ TEST_CASE("counts are read from words in the order that kernels write them") {
   const auto across = ts::level_bounds::across(bounds, grid);
   CHECK(across.sent_rows() == 100);
   CHECK(ts::level_bounds::across(bounds, ts::host_grid::make(6, 0)).received_rows() == 0);
+}
+
+TEST_CASE("pairs that come home one by one add offsets behind those of both levels, and room for every pair") {
+  const ts::host_grid grid = ts::host_grid::make(6, 3);
+  std::vector<std::int32_t> words;
+  for (int i = 0; i < ts::host_sized_counts::words(grid, true); ++i) words.push_back(i);
+  REQUIRE(words.size() == 28);
+  const auto counts = ts::host_sized_counts::read(grid, 4, words.data(), true);
+  CHECK(counts.across.received[2] == 13);
+  CHECK(counts.pairs.sent[0] == 14);
+  CHECK(counts.pairs.sent[6] == 20);
+  CHECK(counts.pairs.received[0] == 21);
+  CHECK(counts.pairs.received[6] == 27);
+
+  const ts::dispatch_bounds bounds = ts::dispatch_bounds::make(6, 8, 2, 4, 100, {.row_bound = 700});
+  const auto bytes = [&](auto layout, auto combine) {
+    ts::memory_builder counting;
+    static_cast<void>(layout(counting, combine));
+    return static_cast<std::int64_t>((counting.bytes() + 255) / 256 * 256);
+  };
+  const auto aligned = [](std::int64_t n) { return (n + 255) / 256 * 256; };
+  const auto list = [&](ts::memory_builder& b, auto combine) {
+    return ts::host_sized_lists::layout(b, bounds, grid, combine);
+  };
+  // words: 14 + 6 without pairs, 28 + 6 * 4 with them; both less than a line
+  CHECK(bytes(list, ts::combine::ordered{}) ==
+        bytes(list, ts::combine::reduced{}) + aligned(700 * 4) + aligned(400 * 4));
+  ts::host_buffer memory(static_cast<std::size_t>(bytes(list, ts::combine::ordered{})));
+  ts::memory_builder builder(ts::workspace_memory(memory), "test");
+  const auto lists = list(builder, ts::combine::ordered{});
+  CHECK(lists.ordered());
+  CHECK(lists.pairs_home.sent_offsets == lists.words + 14);
+  CHECK(lists.pairs_home.received_offsets == lists.words + 21);
+  CHECK(lists.pairs(grid) == lists.words + 28);
+  CHECK(lists.num_words(grid) == 34);
+  CHECK(lists.pairs_before(grid) == lists.words + 34);
+
+  const auto buffers = [&](ts::memory_builder& b, auto combine) {
+    return ts::host_sized_buffers::layout(b, bounds, grid, 64, combine);
+  };
+  // within: 400 rows to send there, and 400 pairs at home; on the way home 700 pairs, or 400 sums
+  CHECK(bytes(buffers, ts::combine::ordered{}) == bytes(buffers, ts::combine::reduced{}) + 300 * 64);
+  const auto tables = [&](ts::memory_builder& b, auto combine) {
+    return ts::host_sized_tables<float>::layout(b, bounds, grid, {}, combine);
+  };
+  CHECK(bytes(tables, ts::combine::ordered{}) == bytes(tables, ts::combine::reduced{}) + aligned(400 * 4));
+
+  ts::memory_builder counting;
+  const auto many = ts::dispatch_bounds::make(512, 512, 1, 2, 4, {});
+  CHECK_NOTHROW(static_cast<void>(ts::host_sized_lists::layout(counting, many, ts::host_grid::make(512, 8))));
+  CHECK_THROWS_AS(static_cast<void>(ts::host_sized_lists::layout(counting, many, ts::host_grid::make(512, 8),
+                                                                 ts::combine::ordered{})),
+                  ts::invalid_argument);
+}
+
+TEST_CASE("a capacity is a share of this call's pairs, rounded up, and takes memory where there is one") {
+  ts::dispatch_options options;
+  CHECK_FALSE(options.has_capacity());
+  CHECK(options.capacity(40, 4) == 40);
+  options.capacity_factor = 0.7;
+  CHECK(options.capacity(6, 2) == 3);  // of 2.1
+  CHECK(options.capacity(0, 2) == 0);
+  options.capacity_factor = 1.0;
+  CHECK(options.capacity(40, 4) == 10);
+  CHECK(options.capacity(41, 4) == 11);
+  options.capacity_factor = 1e300;  // no more than there are
+  CHECK(options.capacity(41, 4) == 41);
+
+  const auto bytes = [](const ts::dispatch_options& chosen) {
+    const auto bounds = ts::dispatch_bounds::make(4, 100, 25, 8, 1000, chosen);
+    ts::memory_builder counting;
+    static_cast<void>(ts::capacity_workspace<float>::layout(counting, bounds, chosen));
+    return counting.bytes();
+  };
+  constexpr std::size_t pairs = 8 * 1000 * 4;  // a multiple of 256
+  CHECK(bytes({}) == 0);
+  CHECK(bytes({.order = ts::drop_order::weight}) == 0);
+  CHECK(bytes({.capacity_factor = 1}) == 512 + pairs);
+  CHECK(bytes({.capacity_factor = 1, .order = ts::drop_order::weight}) == 512 + 3 * pairs);
 }

@@ -51,9 +51,9 @@ const int loading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 using router = ts::router<ts::score::sigmoid, ts::select::group_limited<>, ts::weigh::normalized, ts::balance::bias,
                           ts::balance::sequence_loss, ts::balance::z_loss>;
 using weight_layout = ts::weight_layout::out_in_interleaved;
-template <class Comm>
+template <class Comm, class Combine = ts::combine::reduced>
 using layer_over = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::bf16, weight_layout>,
-                                 ts::layout::block, Comm>;
+                                 ts::layout::block, Comm, Combine>;
 using host_layer = ts::moe_layer<router, ts::experts<ts::activation::swiglu, ts::precision::fp64, weight_layout>,
                                  ts::layout::block, ts::comm::threads, ts::combine::ordered>;
 
@@ -95,9 +95,9 @@ outcome join_over(const bootstrap& b, const outcome& own) {
   return all;
 }
 
-template <class Comm>
+template <class Combine = ts::combine::reduced, class Comm>
 outcome run_layer(const bootstrap& b, Comm& comm, const layer_problem& p, const std::vector<std::int64_t>& offsets) {
-  using layer_type = layer_over<Comm>;
+  using layer_type = layer_over<Comm, Combine>;
   auto options = full_bound<layer_type>();
   if constexpr (requires { comm.direct(); }) options.dispatch.host_sized = !comm.direct();
   if constexpr (requires { comm.ranks_per_host(); }) options.dispatch.ranks_per_host = comm.ranks_per_host();
@@ -232,6 +232,36 @@ TEST_CASE("the layer over NCCL follows the host in double, and every way there g
       expect_same(run_layer(b, comm, p, offsets), flat);
       b.barrier();
     }
+  });
+}
+
+TEST_CASE("with combine::ordered the layer computes the bits of one GPU over NCCL, and over hosts") {
+  rank_launcher::instance().run([](const bootstrap& b) {
+    using combine = ts::combine::ordered;
+    auto p = make_problem({.num_experts = 32, .top_k = 6, .hidden = 192, .intermediate = 64, .num_shared_experts = 1},
+                          500, true, 19, true);
+    const auto offsets = split_of(p.num_tokens, b.size);
+    p.sequence_offsets.assign(offsets.begin(), offsets.end());  // a sequence stays whole on one rank
+    ts::comm::self<ts::space::device> self;
+    rank_layer<layer_over<ts::comm::self<ts::space::device>>> one(self, p, router_options(), 0, p.num_tokens,
+                                                                  p.num_tokens);
+    one.step(ts::pass::train);
+    one.sync();
+    const outcome alone = one.results();
+    const auto check = [&](const outcome& got) {
+      CHECK(same_bits(got.y, alone.y));
+      CHECK(same_bits(got.dx, alone.dx));
+      CHECK(got.up == alone.up);
+      CHECK(got.down == alone.down);
+    };
+    auto comm = make_nccl(b);
+    check(run_layer<combine>(b, comm, p, offsets));
+    b.barrier();
+    if (b.size % 2 == 0 && b.size >= 4) {
+      auto hosts = two_hosts::create(comm, b.size / 2);
+      check(run_layer<combine>(b, hosts, p, offsets));
+    }
+    b.barrier();
   });
 }
 

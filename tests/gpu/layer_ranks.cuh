@@ -45,7 +45,8 @@ struct outcome {
   std::vector<float> gate, up, down, shared_up, losses;
   std::vector<std::int64_t> load;
   std::vector<float> bias;
-  std::int64_t dropped = 0;
+  std::int64_t dropped = 0;              // by the bound
+  std::int64_t dropped_by_capacity = 0;  //
 };
 
 template <class Layer>
@@ -204,6 +205,9 @@ class rank_layer {
     get(o.bias, state.bias);
     get(o.losses, state.losses);
     require(cudaMemcpy(&o.dropped, state.dropped_by_bound, sizeof(o.dropped), cudaMemcpyDeviceToHost), "copy");
+    require(cudaMemcpy(&o.dropped_by_capacity, state.dropped_by_capacity, sizeof(o.dropped_by_capacity),
+                       cudaMemcpyDeviceToHost),
+            "copy");
     return o;
   }
 
@@ -258,6 +262,7 @@ inline outcome join(const std::vector<outcome>& ranks) {
     add(all.shared_up, ranks[r].shared_up);
     add(all.losses, ranks[r].losses);
     all.dropped += ranks[r].dropped;
+    all.dropped_by_capacity += ranks[r].dropped_by_capacity;
     CHECK(all.load == ranks[r].load);
     CHECK(all.bias == ranks[r].bias);
   }

@@ -259,16 +259,22 @@ TEST_CASE("with combine::ordered every number of GPUs computes the bits of one")
   one.step(ts::pass::train);
   one.sync();
   const outcome alone = one.results();
-  for (const int ranks : {1, 2, 4}) {
+  for (const auto& [ranks, host_sized] : {std::pair(1, false), std::pair(1, true), std::pair(2, false),
+                                          std::pair(2, true), std::pair(4, false), std::pair(4, true)}) {
     if (ranks > num_ranks()) continue;
     CAPTURE(ranks);
+    CAPTURE(host_sized);
     std::vector<outcome> parts(static_cast<std::size_t>(ranks));
-    CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
-      auto comm = ts::comm::symmetric::create(t, window(64));
+    auto chosen = full_bound<deepseek_like::ordered>();
+    chosen.dispatch.host_sized = host_sized;
+    const ts::layout::block placement(p.sizes.num_experts, ranks);
+    CHECK_NOTHROW(on_ranks(ranks, [&, width = static_cast<std::size_t>(4 / ranks),
+                                   most = ranks == 1 ? p.num_tokens : 330](ts::comm::threads& t) {
+      auto comm = ts::comm::symmetric::create(t, window(96));
       const auto r = static_cast<std::size_t>(t.rank());
-      const auto width = static_cast<std::size_t>(4 / ranks);
       rank_layer<deepseek_like::ordered> layer(comm, p, router_options(), quarters[r * width],
-                                               quarters[(r + 1) * width], ranks == 1 ? p.num_tokens : 330);
+                                               quarters[(r + 1) * width], most, placement, chosen);
+      t.barrier({});  // allocations are done before GPUs wait for one another
       layer.step(ts::pass::train);
       layer.sync();
       layer.poison();
@@ -286,6 +292,77 @@ TEST_CASE("with combine::ordered every number of GPUs computes the bits of one")
     CHECK(same_bits(got.dx, alone.dx));
     CHECK(got.up == alone.up);
     CHECK(got.down == alone.down);
+  }
+}
+
+TEST_CASE("a capacity drops what the host drops, by position and by weight, directly, in a graph, and by NCCL") {
+  const int ranks = num_ranks();
+  const auto p = make_ranks_problem();
+  const auto offsets = split_of(p.num_tokens, ranks);
+  const ts::layout::block placement(p.sizes.num_experts, ranks);
+  for (const auto order : {ts::drop_order::position, ts::drop_order::weight}) {
+    const bool by_weight = order == ts::drop_order::weight;
+    CAPTURE(by_weight);
+    auto chosen = full_bound<deepseek_like::spread>();
+    chosen.dispatch.capacity_factor = by_weight ? 0.7 : 1.2;
+    chosen.dispatch.order = order;
+    std::vector<outcome> parts(static_cast<std::size_t>(ranks));
+    CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+      auto comm = ts::comm::symmetric::create(t, window(128));
+      const auto r = static_cast<std::size_t>(t.rank());
+      const auto check_same = [](const outcome& a, const outcome& b) {
+        CHECK(same_bits(a.y, b.y));
+        CHECK(same_bits(a.dx, b.dx));
+        CHECK(a.gate == b.gate);
+        CHECK(a.up == b.up);
+        CHECK(a.down == b.down);
+        CHECK(a.dropped_by_capacity == b.dropped_by_capacity);
+      };
+      rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                              placement, chosen);
+      auto by_host = chosen;
+      by_host.dispatch.host_sized = true;
+      rank_layer<deepseek_like::spread> other(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                                              placement, by_host);
+      t.barrier({});
+      layer.step(ts::pass::train);
+      layer.sync();
+      const outcome plain = layer.results();
+      cudaGraphExec_t graph = device_test::capture(layer.stream(), [&] { layer.step(ts::pass::recompute); });
+      layer.poison();
+      t.barrier({});
+      for (int i = 0; i < 5; ++i) require(cudaGraphLaunch(graph, layer.stream()), "cudaGraphLaunch");
+      layer.sync();
+      check_same(layer.results(), plain);
+      require(cudaGraphExecDestroy(graph), "cudaGraphExecDestroy");
+      t.barrier({});
+      other.step(ts::pass::train);
+      other.sync();
+      check_same(other.results(), plain);
+      layer.end_step();
+      layer.sync();
+      parts[r] = layer.results();
+      t.barrier({});
+    }));
+    const outcome got = join(parts);
+    deepseek_like::host_layer::options options;
+    options.dispatch = chosen.dispatch;
+    const auto expected = run_problem<deepseek_like::host_layer>(p, placement, offsets, router_options(), options);
+    const auto compare = [](const char* name, const std::vector<double>& a, const std::vector<double>& b,
+                            double bound) {
+      const std::string which = name;
+      CAPTURE(which);
+      CHECK(device_test::relative_error(a, b) <= bound);
+    };
+    CHECK(got.dropped_by_capacity == expected.dropped_by_capacity);
+    CHECK(got.dropped_by_capacity > 0);
+    CHECK(got.dropped_by_capacity < p.num_tokens * p.sizes.top_k);
+    CHECK(got.load == expected.load);
+    compare("y", widened(got.y), expected.y, 1e-2);
+    compare("dx", widened(got.dx), expected.dx, 1e-2);
+    compare("gate", widened(got.gate), expected.gate, 2e-2);
+    compare("up", widened(got.up), expected.up, 1e-2);
+    compare("down", widened(got.down), expected.down, 1e-2);
   }
 }
 

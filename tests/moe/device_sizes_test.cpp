@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include <tessera/comm/nccl.hpp>
 #include <tessera/comm/self.hpp>
 #include <tessera/comm/symmetric.hpp>
 #include <tessera/layout/block.hpp>
@@ -108,6 +109,38 @@ TEST_CASE("a layer that sends x again keeps no rows of other ranks") {
   CHECK(layer_of<ts::precision::bf16>::sizes(sizes, ts::layout::block(256, 1), 0).saved_bytes ==
         layer_of<ts::precision::bf16>::sizes(sizes, ts::layout::block(256, 1), 0, {.rows = ts::saved_rows::resend})
             .saved_bytes);
+}
+
+TEST_CASE("between GPUs a capacity costs its lists, and combine::ordered by NCCL room for pairs on their way home") {
+  const ts::shape sizes{.num_experts = 64, .top_k = 8, .hidden = 1024, .intermediate = 256, .max_tokens = 4096};
+  const ts::layout::block placement(64, 4);
+  constexpr std::size_t pairs = 4096 * 8;
+  using experts = ts::experts<ts::activation::swiglu, ts::precision::bf16>;
+  using direct = ts::moe_layer<router, experts, ts::layout::block, ts::comm::symmetric>;
+  const auto eval = [&](double factor, ts::drop_order order) {
+    direct::options options;
+    options.dispatch.capacity_factor = factor;
+    options.dispatch.order = order;
+    return direct::sizes(sizes, placement, 0, options).eval_workspace_bytes;
+  };
+  const std::size_t dropless = eval(0, ts::drop_order::weight);
+  CHECK(eval(0, ts::drop_order::position) == dropless);
+  CHECK(eval(1.25, ts::drop_order::position) == dropless + 4 * pairs + 512);
+  CHECK(eval(1.25, ts::drop_order::weight) == dropless + 12 * pairs + 512);
+
+  using reduced = ts::moe_layer<router, experts, ts::layout::block, ts::comm::nccl>;
+  using ordered = ts::moe_layer<router, experts, ts::layout::block, ts::comm::nccl, ts::combine::ordered>;
+  const auto at_owner = reduced::sizes(sizes, placement, 0);
+  const auto at_home = ordered::sizes(sizes, placement, 0);
+  // kept until backward: an expert row for each pair that the bound admits, a place for each of this rank's own
+  CHECK(at_home.saved_bytes >= at_owner.saved_bytes + 3 * pairs * 4);
+  CHECK(at_home.saved_bytes <= at_owner.saved_bytes + 3 * pairs * 4 + 512);
+  CHECK(at_home.deferred_bytes == at_owner.deferred_bytes);
+  // at home K rows of a token for the three that were sent, on the way 2 K for three sums; owners of own pairs
+  const std::size_t row = 1024 * 2;
+  CHECK(at_home.eval_workspace_bytes >= at_owner.eval_workspace_bytes + 4096 * (8 - 3 + 16 - 3) * row + 4 * pairs * 4);
+  CHECK(at_home.eval_workspace_bytes <=
+        at_owner.eval_workspace_bytes + 4096 * (8 - 3 + 16 - 3) * row + 4 * pairs * 4 + 512);
 }
 
 TEST_CASE_TEMPLATE(

@@ -47,6 +47,7 @@ struct layer_result {
   std::vector<double> losses;      // [num_losses], summed in the order of chunks
   std::vector<std::int64_t> load;  // [E] of all ranks
   std::vector<double> bias;        // after end_step
+  std::int64_t dropped_by_capacity = 0;
 };
 
 // Random values that are exact in bf16 if `coarse`.
@@ -297,6 +298,7 @@ layer_result run_problem(const layer_problem& p, const typename Layer::layout_ty
     comm.barrier(ts::host_stream{});
     for (int r = 0; r < comm.size(); ++r) {  // one after another: replicas write the same rows
       if (r == comm.rank()) {
+        result.dropped_by_capacity += *rank.layer->state().dropped_by_capacity;
         put_rows(result.up, rank.up_grad, rank.u * d, placement, r);
         put_rows(result.down, rank.down_grad, d * n, placement, r);
         put_rows(result.up_bias, rank.up_bias_grad, rank.u, placement, r);
