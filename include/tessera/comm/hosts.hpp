@@ -17,7 +17,8 @@ namespace comm {
 
 /// A communicator of GPUs on several hosts, G on each: rank r is number `r % G` of host `r / G`. It does everything
 /// that `Comm` does; a dispatch over it takes each row over the network once per host and hands it on inside the host,
-/// by two communicators that are split off here. Failures of one are failures of all, where `Comm` has it so.
+/// by two communicators that are split off here. With `combine::ordered` pairs go home straight. Failures of one are
+/// failures of all, where `Comm` has it so.
 /// @tparam Comm A communicator of device memory: `comm::nccl`.
 template <device_communicator Comm>
 class hosts : public Comm {

@@ -34,6 +34,7 @@
 #include <tessera/dispatch/detail/host_sized/add_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/find_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/pack_rows.cuh>
+#include <tessera/dispatch/detail/host_sized/place_pairs.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/host_sized.hpp>
 

@@ -52,8 +52,8 @@ struct dispatch_options {
   /// Pairs a rank can receive; 0 means `min(R*T*K, 2*T*K)` with T = `max_tokens`, `full_row_bound` means `R*T*K`, which
   /// no routing exceeds.
   std::int64_t row_bound = 0;
-  /// 0: dropless. Otherwise each rank sends at most `ceil(T*K*capacity_factor / E)` of its own pairs to one expert, T
-  /// its tokens in this call. This depends on how tokens are split over ranks.
+  /// 0: dropless. Otherwise, on every path, each rank sends at most `ceil(T*K*capacity_factor / E)` of its own pairs to
+  /// one expert, T its tokens in this call. This depends on how tokens are split over ranks.
   double capacity_factor = 0;
   drop_order order = drop_order::position;            ///< Which pairs a capacity drops.
   overflow_policy overflow = overflow_policy::error;  ///< What happens beyond `row_bound`.

@@ -69,7 +69,8 @@ struct layer_sizes {
 ///
 /// With `comm::nccl` and `comm::hosts`, and with `comm::symmetric` and `dispatch_options::host_sized`, the host waits
 /// for counts: see `moe_layer.cuh` and `dispatch/host_sized.cuh`. Memory is any device memory then, rows have any
-/// width, and `forward` throws where a row bound is exceeded, on all ranks.
+/// width, and `forward` throws where a row bound is exceeded, on all ranks. With `combine::ordered` every rank sends
+/// pairs to every other, over `comm::hosts` too, where rows come in over two levels.
 ///
 /// If a call throws, state is unchanged; outputs, saved, deferred and workspace memory are undefined.
 ///
