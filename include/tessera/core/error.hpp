@@ -5,9 +5,14 @@
 /// @file
 /// The exceptions of host calls, and the check that throws them.
 
-#include <sstream>
+#include <concepts>
+#include <cstddef>
+#include <cstdio>
+#include <iosfwd>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 #include <tessera/core/config.hpp>
 
@@ -67,17 +72,147 @@ class checkpoint_error : public error {
   using error::error;
 };
 
+namespace detail {
+
+// A message is a list of values on the caller's stack. Nothing is formatted before somebody asks for the text, so that
+// a check costs its caller, and the compiler, a few calls that are never made; and no file needs streams to have
+// checks. Texts are those of a `std::ostream` as it is made. Values live until the end of the full expression.
+class message {
+ public:
+  message() noexcept : count_(0) {}
+
+  template <class T>
+  message& operator<<(const T& value) {
+    if constexpr (std::is_same_v<T, char>)
+      return add_number(form::character, value);
+    else if constexpr (std::is_same_v<T, bool> || (std::unsigned_integral<T> && sizeof(T) > 1))
+      return add_number(form::natural, static_cast<long long>(value));
+    else if constexpr (sizeof(T) > 1 && std::is_convertible_v<T, long long> &&
+                       (std::signed_integral<T> || std::is_enum_v<T>))
+      return add_number(form::number, value);
+    else if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>)
+      return add_real(value);
+    else if constexpr (std::is_convertible_v<const T&, const char*>)
+      return add_text(value);
+    else if constexpr (std::is_convertible_v<const T&, std::string_view>)
+      return add_characters(std::string_view(value));
+    else if constexpr (std::is_convertible_v<const T&, const void*>)
+      return add_object(value, nullptr);
+    else
+      return add_object(&value, stream<T>);
+  }
+
+  [[gnu::cold]] std::string text() const {
+    std::string result;
+    for (int i = 0; i < count_ && i < most_values; ++i) values_[i].append_to(result);
+    if (count_ > most_values) result += "...";
+    return result;
+  }
+
+ private:
+  enum class form { character, number, natural, real, text, object };
+  using stream_function = void (*)(std::string&, const void*);
+
+  struct value {
+    form as;
+    union {
+      std::size_t size;
+      stream_function stream;
+    };
+    union {
+      long long number;
+      double real;
+      const void* object;
+    };
+
+    void append_to(std::string& out) const {
+      char digits[32];
+      switch (as) {
+        case form::character:
+          out += static_cast<char>(number);
+          return;
+        case form::number:
+          out += std::to_string(number);
+          return;
+        case form::natural:
+          out += std::to_string(static_cast<unsigned long long>(number));
+          return;
+        case form::text:
+          out.append(static_cast<const char*>(object), size);
+          return;
+        case form::real:
+          std::snprintf(digits, sizeof(digits), "%g", real);
+          break;
+        case form::object:
+          if (stream != nullptr) return stream(out, object);
+          std::snprintf(digits, sizeof(digits), object == nullptr ? "0" : "%p", object);
+          break;
+      }
+      out += digits;
+    }
+  };
+  static constexpr int most_values = 32;
+
+  // Apart from the functions that check: their code stays small.
+  [[gnu::noinline, gnu::cold]] message& add_number(form as, long long number) {
+    value& v = next(as);
+    v.number = number;
+    return *this;
+  }
+  [[gnu::noinline, gnu::cold]] message& add_real(double real) {
+    next(form::real).real = real;
+    return *this;
+  }
+  [[gnu::noinline, gnu::cold]] message& add_characters(std::string_view text) {
+    value& v = next(form::text);
+    v.size = text.size();
+    v.object = text.data();
+    return *this;
+  }
+  [[gnu::noinline, gnu::cold]] message& add_text(const char* text) { return add_characters(text); }
+  [[gnu::noinline, gnu::cold]] message& add_object(const void* object, stream_function stream) {
+    value& v = next(form::object);
+    v.stream = stream;
+    v.object = object;
+    return *this;
+  }
+  // What follows too many values overwrites the last one, which `text` leaves out.
+  value& next(form as) {
+    value& v = values_[count_ < most_values ? count_ : most_values];
+    ++count_;
+    v.as = as;
+    return v;
+  }
+
+  // What else a stream takes: the file that hands it over has <sstream>.
+  template <class T, class Stream = std::ostringstream>
+  static void stream(std::string& out, const void* value) {
+    Stream text;
+    text << *static_cast<const T*>(value);
+    out += text.str();
+  }
+
+  int count_;
+  value values_[most_values + 1];
+};
+
+// Apart from the checks, which are in many functions.
+template <class Exception>
+[[noreturn, gnu::noinline, gnu::cold]] void throw_message(const message& what) {
+  throw Exception(what.text());
+}
+
+}  // namespace detail
+
 TESSERA_NAMESPACE_END
 
 /// Throws `Exception` with the streamed message when `condition` does not hold:
-/// `TESSERA_EXPECTS_AS(invalid_argument, k <= n, "top_k = " << k << " exceeds num_experts = " << n)`.
-#define TESSERA_EXPECTS_AS(Exception, condition, ...) \
-  do {                                                \
-    if (!(condition)) [[unlikely]] {                  \
-      std::ostringstream tessera_message_;            \
-      tessera_message_ << __VA_ARGS__;                \
-      throw Exception(tessera_message_.str());        \
-    }                                                 \
+/// `TESSERA_EXPECTS_AS(invalid_argument, k <= n, "top_k = " << k << " exceeds num_experts = " << n)`. What the standard
+/// library has no text for needs <sstream> where it is streamed.
+#define TESSERA_EXPECTS_AS(Exception, condition, ...)                                           \
+  do {                                                                                          \
+    if (!(condition)) [[unlikely]]                                                              \
+      ::tessera::detail::throw_message<Exception>(::tessera::detail::message() << __VA_ARGS__); \
   } while (false)
 
 /// `TESSERA_EXPECTS_AS` with `tessera::invalid_argument`.

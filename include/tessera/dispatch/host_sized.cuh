@@ -25,7 +25,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <sstream>
 #include <type_traits>
 
 #include <tessera/dispatch/combine.hpp>

@@ -11,11 +11,11 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <iomanip>
-#include <ostream>
-#include <sstream>
+#include <cstdio>
+#include <iosfwd>
 #include <string>
 
+#include <tessera/core/error.hpp>
 #include <tessera/dispatch/options.hpp>
 #include <tessera/dispatch/transport_cost.hpp>
 
@@ -109,34 +109,37 @@ class automatic {
 
   /// The choice and, where it was made here, what it was made from.
   std::string explain() const {
-    std::ostringstream text;
-    text << *this;
-    return text.str();
-  }
-  /// As `explain`. @param out Where to. @param t What.
-  friend std::ostream& operator<<(std::ostream& out, const automatic& t) {
-    if (!t.chosen_) {
-      out << "transport: ";
-      if (t.dispatch_ != t.combine_) out << "dispatch by " << name_of(t.dispatch_) << ", combine by ";
-      return out << name_of(t.combine_) << ", as asked for";
+    using tessera::detail::message;
+    if (!chosen_) {
+      const bool same = dispatch_ == combine_;
+      return (message() << "transport: " << (same ? "" : "dispatch by ") << (same ? "" : name_of(dispatch_))
+                        << (same ? "" : ", combine by ") << name_of(combine_) << ", as asked for")
+          .text();
     }
-    const transport_case& c = t.case_;
-    std::ostringstream text;
-    text << std::fixed << std::setprecision(1) << "transport: dispatch by " << name_of(t.dispatch_) << ", combine by "
-         << name_of(t.combine_) << "\n"
-         << c.num_ranks << " ranks, " << c.top_k << " of " << c.num_experts << " experts, " << c.num_tokens
-         << " tokens of " << c.row_bytes << " bytes, " << c.dispatch_sms << " and " << c.combine_sms << " SMs, "
-         << c.compute_us << " us of computation beside each way\n"
-         << "               dispatch us    MB out   cost us | combine us    MB out   cost us\n";
+    const transport_case& c = case_;
+    char line[160];
+    std::snprintf(line, sizeof(line), "%.1f", c.compute_us);
+    std::string text =
+        (message() << "transport: dispatch by " << name_of(dispatch_) << ", combine by " << name_of(combine_) << "\n"
+                   << c.num_ranks << " ranks, " << c.top_k << " of " << c.num_experts << " experts, " << c.num_tokens
+                   << " tokens of " << c.row_bytes << " bytes, " << c.dispatch_sms << " and " << c.combine_sms
+                   << " SMs, " << line << " us of computation beside each way\n"
+                   << "               dispatch us    MB out   cost us | combine us    MB out   cost us\n")
+            .text();
     for (int k = 0; k < num_transport_kinds; ++k) {
       const auto kind = static_cast<transport_kind>(k);
-      const auto there = dispatch_time(kind, c, t.machine_);
-      const auto home = combine_time(kind, c, t.machine_);
-      text << std::left << std::setw(14) << name_of(kind) << std::right << std::setw(12) << there.us << std::setw(10)
-           << there.wire_bytes * 1e-6 << std::setw(10) << there.cost_us << " |" << std::setw(11) << home.us
-           << std::setw(10) << home.wire_bytes * 1e-6 << std::setw(10) << home.cost_us << "\n";
+      const auto there = dispatch_time(kind, c, machine_);
+      const auto home = combine_time(kind, c, machine_);
+      std::snprintf(line, sizeof(line), "%-14s%12.1f%10.1f%10.1f |%11.1f%10.1f%10.1f\n", name_of(kind), there.us,
+                    there.wire_bytes * 1e-6, there.cost_us, home.us, home.wire_bytes * 1e-6, home.cost_us);
+      text += line;
     }
-    return out << text.str();
+    return text;
+  }
+  /// As `explain`. @param out Where to. @param t What.
+  template <class Traits>
+  friend std::basic_ostream<char, Traits>& operator<<(std::basic_ostream<char, Traits>& out, const automatic& t) {
+    return out << t.explain();
   }
 
  private:

@@ -7,7 +7,6 @@
 /// when counts change. It needs no CUDA header and no GPU.
 
 #include <cstdint>
-#include <sstream>
 #include <string>
 
 #include <tessera/core/error.hpp>
@@ -98,10 +97,9 @@ constexpr config choose(const problem& p) {
 
 /// One line for logs, for example `cooperative 128x256 cluster 2 grid 132`.
 inline std::string to_string(const config& c) {
-  std::ostringstream text;
-  text << (c.order == schedule::cooperative ? "cooperative " : "ping-pong ") << c.tile_m << 'x' << c.tile_n
-       << " cluster " << c.cluster << " grid " << c.grid;
-  return text.str();
+  return (tessera::detail::message() << (c.order == schedule::cooperative ? "cooperative " : "ping-pong ") << c.tile_m
+                                     << 'x' << c.tile_n << " cluster " << c.cluster << " grid " << c.grid)
+      .text();
 }
 
 }  // namespace hopper

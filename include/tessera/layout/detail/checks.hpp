@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -33,32 +32,28 @@ constexpr int checked_experts(const char* what, int num_experts, int num_ranks) 
 
 /// Throws: a list holds an id that names no expert.
 [[noreturn]] inline void fail_id(int rank, std::size_t slot, std::int32_t expert, int num_experts) {
-  std::ostringstream text;
-  text << "layout::table: slot " << slot << " of rank " << rank << " holds expert " << expert << ", ids must be in [0, "
-       << num_experts << ")";
-  throw invalid_argument(text.str());
+  tessera::detail::throw_message<invalid_argument>(
+      tessera::detail::message() << "layout::table: slot " << slot << " of rank " << rank << " holds expert " << expert
+                                 << ", ids must be in [0, " << num_experts << ")");
 }
 
 /// Throws: a list holds an expert twice.
 [[noreturn]] inline void fail_twice(int rank, std::size_t slot, std::int32_t expert) {
-  std::ostringstream text;
-  text << "layout::table: slot " << slot << " of rank " << rank << " holds expert " << expert
-       << ", which an earlier slot of that rank holds already; copies must be on different ranks";
-  throw invalid_argument(text.str());
+  tessera::detail::throw_message<invalid_argument>(
+      tessera::detail::message() << "layout::table: slot " << slot << " of rank " << rank << " holds expert " << expert
+                                 << ", which an earlier slot of that rank holds already; copies must be on different "
+                                    "ranks");
 }
 
 /// Throws: names every expert without a copy.
 [[noreturn]] inline void fail_missing(const std::vector<std::int32_t>& replicas) {
-  std::ostringstream text;
-  const char* separator = "";
-  text << "layout::table: no rank holds expert ";
+  std::string missing;
   for (std::size_t expert = 0; expert < replicas.size(); ++expert) {
-    if (replicas[expert] != 0) continue;
-    text << separator << expert;
-    separator = ", ";
+    if (replicas[expert] == 0) missing += (missing.empty() ? "" : ", ") + std::to_string(expert);
   }
-  text << "; each of the " << replicas.size() << " experts needs at least one slot";
-  throw invalid_argument(text.str());
+  tessera::detail::throw_message<invalid_argument>(
+      tessera::detail::message() << "layout::table: no rank holds expert " << missing << "; each of the "
+                                 << replicas.size() << " experts needs at least one slot");
 }
 
 /// Throws: more entries than a layout can count.
