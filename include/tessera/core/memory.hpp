@@ -63,11 +63,7 @@ class memory_builder {
   /// @throws invalid_argument if the buffer is not aligned to `memory_alignment`.
   template <class Lifetime>
   memory_builder(const memory_ref<Lifetime>& memory, const char* what)
-      : base_(memory.data), capacity_(memory.bytes), what_(what), counting_(false) {
-    TESSERA_EXPECTS(reinterpret_cast<std::uintptr_t>(base_) % memory_alignment == 0,
-                    what << " starts at " << static_cast<const void*>(base_) << ", which is not aligned to "
-                         << memory_alignment << " bytes");
-  }
+      : memory_builder(memory.data, memory.bytes, what) {}
 
   /// A slice of `count` elements, aligned to `memory_alignment`, not initialised; null while counting or when `count`
   /// is 0.
@@ -75,14 +71,7 @@ class memory_builder {
   template <class T>
   T* take(const char* name, std::int64_t count) {
     static_assert(std::is_trivially_copyable_v<T>);
-    TESSERA_EXPECTS(count >= 0, "slice '" << name << "' of " << what_ << " would have " << count << " elements");
-    const std::size_t begin = (bytes_ + memory_alignment - 1) / memory_alignment * memory_alignment;
-    bytes_ = begin + static_cast<std::size_t>(count) * sizeof(T);
-    if (counting_ || count == 0) return nullptr;
-    TESSERA_EXPECTS(base_ != nullptr && bytes_ <= capacity_, what_ << " is too small: slice '" << name
-                                                                   << "' needs bytes [" << begin << ", " << bytes_
-                                                                   << ") and " << capacity_ << " bytes were given");
-    return reinterpret_cast<T*>(base_ + begin);
+    return reinterpret_cast<T*>(take_bytes(name, count, sizeof(T)));
   }
 
   /// Bytes taken so far, gaps for alignment included.
@@ -91,6 +80,24 @@ class memory_builder {
   bool counting() const noexcept { return counting_; }
 
  private:
+  memory_builder(std::byte* base, std::size_t capacity, const char* what)
+      : base_(base), capacity_(capacity), what_(what), counting_(false) {
+    TESSERA_EXPECTS(reinterpret_cast<std::uintptr_t>(base_) % memory_alignment == 0,
+                    what << " starts at " << static_cast<const void*>(base_) << ", which is not aligned to "
+                         << memory_alignment << " bytes");
+  }
+
+  std::byte* take_bytes(const char* name, std::int64_t count, std::size_t element_bytes) {
+    TESSERA_EXPECTS(count >= 0, "slice '" << name << "' of " << what_ << " would have " << count << " elements");
+    const std::size_t begin = (bytes_ + memory_alignment - 1) / memory_alignment * memory_alignment;
+    bytes_ = begin + static_cast<std::size_t>(count) * element_bytes;
+    if (counting_ || count == 0) return nullptr;
+    TESSERA_EXPECTS(base_ != nullptr && bytes_ <= capacity_, what_ << " is too small: slice '" << name
+                                                                   << "' needs bytes [" << begin << ", " << bytes_
+                                                                   << ") and " << capacity_ << " bytes were given");
+    return base_ + begin;
+  }
+
   std::byte* base_ = nullptr;
   std::size_t capacity_ = 0;
   std::size_t bytes_ = 0;

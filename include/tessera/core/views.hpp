@@ -75,6 +75,23 @@ struct matrix_view {
   TESSERA_HD constexpr std::int64_t span_elements() const { return rows == 0 ? 0 : (rows - 1) * stride + cols; }
 };
 
+namespace detail {
+
+// `expect_matrix` of rows of whatever type.
+inline void expect_matrix_at(const void* data, std::int64_t has_rows, std::int64_t has_cols, std::int64_t stride,
+                             std::size_t alignment, std::int64_t rows, std::int64_t cols, const char* name) {
+  TESSERA_EXPECTS((rows < 0 || has_rows == rows) && (cols < 0 || has_cols == cols),
+                  name << " is [" << has_rows << ", " << has_cols << "], expected [" << (rows < 0 ? has_rows : rows)
+                       << ", " << (cols < 0 ? has_cols : cols) << "]");
+  TESSERA_EXPECTS(has_rows <= 1 || stride >= has_cols,
+                  name << " has row stride " << stride << ", at least " << has_cols << " is needed");
+  TESSERA_EXPECTS(has_rows == 0 || has_cols == 0 || data != nullptr, name << " has no data");
+  TESSERA_EXPECTS(reinterpret_cast<std::uintptr_t>(data) % alignment == 0,
+                  name << " starts at " << data << ", which is not aligned to " << alignment << " bytes");
+}
+
+}  // namespace detail
+
 /// Checks the shape of a view, that its data are there and aligned for `T`, and that its stride is at least its number
 /// of columns.
 /// @param view What is checked.
@@ -84,15 +101,7 @@ struct matrix_view {
 /// @throws invalid_argument with the numbers.
 template <class T>
 void expect_matrix(const matrix_view<T>& view, std::int64_t rows, std::int64_t cols, const char* name) {
-  TESSERA_EXPECTS((rows < 0 || view.rows == rows) && (cols < 0 || view.cols == cols),
-                  name << " is [" << view.rows << ", " << view.cols << "], expected [" << (rows < 0 ? view.rows : rows)
-                       << ", " << (cols < 0 ? view.cols : cols) << "]");
-  TESSERA_EXPECTS(view.rows <= 1 || view.stride >= view.cols,
-                  name << " has row stride " << view.stride << ", at least " << view.cols << " is needed");
-  TESSERA_EXPECTS(view.rows == 0 || view.cols == 0 || view.data != nullptr, name << " has no data");
-  TESSERA_EXPECTS(reinterpret_cast<std::uintptr_t>(view.data) % alignof(T) == 0,
-                  name << " starts at " << static_cast<const void*>(view.data) << ", which is not aligned to "
-                       << alignof(T) << " bytes");
+  detail::expect_matrix_at(view.data, view.rows, view.cols, view.stride, alignof(T), rows, cols, name);
 }
 
 /// Checks that two byte ranges do not overlap.

@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+#include <type_traits>
+
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 
@@ -61,19 +64,21 @@ inline cudaLaunchAttribute early_start_attribute() {
 
 // Adds what lets `kernel`, which calls `await_stream`, start early to the attributes of its launch, on devices that
 // can. @param count Of attributes so far. @param what The kernel's name, for messages.
-template <class... Parameters>
-void allow_early_start(void (*kernel)(Parameters...), cudaLaunchAttribute* attributes, int& count, const char* what) {
+inline void allow_early_start(const void* kernel, cudaLaunchAttribute* attributes, int& count, const char* what) {
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return;
   // code for earlier devices, which runs on later ones too, does not wait for the kernel before it
   cudaFuncAttributes compiled{};
   check_cuda(cudaFuncGetAttributes(&compiled, kernel), what);
   if (compiled.ptxVersion >= 90) attributes[count++] = early_start_attribute();
 }
+template <class... Parameters>
+void allow_early_start(void (*kernel)(Parameters...), cudaLaunchAttribute* attributes, int& count, const char* what) {
+  allow_early_start(reinterpret_cast<const void*>(kernel), attributes, count, what);
+}
 
-// Launches a kernel that calls `await_stream`. @param what Its name, for messages.
-template <class... Parameters, class... Arguments>
-void launch_early(device_stream stream, const char* what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-                  std::size_t shared_bytes, const Arguments&... arguments) {
+// `launch_early` of a kernel whose parameters are at `arguments`.
+inline void launch_early_at(device_stream stream, const char* what, const void* kernel, dim3 grid, unsigned threads,
+                            std::size_t shared_bytes, const void* const* arguments) {
   cudaLaunchAttribute attribute{};
   int count = 0;
   allow_early_start(kernel, &attribute, count, what);
@@ -84,7 +89,15 @@ void launch_early(device_stream stream, const char* what, void (*kernel)(Paramet
   config.stream = stream.get();
   config.attrs = &attribute;
   config.numAttrs = static_cast<unsigned>(count);
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+  check_cuda(cudaLaunchKernelExC(&config, kernel, const_cast<void**>(arguments)), what);
+}
+
+// Launches a kernel that calls `await_stream`. @param what Its name, for messages.
+template <class... Parameters>
+void launch_early(device_stream stream, const char* what, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                  std::size_t shared_bytes, const std::type_identity_t<Parameters>&... arguments) {
+  const void* const at[] = {&arguments...};
+  launch_early_at(stream, what, reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, at);
 }
 
 }  // namespace detail

@@ -5,6 +5,7 @@
 /// @file
 /// The host's side of a launch: tensor maps, the kernel's attributes.
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -72,26 +73,36 @@ output_matrix<T> make_output(tensor_map_encoder encode, T* data, std::int64_t co
       layer_per_group};
 }
 
+/// Enqueues one kernel. @param stream Where. @param kernel The kernel. @param shared_bytes,threads,cluster What it is
+/// made for. @param grid Its blocks. @param arguments Where its parameters are.
+inline void launch(device_stream stream, const void* kernel, int shared_bytes, int threads, int cluster, int grid,
+                   const void* const* arguments) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+             "cudaFuncSetAttribute");
+  cudaLaunchAttribute attributes[2] = {early_start_attribute(), {}};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = dim3(static_cast<unsigned>(grid));
+  launch_config.blockDim = dim3(static_cast<unsigned>(threads));
+  launch_config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  launch_config.stream = stream.get();
+  launch_config.attrs = attributes;
+  launch_config.numAttrs = cluster > 1 ? 2 : 1;
+  check_cuda(cudaLaunchKernelExC(&launch_config, kernel, const_cast<void**>(arguments)),
+             "the launch of multiply_kernel");
+}
+
 /// Enqueues one kernel. @param stream Where. @param c Its grid and cluster. @param map_a,map_b Operands. @param p The
 /// rest.
 template <class Shape, class Epilogue>
 void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a, const CUtensorMap& map_b,
             const multiply_params<typename Epilogue::params>& p) {
-  static constexpr int bytes = shared_layout<Shape>::bytes;
   const auto kernel = multiply_kernel<Shape, direct_accumulation, Epilogue>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-  cudaLaunchAttribute attributes[2] = {early_start_attribute(), {}};
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = Shape::cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t launch_config{};
-  launch_config.gridDim = dim3(static_cast<unsigned>(c.grid));
-  launch_config.blockDim = dim3(Shape::threads);
-  launch_config.dynamicSmemBytes = bytes;
-  launch_config.stream = stream.get();
-  launch_config.attrs = attributes;
-  launch_config.numAttrs = Shape::cluster > 1 ? 2 : 1;
-  check_cuda(cudaLaunchKernelEx(&launch_config, kernel, map_a, map_b, p), "the launch of multiply_kernel");
+  const void* const arguments[] = {&map_a, &map_b, &p};
+  launch(stream, reinterpret_cast<const void*>(kernel), shared_layout<Shape>::bytes, Shape::threads, Shape::cluster,
+         c.grid, arguments);
 }
 
 /// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue, or, for an

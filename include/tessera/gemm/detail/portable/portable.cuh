@@ -41,19 +41,22 @@ inline int grid_for(const device& d, const problem& p, const launch_options& opt
   return static_cast<int>(blocks < most ? blocks : most);
 }
 
+/// Enqueues one kernel. @param stream Where. @param kernel The kernel. @param grid Its blocks. @param params Its
+/// parameters.
+inline void launch(device_stream stream, const void* kernel, int grid, const void* params) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+             "cudaFuncSetAttribute");
+  void* arguments[] = {const_cast<void*>(params)};
+  check_cuda(
+      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(threads), arguments, shared_bytes, stream.get()),
+      "the launch of multiply_tiles_kernel");
+}
+
 /// Enqueues one kernel. @tparam Everywhere Whether it is compiled for sm_90a, too. @param stream Where. @param grid Its
 /// blocks. @param p Its parameters.
 template <product Product, contiguous OrderB, class Epilogue, bool Everywhere>
 void launch(device_stream stream, int grid, const multiply_params<typename Epilogue::params>& p) {
-  const auto kernel = multiply_tiles_kernel<Product, OrderB, Epilogue, Everywhere>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "cudaFuncSetAttribute");
-  cudaLaunchConfig_t launch_config{};
-  launch_config.gridDim = dim3(static_cast<unsigned>(grid));
-  launch_config.blockDim = dim3(threads);
-  launch_config.dynamicSmemBytes = shared_bytes;
-  launch_config.stream = stream.get();
-  check_cuda(cudaLaunchKernelEx(&launch_config, kernel, p), "the launch of multiply_tiles_kernel");
+  launch(stream, reinterpret_cast<const void*>(multiply_tiles_kernel<Product, OrderB, Epilogue, Everywhere>), grid, &p);
 }
 
 /// Everything that the products with variable M have in common. @param shape Bounds. @param split Distance from a gate
