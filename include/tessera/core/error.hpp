@@ -81,6 +81,7 @@ class message {
  public:
   message() noexcept : count_(0) {}
 
+  [[gnu::noinline, gnu::cold]] message& operator<<(const char* text) { return *this << std::string_view(text); }
   template <class T>
   message& operator<<(const T& value) {
     if constexpr (std::is_same_v<T, char>)
@@ -92,8 +93,6 @@ class message {
       return add_number(form::number, value);
     else if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>)
       return add_real(value);
-    else if constexpr (std::is_convertible_v<const T&, const char*>)
-      return add_text(value);
     else if constexpr (std::is_convertible_v<const T&, std::string_view>)
       return add_characters(std::string_view(value));
     else if constexpr (std::is_convertible_v<const T&, const void*>)
@@ -126,29 +125,25 @@ class message {
     };
 
     void append_to(std::string& out) const {
-      char digits[32];
-      switch (as) {
-        case form::character:
-          out += static_cast<char>(number);
-          return;
-        case form::number:
-          out += std::to_string(number);
-          return;
-        case form::natural:
-          out += std::to_string(static_cast<unsigned long long>(number));
-          return;
-        case form::text:
-          out.append(static_cast<const char*>(object), size);
-          return;
-        case form::real:
+      if (as == form::text) {
+        out.append(static_cast<const char*>(object), size);
+      } else if (as == form::object && stream != nullptr) {
+        stream(out, object);
+      } else {
+        char digits[32] = "0";
+        if (as == form::character) {
+          digits[0] = static_cast<char>(number);
+        } else if (as == form::number) {
+          std::snprintf(digits, sizeof(digits), "%lld", number);
+        } else if (as == form::natural) {
+          std::snprintf(digits, sizeof(digits), "%llu", static_cast<unsigned long long>(number));
+        } else if (as == form::real) {
           std::snprintf(digits, sizeof(digits), "%g", real);
-          break;
-        case form::object:
-          if (stream != nullptr) return stream(out, object);
-          std::snprintf(digits, sizeof(digits), object == nullptr ? "0" : "%p", object);
-          break;
+        } else if (object != nullptr) {
+          std::snprintf(digits, sizeof(digits), "%p", object);
+        }
+        out += digits;
       }
-      out += digits;
     }
   };
   static constexpr int most_values = 32;
@@ -169,7 +164,6 @@ class message {
     v.object = text.data();
     return *this;
   }
-  [[gnu::noinline, gnu::cold]] message& add_text(const char* text) { return add_characters(text); }
   [[gnu::noinline, gnu::cold]] message& add_object(const void* object, stream_function stream) {
     value& v = next(form::object);
     v.stream = stream;

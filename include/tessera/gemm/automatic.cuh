@@ -36,14 +36,9 @@ inline bool has_warpgroup_code() {
 }
 
 /// Whether the current device has compute capability 9.0 and this program code for its own instructions.
-inline bool has_hopper() {
-  int ordinal = 0, major_version = 0, minor_version = 0;
-  check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major_version, cudaDevAttrComputeCapabilityMajor, ordinal),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor_version, cudaDevAttrComputeCapabilityMinor, ordinal),
-             "cudaDeviceGetAttribute");
-  return major_version == 9 && minor_version == 0 && has_warpgroup_code();
+[[gnu::noinline]] inline bool has_hopper() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && has_warpgroup_code();
 }
 
 /// The products of the backend that the policy `Gemm` stands for on the calling thread's current device. Arguments are

@@ -16,13 +16,18 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
 
+[[noreturn, gnu::noinline, gnu::cold]] inline void throw_cuda_error(cudaError_t status, const char* what) {
+  throw_message<cuda_error>(message() << what << ": " << cudaGetErrorString(status));
+}
+
 inline void check_cuda(cudaError_t status, const char* what) {
-  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess, what << ": " << cudaGetErrorString(status));
+  if (status != cudaSuccess) [[unlikely]]
+    throw_cuda_error(status, what);
 }
 
 inline void expect_launched(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
+[[gnu::noinline]] inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
   int value = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");

@@ -84,21 +84,18 @@ void enqueue_variable_m(device_stream stream, const Device& d, const problem& sh
 
 namespace gemm::portable {
 
-inline device device::current() {
-  using tessera::detail::check_cuda;
-  int ordinal = 0, major_version = 0, minor_version = 0, shared = 0;
-  device d;
-  const auto attribute = [&](int& value, cudaDeviceAttr which) {
-    check_cuda(cudaDeviceGetAttribute(&value, which, ordinal), "cudaDeviceGetAttribute");
-  };
-  check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
-  attribute(major_version, cudaDevAttrComputeCapabilityMajor);
-  attribute(minor_version, cudaDevAttrComputeCapabilityMinor);
+[[gnu::noinline]] inline device device::current() {
+  using tessera::detail::device_attribute;
+  const int major_version = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  const int minor_version = device_attribute(cudaDevAttrComputeCapabilityMinor);
+  int ordinal = 0;
+  tessera::detail::check_cuda(cudaGetDevice(&ordinal), "cudaGetDevice");
   TESSERA_EXPECTS(major_version >= 8, "gemm::portable needs a device of compute capability 8.0 or later, device "
                                           << ordinal << " has " << major_version << '.' << minor_version);
-  attribute(d.num_multiprocessors, cudaDevAttrMultiProcessorCount);
-  attribute(shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  device d;
+  d.num_multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   constexpr int reserved = 1024;  // that the driver takes of each block's shared memory
+  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   d.blocks_per_multiprocessor = shared >= 2 * (tessera::detail::portable::shared_bytes + reserved) ? 2 : 1;
   return d;
 }
