@@ -48,12 +48,11 @@ void expect_groups(const Groups& groups) {
   TESSERA_EXPECTS(groups.num_groups == 0 || groups.row_offsets != nullptr, "the row groups have no row_offsets");
 }
 
-/// Checks that a gather list is there exactly where it was said to be. @tparam Which The operand that was said to have
-/// one. @tparam This The operand. @param operand Its rows. @param name For messages.
-template <gathered Which, gathered This>
-void expect_source(const row_operand<bfloat16>& operand, const char* name) {
-  TESSERA_EXPECTS((operand.gather != nullptr) == (Which == This),
-                  name << (Which == This ? " needs a gather list" : " has a gather list that would be ignored"));
+/// Checks that a gather list is there exactly where it was said to be. @param gathers Whether the operand was said to
+/// have one. @param operand Its rows. @param name For messages.
+inline void expect_source(bool gathers, const row_operand<bfloat16>& operand, const char* name) {
+  TESSERA_EXPECTS((operand.gather != nullptr) == gathers,
+                  name << (gathers ? " needs a gather list" : " has a gather list that would be ignored"));
   TESSERA_EXPECTS(operand.stride < (std::int64_t{1} << 30),
                   name << " has row stride " << operand.stride << ", at most 2^30 - 1 elements are possible");
 }
@@ -95,23 +94,38 @@ template <gathered Rows>
 void expect_sums(std::int64_t K, const row_operand<bfloat16>& a) {
   static_assert(Rows != gathered::b, "rows of b are not gathered in variable_m");
   expect_unit_extent(K, "the length of the sums");
-  expect_source<Rows, gathered::a>(a, "a");
+  expect_source(Rows == gathered::a, a, "a");
 }
 
-/// The operands of a product with variable M that has rows. @tparam Order Of `b`. @param a,b The operands.
+/// The operands of a product with variable M that has rows. @param order Of `b`. @param a,b The operands.
 /// @returns Elements between the lines of `b` along the index that is not contiguous.
-template <contiguous Order>
-std::int64_t expect_operands(const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b) {
+inline std::int64_t expect_operands(contiguous order, const row_operand<bfloat16>& a,
+                                    const group_operand<const bfloat16>& b) {
   expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
-  const std::int64_t contiguous_stride = Order == contiguous::k ? b.col_stride : b.row_stride;
-  const std::int64_t line_stride = Order == contiguous::k ? b.row_stride : b.col_stride;
+  const std::int64_t contiguous_stride = order == contiguous::k ? b.col_stride : b.row_stride;
+  const std::int64_t line_stride = order == contiguous::k ? b.row_stride : b.col_stride;
   TESSERA_EXPECTS(contiguous_stride == 1, "b has strides [" << b.group_stride << ", " << b.row_stride << ", "
                                                             << b.col_stride << "], but its "
-                                                            << (Order == contiguous::k ? "last" : "middle")
+                                                            << (order == contiguous::k ? "last" : "middle")
                                                             << " one must be 1 for this kernel");
   expect_vector_rows(b.data, line_stride, sizeof(bfloat16), "b");
   expect_vector_rows(b.data, b.group_stride, sizeof(bfloat16), "b, from group to group,");
   return line_stride;
+}
+
+/// The operands of `variable_k`, and where its results are. @param which The operand with a gather list.
+inline void expect_variable_k_operands(gathered which, std::int64_t max_rows, const row_operand<bfloat16>& a,
+                                       const row_operand<bfloat16>& b, const group_operand<const std::byte>& c,
+                                       std::size_t element_bytes) {
+  expect_source(which == gathered::a, a, "a");
+  expect_source(which == gathered::b, b, "b");
+  TESSERA_EXPECTS(c.col_stride == 1, "c has column stride " << c.col_stride << ", it must be 1: exchange the operands");
+  expect_vector_rows(c.data, c.row_stride, element_bytes, "c");
+  expect_vector_rows(c.data, c.group_stride, element_bytes, "c, from group to group,");
+  if (max_rows > 0) {
+    expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
+    expect_vector_rows(b.data, b.stride, sizeof(bfloat16), "b");
+  }
 }
 
 /// Everything of `variable_k`. @tparam Rows As its. @param groups The rows. @param M,N Extents of each result. @param
@@ -125,15 +139,9 @@ template <gathered Rows, class Groups, class TC>
   expect_unit_extent(M, "the number of rows of a result");
   expect_unit_extent(N, "the number of columns of a result");
   if (groups.num_groups == 0) return false;
-  expect_source<Rows, gathered::a>(a, "a");
-  expect_source<Rows, gathered::b>(b, "b");
-  TESSERA_EXPECTS(c.col_stride == 1, "c has column stride " << c.col_stride << ", it must be 1: exchange the operands");
-  expect_vector_rows(c.data, c.row_stride, sizeof(TC), "c");
-  expect_vector_rows(c.data, c.group_stride, sizeof(TC), "c, from group to group,");
-  if (groups.max_rows > 0) {
-    expect_vector_rows(a.data, a.stride, sizeof(bfloat16), "a");
-    expect_vector_rows(b.data, b.stride, sizeof(bfloat16), "b");
-  }
+  expect_variable_k_operands(Rows, groups.max_rows, a, b,
+                             {reinterpret_cast<const std::byte*>(c.data), c.group_stride, c.row_stride, c.col_stride},
+                             sizeof(TC));
   return true;
 }
 

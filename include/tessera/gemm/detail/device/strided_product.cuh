@@ -88,16 +88,23 @@ __global__ void __launch_bounds__(Product::threads) strided_product_kernel(const
   product.run();
 }
 
+inline void launch_strided(device_stream stream, const void* kernel, const void* product, std::int64_t M,
+                           std::int64_t N, std::int64_t num_groups, int tile, int threads) {
+  if (M == 0 || N == 0 || num_groups == 0) return;
+  TESSERA_EXPECTS(num_groups < 65536, num_groups << " chunks in one call, at most 65535 are possible");
+  const dim3 grid(static_cast<unsigned>((M + tile - 1) / tile), static_cast<unsigned>((N + tile - 1) / tile),
+                  static_cast<unsigned>(num_groups));
+  void* arguments[] = {const_cast<void*>(product)};
+  const cudaError_t result =
+      cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, 0, stream.get());
+  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, "strided_product_kernel: " << cudaGetErrorString(result));
+}
+
 template <class TA, class TB, class TC>
 void launch_strided_product(device_stream stream, const strided_product<TA, TB, TC>& product, std::int64_t num_groups) {
-  if (product.M == 0 || product.N == 0 || num_groups == 0) return;
-  constexpr std::int64_t tile = strided_product<TA, TB, TC>::tile;
-  TESSERA_EXPECTS(num_groups < 65536, num_groups << " chunks in one call, at most 65535 are possible");
-  const dim3 grid(static_cast<unsigned>((product.M + tile - 1) / tile),
-                  static_cast<unsigned>((product.N + tile - 1) / tile), static_cast<unsigned>(num_groups));
-  strided_product_kernel<<<grid, strided_product<TA, TB, TC>::threads, 0, stream.get()>>>(product);
-  const cudaError_t result = cudaGetLastError();
-  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, "strided_product_kernel: " << cudaGetErrorString(result));
+  using product_type = strided_product<TA, TB, TC>;
+  launch_strided(stream, reinterpret_cast<const void*>(strided_product_kernel<product_type>), &product, product.M,
+                 product.N, num_groups, product_type::tile, product_type::threads);
 }
 
 }  // namespace detail

@@ -51,12 +51,23 @@ bool leaves_room(const device& d, const Options& options) {
 
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
 /// columns Their length. @param fallback Any mapped address, for no rows. @param name For messages.
-inline CUtensorMap row_map(const device& d, const row_operand<bfloat16>& operand, std::int64_t rows,
-                           std::int64_t columns, const void* fallback, const char* name) {
+[[gnu::noinline]] inline CUtensorMap row_map(const device& d, const row_operand<bfloat16>& operand, std::int64_t rows,
+                                             std::int64_t columns, const void* fallback, const char* name) {
   const bool empty = rows == 0;
   const std::int64_t stride = empty || operand.stride == 0 ? columns : operand.stride;
   return chunk_map(d.encode, empty ? static_cast<const bfloat16*>(fallback) : operand.data, 2, {columns, rows, 1},
                    {stride, 0}, name);
+}
+
+/// A map of the matrices of `variable_m`. @param d The device. @param order Which of their indices is contiguous.
+/// @param b The first. @param matrices How many, 1 for one that all groups share. @param N,K Their extents. @param
+/// line_stride Elements between their lines.
+[[gnu::noinline]] inline CUtensorMap matrix_map(const device& d, contiguous order,
+                                                const group_operand<const bfloat16>& b, std::int64_t matrices,
+                                                std::int64_t N, std::int64_t K, std::int64_t line_stride) {
+  const std::int64_t inner = order == contiguous::k ? K : N, outer = order == contiguous::k ? N : K;
+  return chunk_map(d.encode, b.data, 3, {inner, outer, matrices},
+                   {line_stride, b.group_stride == 0 ? line_stride * outer : b.group_stride}, "b");
 }
 
 /// H as kernels write it: where gates come first, a layer of gates and one of ups, so that a chunk that ends with the
@@ -82,13 +93,11 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   complete.b_along_k = Order == contiguous::k;
   const config c = configure(d, complete, options);
   if (c.grid == 0) return;
-  const std::int64_t line_stride = expect_operands<Order>(a, b);
+  const std::int64_t line_stride = expect_operands(Order, a, b);
 
   const bool shared = b.group_stride == 0;
   const std::int64_t matrices = Parts > 1 ? Parts : shared ? 1 : groups.num_groups, N = shape.n;
-  const std::int64_t inner = Order == contiguous::k ? K : N, outer = Order == contiguous::k ? N : K;
-  const CUtensorMap map_b = chunk_map(d.encode, b.data, 3, {inner, outer, matrices},
-                                      {line_stride, shared ? line_stride * outer : b.group_stride}, "b");
+  const CUtensorMap map_b = matrix_map(d, Order, b, matrices, N, K, line_stride);
   const CUtensorMap map_a =
       Rows == gathered::a ? map_b : row_map(d, a, groups.max_rows, K, b.data, "a");  // the kernel wants two
 

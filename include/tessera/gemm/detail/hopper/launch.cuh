@@ -105,6 +105,10 @@ void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorM
          c.grid, arguments);
 }
 
+[[noreturn, gnu::noinline, gnu::cold]] inline void throw_no_kernel(const gemm::hopper::config& c) {
+  throw invalid_argument("there is no kernel " + gemm::hopper::to_string(c) + " for this product");
+}
+
 /// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue, or, for an
 /// epilogue that reads through the operand ring, the cooperative one without a cluster. @tparam PingPong Whether the
 /// ping-pong one is among them.
@@ -123,7 +127,7 @@ void launch_configured(device_stream stream, const gemm::hopper::config& c, cons
     if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
       return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
   }
-  TESSERA_EXPECTS(false, "there is no kernel " << gemm::hopper::to_string(c) << " for this product");
+  throw_no_kernel(c);
 }
 
 }  // namespace detail::hopper

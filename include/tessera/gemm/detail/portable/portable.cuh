@@ -60,15 +60,14 @@ void launch(device_stream stream, int grid, const multiply_params<typename Epilo
 }
 
 /// Everything that the products with variable M have in common. @param shape Bounds. @param split Distance from a gate
-/// to its up value in the rows of b, or 0.
-template <contiguous Order, gathered Rows, class Epilogue, class Device>
-void enqueue_variable_m(device_stream stream, const Device& d, const problem& shape, const row_groups& groups,
+/// to its up value in the rows of b, or 0. Where rows are is a matter of checks alone: kernels ask for the list.
+template <contiguous Order, class Epilogue, bool Everywhere>
+void enqueue_variable_m(device_stream stream, const device& d, const problem& shape, const row_groups& groups,
                         std::int64_t split, const row_operand<bfloat16>& a, const group_operand<const bfloat16>& b,
                         const typename Epilogue::params& epilogue, const launch_options& options) {
-  expect_sums<Rows>(shape.k, a);
   const int grid = grid_for(d, shape, options);
   if (grid == 0) return;
-  const std::int64_t line_stride = expect_operands<Order>(a, b);
+  const std::int64_t line_stride = expect_operands(Order, a, b);
   const std::int64_t columns = Epilogue::split ? shape.n / 2 : shape.n;
   multiply_params<typename Epilogue::params> p{};
   p.sizes = {groups.row_offsets, static_cast<int>(groups.num_groups), 0, static_cast<int>(columns),
@@ -77,7 +76,7 @@ void enqueue_variable_m(device_stream stream, const Device& d, const problem& sh
   p.b = {b.data, b.group_stride, line_stride, nullptr};
   p.split = static_cast<int>(split);
   p.epilogue = epilogue;
-  launch<product::variable_m, Order, Epilogue, Device::beside_hopper>(stream, grid, p);
+  launch<product::variable_m, Order, Epilogue, Everywhere>(stream, grid, p);
 }
 
 }  // namespace detail::portable
@@ -112,7 +111,8 @@ void variable_m(device_stream stream, const Device& d, const row_groups& groups,
   shape.num_groups = groups.num_groups;
   shape.n = N;
   shape.k = K;
-  enqueue_variable_m<Order, Rows, store_epilogue<TC>>(
+  expect_sums<Rows>(K, a);
+  enqueue_variable_m<Order, store_epilogue<TC>, Device::beside_hopper>(
       stream, d, shape, groups, 0, a, b, {c.data, 0, c.stride, static_cast<int>(N), mode == write::accumulate, bias},
       options);
 }
@@ -131,7 +131,8 @@ void variable_m_activation(device_stream stream, const Device& d, const row_grou
   shape.num_groups = groups.num_groups;
   shape.n = U;
   shape.k = K;
-  enqueue_variable_m<Order, Rows, epilogue>(
+  expect_sums<Rows>(K, a);
+  enqueue_variable_m<Order, epilogue, Device::beside_hopper>(
       stream, d, shape, groups, epilogue::split ? n : 0, a, b,
       {h.data, h.stride, out.data, out.stride, static_cast<int>(n), bias, activation}, options);
 }
@@ -149,7 +150,8 @@ void variable_m_activation_backward(device_stream stream, const Device& d, const
   shape.num_groups = groups.num_groups;
   shape.n = n;
   shape.k = K;
-  enqueue_variable_m<Order, Rows, activation_backward_epilogue<Activation, Interleaved>>(
+  expect_sums<Rows>(K, a);
+  enqueue_variable_m<Order, activation_backward_epilogue<Activation, Interleaved>, Device::beside_hopper>(
       stream, d, shape, groups, 0, a, b,
       {h.data, h.stride, out.data, out.stride, static_cast<int>(n), weights, parts, groups.max_rows, activation},
       options);
