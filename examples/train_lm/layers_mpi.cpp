@@ -4,6 +4,8 @@
 /// @file
 /// The layers of ranks that are processes, instantiated once.
 
+#include <memory>
+
 #include <tessera/comm/mpi.hpp>
 
 #include "layers.hpp"

@@ -4,6 +4,8 @@
 /// @file
 /// The layers of ranks that are threads, instantiated once.
 
+#include <memory>
+
 #include <tessera/comm/threads.hpp>
 
 #include "layers.hpp"

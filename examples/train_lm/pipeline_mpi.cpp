@@ -5,6 +5,8 @@
 /// The pipelined trainer of ranks that are processes, instantiated once. One thread alone may use MPI, so the two lanes
 /// of an overlapped pair run one after the other.
 
+#include <memory>
+
 #include <tessera/comm/mpi.hpp>
 #include <tessera/pipeline/lanes.hpp>
 

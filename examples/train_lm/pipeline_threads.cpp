@@ -4,6 +4,8 @@
 /// @file
 /// The pipelined trainer of ranks that are threads, instantiated once.
 
+#include <memory>
+
 #include <tessera/comm/threads.hpp>
 #include <tessera/pipeline/lanes.hpp>
 

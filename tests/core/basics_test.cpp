@@ -5,6 +5,9 @@
 
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -20,6 +23,24 @@ template <class Stream>
 concept made_from_literal_zero = requires {
   Stream(0);
 };  // a null pointer constant, which no int variable is
+
+struct point {
+  int x, y;
+  friend std::ostream& operator<<(std::ostream& out, const point& p) { return out << p.x << '/' << p.y; }
+};
+enum plain { third = 3 };
+
+// What a message makes of a value, and a stream.
+template <class... Values>
+std::string message_of(const Values&... values) {
+  return (ts::detail::message() << ... << values).text();
+}
+template <class... Values>
+std::string stream_of(const Values&... values) {
+  std::ostringstream text;
+  (text << ... << values);
+  return text.str();
+}
 
 }  // namespace
 
@@ -47,6 +68,33 @@ TEST_CASE("TESSERA_EXPECTS throws its sentence with the values, and evaluates it
     TESSERA_EXPECTS(true, "");
   else
     FAIL("unreachable");
+}
+
+TEST_CASE("messages read as a stream would have written them") {
+  const auto same = [](const auto&... values) { CHECK_EQ(message_of(values...), stream_of(values...)); };
+  same(0, -7, 7u, std::numeric_limits<std::int64_t>::min(), std::numeric_limits<std::uint64_t>::max());
+  same(std::int16_t{-3}, std::uint16_t{65535}, std::size_t{4}, true, false, 'x');
+  same(1.0, 0.1f, 1e300, -2.5e-7, 123456789.0, 1.0 / 3);
+  same(std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN());
+  same("text", std::string("string"), std::string_view("a view").substr(2), static_cast<const char*>("pointer"));
+  const int target = 0;
+  same(static_cast<const void*>(&target), &target, static_cast<const void*>(nullptr), static_cast<float*>(nullptr));
+  same(point{1, 2}, third, std::int8_t{65}, std::uint8_t{66}, 2.5L);
+  CHECK_EQ(message_of(), "");
+}
+
+TEST_CASE("a message holds temporaries of its expression, and says where it leaves values out") {
+  CHECK_THROWS_WITH_AS(
+      TESSERA_EXPECTS(false, "between " << std::string(100, 'a') << " and " << std::to_string(7) + std::string(3, '!')),
+      ("between " + std::string(100, 'a') + " and 7!!!").c_str(), ts::invalid_argument);
+  ts::detail::message full;
+  std::string expected;
+  for (int i = 0; i < 32; ++i) {
+    full << i;
+    expected += std::to_string(i);
+  }
+  CHECK_EQ(full.text(), expected);
+  CHECK_EQ((full << "more" << 5).text(), expected + "...");
 }
 
 TEST_CASE("a device stream is made from a stream, never from a literal 0, NULL or nullptr") {

@@ -144,6 +144,10 @@ TEST_CASE("a host buffer is aligned, zero, movable, and may be empty") {
   std::byte* const data = buffer.data();
   ts::host_buffer moved = std::move(buffer);
   CHECK_EQ(moved.data(), data);
+  CHECK_EQ(buffer.data(), nullptr);  // NOLINT: what a move leaves behind
+  moved = ts::host_buffer(10);
+  CHECK_NE(moved.data(), data);
+  CHECK_EQ(moved.size(), 10u);
   CHECK_EQ(ts::host_buffer(0).data(), nullptr);
   CHECK_EQ(ts::host_buffer().size(), 0u);
 }

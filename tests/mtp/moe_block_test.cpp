@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <memory>
+
 #include <tessera/comm/comm.hpp>
 #include <tessera/layout/layout.hpp>
 

@@ -3,6 +3,7 @@
 
 // The chain in the last stage of a pipeline: any schedule gives what a plain loop over micro-batches gives.
 
+#include <memory>
 #include <mutex>
 
 #include <doctest/doctest.h>

@@ -81,7 +81,7 @@ class message {
  public:
   message() noexcept : count_(0) {}
 
-  [[gnu::noinline, gnu::cold]] message& operator<<(const char* text) { return *this << std::string_view(text); }
+  [[gnu::noinline, gnu::cold]] message& operator<<(const char* chars) { return *this << std::string_view(chars); }
   template <class T>
   message& operator<<(const T& value) {
     if constexpr (std::is_same_v<T, char>)
@@ -98,7 +98,7 @@ class message {
     else if constexpr (std::is_convertible_v<const T&, const void*>)
       return add_object(value, nullptr);
     else
-      return add_object(&value, stream<T>);
+      return add_object(&value, print<T>);
   }
 
   [[gnu::cold]] std::string text() const {
@@ -110,13 +110,13 @@ class message {
 
  private:
   enum class form { character, number, natural, real, text, object };
-  using stream_function = void (*)(std::string&, const void*);
+  using print_function = void (*)(std::string&, const void*);
 
-  struct value {
+  struct item {
     form as;
     union {
       std::size_t size;
-      stream_function stream;
+      print_function print_object;
     };
     union {
       long long number;
@@ -127,8 +127,8 @@ class message {
     void append_to(std::string& out) const {
       if (as == form::text) {
         out.append(static_cast<const char*>(object), size);
-      } else if (as == form::object && stream != nullptr) {
-        stream(out, object);
+      } else if (as == form::object && print_object != nullptr) {
+        print_object(out, object);
       } else {
         char digits[32] = "0";
         if (as == form::character) {
@@ -150,7 +150,7 @@ class message {
 
   // Apart from the functions that check: their code stays small.
   [[gnu::noinline, gnu::cold]] message& add_number(form as, long long number) {
-    value& v = next(as);
+    item& v = next(as);
     v.number = number;
     return *this;
   }
@@ -158,21 +158,21 @@ class message {
     next(form::real).real = real;
     return *this;
   }
-  [[gnu::noinline, gnu::cold]] message& add_characters(std::string_view text) {
-    value& v = next(form::text);
-    v.size = text.size();
-    v.object = text.data();
+  [[gnu::noinline, gnu::cold]] message& add_characters(std::string_view chars) {
+    item& v = next(form::text);
+    v.size = chars.size();
+    v.object = chars.data();
     return *this;
   }
-  [[gnu::noinline, gnu::cold]] message& add_object(const void* object, stream_function stream) {
-    value& v = next(form::object);
-    v.stream = stream;
+  [[gnu::noinline, gnu::cold]] message& add_object(const void* object, print_function with) {
+    item& v = next(form::object);
+    v.print_object = with;
     v.object = object;
     return *this;
   }
   // What follows too many values overwrites the last one, which `text` leaves out.
-  value& next(form as) {
-    value& v = values_[count_ < most_values ? count_ : most_values];
+  item& next(form as) {
+    item& v = values_[count_ < most_values ? count_ : most_values];
     ++count_;
     v.as = as;
     return v;
@@ -180,14 +180,14 @@ class message {
 
   // What else a stream takes: the file that hands it over has <sstream>.
   template <class T, class Stream = std::ostringstream>
-  static void stream(std::string& out, const void* value) {
+  static void print(std::string& out, const void* value) {
     Stream text;
     text << *static_cast<const T*>(value);
     out += text.str();
   }
 
   int count_;
-  value values_[most_values + 1];
+  item values_[most_values + 1];
 };
 
 // Apart from the checks, which are in many functions.
