@@ -202,7 +202,7 @@ TESSERA_NAMESPACE_END
 
 /// Throws `Exception` with the streamed message when `condition` does not hold:
 /// `TESSERA_EXPECTS_AS(invalid_argument, k <= n, "top_k = " << k << " exceeds num_experts = " << n)`. What the standard
-/// library has no text for needs <sstream> where it is streamed.
+/// library has no text for needs its stream header where it is streamed.
 #define TESSERA_EXPECTS_AS(Exception, condition, ...)                                           \
   do {                                                                                          \
     if (!(condition)) [[unlikely]]                                                              \

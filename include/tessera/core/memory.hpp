@@ -114,8 +114,10 @@ class host_buffer {
       : data_(bytes == 0 ? nullptr : static_cast<std::byte*>(::operator new(bytes, alignment))), bytes_(bytes) {
     for (std::size_t i = 0; i < bytes; ++i) data_[i] = std::byte{0};
   }
+  /// Takes the memory. @param other Empty afterwards.
   host_buffer(host_buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  /// Takes the memory and frees its own. @param other Moved here.
   host_buffer& operator=(host_buffer other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
