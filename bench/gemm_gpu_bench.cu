@@ -253,6 +253,7 @@ struct layer_products {
   hp::problem sums_of_k(std::int64_t N, std::int64_t K, hp::epilogue_kind kind, bool b_along_k) const {
     hp::problem p;
     p.max_rows = P, p.num_groups = s.E, p.n = N, p.k = K, p.epilogue = kind, p.b_along_k = b_along_k;
+    p.gathered = kind != hp::epilogue_kind::store;
     return p;
   }
   hp::problem sums_of_rows(std::int64_t M, std::int64_t N) const {

@@ -33,7 +33,7 @@ std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; 
 
 }  // namespace
 
-TEST_CASE("results of few columns get the narrow tile, except where H is read") {
+TEST_CASE("results of few columns get the narrow tile, except where epilogues read") {
   CHECK(hp::choose(rows(16384, 16, 4096, 4096)).tile_n == 256);
   CHECK(hp::choose(rows(16384, 16, 4096, 256)).order == hp::schedule::cooperative);
   CHECK(hp::choose(rows(16384, 16, 128, 4096)).order == hp::schedule::ping_pong);
@@ -42,10 +42,11 @@ TEST_CASE("results of few columns get the narrow tile, except where H is read") 
         hp::config{hp::schedule::cooperative, 128, 256, 1, 132});
 }
 
-TEST_CASE("clusters share columns where groups are long, except where H is read") {
+TEST_CASE("clusters share columns where groups are long, except where epilogues read") {
   CHECK(hp::choose(rows(65536, 16, 4096, 4096)).cluster == 2);
   CHECK(hp::choose(rows(16384, 16, 4096, 4096)).cluster == 1);
   CHECK(hp::choose(rows(65536, 16, 4096, 4096, hp::epilogue_kind::activation_backward)).cluster == 1);
+  CHECK(hp::choose(rows(65536, 16, 4096, 4096, hp::epilogue_kind::read_old)).cluster == 1);
 }
 
 TEST_CASE("a tile is narrow for half a tile's columns and no more, and never shared then") {
@@ -54,14 +55,14 @@ TEST_CASE("a tile is narrow for half a tile's columns and no more, and never sha
   CHECK(hp::choose(products(8, 65536, 128)) == hp::config{hp::schedule::ping_pong, 128, 128, 1, 132});
 }
 
-TEST_CASE("variable_m shares columns from 2048 rows of a group on average") {
-  hp::problem p = rows(16 * 2048, 16, 4096, 64);
+TEST_CASE("variable_m shares columns from 1536 rows of a group on average") {
+  hp::problem p = rows(16 * 1536, 16, 4096, 64);
   CHECK(hp::choose(p).cluster == 2);
   p.max_rows -= 1;
   CHECK(hp::choose(p).cluster == 1);
 }
 
-TEST_CASE("variable_m with B's columns contiguous shares them only where sums are long") {
+TEST_CASE("variable_m with B's columns contiguous shares them only where groups and sums are longer") {
   hp::problem p = rows(16 * 2048, 16, 4096, 8192);
   p.b_along_k = false;
   CHECK(hp::choose(p).cluster == 2);
@@ -73,13 +74,12 @@ TEST_CASE("variable_m with B's columns contiguous shares them only where sums ar
   CHECK(hp::choose(p).cluster == 1);
 }
 
-TEST_CASE("variable_k shares where results are tall and large, whatever the rows and the order of B") {
-  CHECK(hp::choose(products(16, 512, 2048)).cluster == 2);
+TEST_CASE("variable_k shares where results are tall and not small, whatever the rows and the order of B") {
+  CHECK(hp::choose(products(16, 512, 512)).cluster == 2);
   CHECK(hp::choose(products(16, 504, 4096)).cluster == 1);  // not tall
-  CHECK(hp::choose(products(16, 512, 2040)).cluster == 1);  // not large
-  CHECK(hp::choose(products(16, 4096, 256)).cluster == 2);
-  CHECK(hp::choose(products(16, 4088, 256)).cluster == 1);
-  CHECK(hp::choose(products(16, 8192, 136)).cluster == 2);
+  CHECK(hp::choose(products(16, 512, 504)).cluster == 1);   // small
+  CHECK(hp::choose(products(16, 1536, 256)).cluster == 2);
+  CHECK(hp::choose(products(16, 1016, 256)).cluster == 1);
   hp::problem p = products(16, 512, 2048);
   p.max_rows = 0, p.b_along_k = true;
   CHECK(hp::choose(p).cluster == 2);
@@ -88,15 +88,26 @@ TEST_CASE("variable_k shares where results are tall and large, whatever the rows
   CHECK(hp::choose(p).cluster == 1);
 }
 
-TEST_CASE("gathering and the fused activation do not change the kernel") {
-  for (const std::int64_t max_rows : {16384, 65536}) {
+TEST_CASE("fp32 results that are added to are read where sums are short") {
+  hp::problem p = products(16, 512, 2048);
+  CHECK(hp::reads_old_fp32(p));  // 1024 rows of a group on average
+  p.max_rows = 16 * 1025;
+  CHECK(!hp::reads_old_fp32(p));
+  p.num_groups = 0;
+  CHECK(hp::reads_old_fp32(p));
+  CHECK(hp::reads_old_fp32(rows(16384, 1, 4096, 1024)));
+  CHECK(!hp::reads_old_fp32(rows(16384, 1, 4096, 1032)));
+}
+
+TEST_CASE("rows that are gathered share columns in smaller groups; the fused activation changes nothing") {
+  for (const std::int64_t max_rows : {16 * 511, 16 * 512, 16 * 1535, 65536}) {
     for (const std::int64_t n : {128, 4096}) {
       hp::problem p = rows(max_rows, 16, n, 4096);
-      const hp::config plain = hp::choose(p);
       p.gathered = true;
-      CHECK(hp::choose(p) == plain);
+      const hp::config gathered = hp::choose(p);
+      CHECK(gathered.cluster == (n > 128 && max_rows >= 16 * 512 ? 2 : 1));
       p.epilogue = hp::epilogue_kind::activation;
-      CHECK(hp::choose(p) == plain);
+      CHECK(hp::choose(p) == gathered);
     }
   }
 }

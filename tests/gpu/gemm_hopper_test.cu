@@ -48,6 +48,18 @@ struct hopper {
   }
 };
 
+// The same products with tiles handed out by a counter.
+struct counting : hopper {
+  struct device : hp::device {
+    static device current() {
+      static const auto& counter = *new buffer<std::int32_t>({0, 0});  // as long as the program
+      device d{hp::device::current()};
+      d.tile_counter = counter.device;
+      return d;
+    }
+  };
+};
+
 // More shared memory than a product's block leaves of a multiprocessor.
 constexpr int visitor_bytes = 64 * 1024;
 __global__ void visitor_kernel() {}
@@ -69,6 +81,14 @@ TEST_CASE("a row's bits depend neither on its neighbours nor on the order of til
 TEST_CASE("a captured product is right when the rows have changed") { check_capture<hopper>(); }
 
 TEST_CASE("what the kernels cannot do is refused with a sentence") { check_refusals<hopper>(); }
+
+TEST_CASE("products whose blocks, or clusters, ask for their tiles") {
+  check_multiplies<counting>();
+  check_gathers<counting>();
+  check_up_projection<counting>();
+  check_gradient_in_place<counting>();
+  check_weight_gradients<counting>();
+}
 
 TEST_CASE("what a product leaves free stays free for other streams, whatever its own stream has next") {
   constexpr std::int64_t rows = 16384, N = 4096, K = 4096, room = 8;

@@ -29,6 +29,7 @@ enum class epilogue_kind {
   store,                ///< Rounded and stored.
   activation,           ///< H and the activation are stored.
   activation_backward,  ///< H is read, dH and the activation are stored.
+  read_old,             ///< The old result is read, and stored with the sums added.
 };
 
 /// What a choice depends on.
@@ -75,24 +76,33 @@ constexpr config choose(const problem& p) {
   config c;
   const std::int64_t mean_rows = p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;
   // Shared memory feeds the matrix unit just fast enough for 128 x 256. Smaller tiles read more for each product, which
-  // costs more than what they hide, unless half of the columns would be empty. H comes through the ring that feeds it,
-  // to both warpgroups together, in tiles of 256 columns alone.
-  const bool reads_h = p.epilogue == epilogue_kind::activation_backward;
-  if (p.n <= 128 && p.ping_pong && !reads_h) {
+  // costs more than what they hide, unless half of the columns would be empty. What an epilogue reads comes through the
+  // ring that feeds it, to both warpgroups together, in tiles of 256 columns alone.
+  const bool reads = p.epilogue == epilogue_kind::activation_backward || p.epilogue == epilogue_kind::read_old;
+  if (p.n <= 128 && p.ping_pong && !reads) {
     c.order = schedule::ping_pong;
     c.tile_n = 128;
   }
   // Neighbours along M share B where there are nearly always two and their products last long enough to wait for each
-  // other; H is never read in clusters, where it leaves no time for that. Measured: bench/README.md.
-  const bool shares_rows = mean_rows >= 2048 && (p.b_along_k || p.k >= 8192);
-  const bool shares = p.variable_k ? p.m >= 512 && p.m * p.n >= std::int64_t{1} << 20 : shares_rows;
+  // other; epilogues do not read in clusters, where that leaves no time for it. Measured with tiles handed out by a
+  // counter: bench/README.md.
+  const bool shares_rows = p.b_along_k ? mean_rows >= (p.gathered ? 512 : 1536) : mean_rows >= 2048 && p.k >= 8192;
+  const bool shares = p.variable_k ? p.m >= 512 && p.m * p.n >= std::int64_t{1} << 18 : shares_rows;
   // A budget of one multiprocessor has no room for two blocks.
-  const bool may_share = c.order == schedule::cooperative && !reads_h && p.num_multiprocessors >= 2;
+  const bool may_share = c.order == schedule::cooperative && !reads && p.num_multiprocessors >= 2;
   if (may_share && shares) c.cluster = 2;
   const std::int64_t blocks = max_tiles(p, c) * c.cluster;
   const std::int64_t most = p.num_multiprocessors / c.cluster * c.cluster;
   c.grid = static_cast<int>(blocks < most ? blocks : most);
   return c;
+}
+
+/// Whether an fp32 result that is added to is read through the operand ring, instead of being added to by the copy
+/// engine: where sums are short, additions take longer than the products that they could lie under. Measured:
+/// bench/README.md. @param p Bounds.
+constexpr bool reads_old_fp32(const problem& p) {
+  const std::int64_t length = !p.variable_k ? p.k : p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;
+  return length <= 1024;
 }
 
 /// One line for logs, for example `cooperative 128x256 cluster 2 grid 132`.

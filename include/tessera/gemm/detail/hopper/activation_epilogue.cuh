@@ -21,7 +21,7 @@ namespace detail::hopper {
 template <class Activation, bool Interleaved>
 struct activation_epilogue {
   static constexpr bool split = Activation::gated && !Interleaved, by_warpgroup = false;
-  static constexpr int step_blocks = 0;
+  static constexpr takes_steps steps = takes_steps::never;
 
   struct params {
     output_matrix<bfloat16> h;    ///< `[rows, U]`; where gates come first, layers of gates and ups.
@@ -39,7 +39,7 @@ struct activation_epilogue {
     const auto emit = [&](const fragment& f, const output_matrix<bfloat16>& matrix, int layer, int column) {
       const std::uint32_t buffer = output.acquire();
       warp_output::put(buffer, f);
-      output.template send<false>(buffer, matrix, layer, first_row, t.m_end, column);
+      output.send(buffer, matrix, layer, first_row, t.m_end, column);
     };
 
     if constexpr (split) {
@@ -82,7 +82,7 @@ struct activation_epilogue {
           const bfloat16 value(Activation::forward(low_bf16(pair), high_bf16(pair), p.options));
           store_shared_2(warp_output::element_address(buffer, i % 2, (i / 2 * 4 + lane % 4) * 2), value.bits);
         }
-        output.template send<false>(buffer, p.out, 0, first_row, t.m_end, column / 2);
+        output.send(buffer, p.out, 0, first_row, t.m_end, column / 2);
       });
     } else {
       for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
@@ -112,6 +112,7 @@ struct activation_epilogue {
 template <class Activation, bool Interleaved>
 struct activation_backward_epilogue {
   static constexpr bool split = false;
+  static constexpr takes_steps steps = takes_steps::always;
   static constexpr int step_blocks = Activation::gated ? 2 : 1;  ///< 64 columns of the activation are 64 or 128 of H.
 
   struct params {
@@ -125,7 +126,7 @@ struct activation_backward_epilogue {
   };
 
   /// Enqueues H of 16 rows x 64 columns of the activation: gates and ups, or their two halves where they are in turn.
-  static __device__ __forceinline__ void load(const params& p, std::uint32_t target, std::uint32_t barrier,
+  static __device__ __forceinline__ void load(const params& p, const tile&, std::uint32_t target, std::uint32_t barrier,
                                               int first_row, int column) {
 #pragma unroll
     for (int part = 0; part < step_blocks; ++part) {
@@ -208,13 +209,13 @@ struct activation_backward_epilogue {
     }
     settle();
     warp_output::show();
-    warp_output::send<false, true>(buffer, p.out, 0, first_row, t.m_end, column);
+    warp_output::send<true>(buffer, p.out, 0, first_row, t.m_end, column);
 #pragma unroll
     for (int part = 0; part < step_blocks; ++part) {
       const place_in_h at = place(column, part);
       if (at.column < p.h.columns)
-        warp_output::send<false, true>(blocks + static_cast<std::uint32_t>(part) * staging_bytes, p.h, at.layer,
-                                       first_row, t.m_end, at.column);
+        warp_output::send<true>(blocks + static_cast<std::uint32_t>(part) * staging_bytes, p.h, at.layer, first_row,
+                                t.m_end, at.column);
     }
     warp_output::commit();
 

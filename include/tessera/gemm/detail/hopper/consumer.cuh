@@ -53,7 +53,7 @@ __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
 /// slot back. @param late That slot, then -1; if it is -1 already, there are no stores that anything waits for.
 template <class Shape, class Epilogue>
 __device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
-  if constexpr (Epilogue::step_blocks > 0) {
+  if constexpr (may_step<Shape, Epilogue>) {
     if (late >= 0) {
       if (threadIdx.x % 32 == 0) tma_store_wait_read<0>();
       __syncwarp();
@@ -66,46 +66,45 @@ __device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
 
 /// Zeroes the lines from `valid` on that the copy engine brought into a stage of `variable_k`. They belong to the next
 /// group or to nobody, and a zero in one operand alone does not silence a NaN in the other. Gathered lines are zero
-/// already. @param together Whether both warpgroups multiply this tile and so share the work.
+/// already. Both warpgroups share the work, unless each has its own tile. @param steps Whether epilogues take steps:
+/// their stores into the slot are ordered before by barriers that tools do not follow, so warps meet once more then.
 template <class Shape>
-__device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int valid, bool together) {
+__device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int valid, bool steps) {
+  static constexpr int threads = Shape::ping_pong ? 128 : 256;
   static constexpr int first = Shape::gather == gathered::a ? Shape::chunks_a : 0;
   static constexpr int last = Shape::chunks_a + Shape::chunks_b;
-  const int threads = together ? 256 : 128;
   const int thread = (static_cast<int>(threadIdx.x) - 128) % threads;
   const int units = (chunk_rows - valid) * 8;
+  if (steps) named_barrier(1, threads);
   for (int c = first; c < last; ++c)
     for (int u = thread; u < units; u += threads)
       store_shared(r.stage(slot) + static_cast<std::uint32_t>(c * chunk_bytes + valid * 128 + u * 16), {0, 0, 0, 0});
   async_proxy_fence();
-  if (together)
-    named_barrier(1, 256);
-  else
-    named_barrier(1 + static_cast<int>(threadIdx.x / 128), 128);
+  named_barrier(Shape::ping_pong ? 1 + static_cast<int>(threadIdx.x / 128) : 1, threads);
 }
 
-/// Waits for the operands of stage `index` of a tile's sum.
+/// Waits for the operands of stage `index` of a tile's sum. @param steps As in `zero_tail`.
 template <class Shape>
 __device__ __forceinline__ void await_stage(const rings<Shape>& r, const ring_position<Shape::stages>& at,
-                                            const tile& t, int index) {
+                                            const tile& t, int index, bool steps) {
   barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
   if constexpr (Shape::gather != gathered::none) async_proxy_fence();
   if constexpr (Shape::kind == product::variable_k) {
     const int valid = t.k_end - t.k_begin - index * Shape::tile_k;
-    if (valid < Shape::tile_k) zero_tail(r, at.slot, valid, !Shape::ping_pong && t.m + chunk_rows < t.m_end);
+    if (valid < Shape::tile_k) zero_tail(r, at.slot, valid, steps);
   }
 }
 
 /// Sums a tile into `sums`. @tparam Blocks How many of this warpgroup's blocks have rows. @param next_turn Barrier to
-/// arrive on when all operands have come, or 0. @param late The slot of the last tile's last step, which is given back
-/// once the matrix unit has work.
+/// arrive on when all operands have come, or 0. @param steps As in `zero_tail`. @param late The slot of the last tile's
+/// last step, which is given back once the matrix unit has work.
 template <class Shape, class Accumulation, class Epilogue, int Blocks>
 __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::accumulators], const rings<Shape>& r,
                                          ring_position<Shape::stages>& at, const tile& t, std::uint32_t offset_a,
-                                         std::uint32_t next_turn, int& late) {
+                                         std::uint32_t next_turn, bool steps, int& late) {
   static constexpr std::uint32_t offset_b = Shape::chunks_a * chunk_bytes;
   const int stages = sum_stages<Shape>(t);
-  await_stage(r, at, t, 0);
+  await_stage(r, at, t, 0, steps);
   mma_fence();
   Accumulation::template multiply<Shape, Blocks, true>(sums, r.stage(at.slot) + offset_a, r.stage(at.slot) + offset_b);
   mma_commit();
@@ -114,7 +113,7 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
   at.advance();
 #pragma unroll 1
   for (int s = 1; s < stages; ++s) {
-    await_stage(r, at, t, s);
+    await_stage(r, at, t, s, steps);
     mma_fence();
     Accumulation::template multiply<Shape, Blocks, false>(sums, r.stage(at.slot) + offset_a,
                                                           r.stage(at.slot) + offset_b);
@@ -133,12 +132,18 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
   release_stage(r, previous);
 }
 
-/// Passes `count` steps of the ring on: they hold nothing for this warpgroup. Its warps stay together, as matrix
-/// instructions would keep them: a warp that fell two rounds of the ring behind could not tell the rounds apart.
+/// Passes a tile's stages and `steps` steps of its epilogue on: they hold nothing for this warpgroup. Its warps stay
+/// together, as matrix instructions would keep them: a warp that fell two rounds of the ring behind could not tell the
+/// rounds apart.
 template <class Shape>
-__device__ __forceinline__ void pass_on(const rings<Shape>& r, ring_position<Shape::stages>& at, int count, int which) {
-  for (int s = 0; s < count; ++s) {
-    barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
+__device__ __forceinline__ void pass_on(const rings<Shape>& r, ring_position<Shape::stages>& at, const tile& t,
+                                        int steps, int which) {
+  const int stages = sum_stages<Shape>(t);
+  for (int s = 0; s < stages + steps; ++s) {
+    if (s < stages)
+      await_stage(r, at, t, s, steps > 0);
+    else
+      barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
     named_barrier(2 + which, 128);
     release_stage(r, at.slot);
     at.advance();
@@ -165,12 +170,11 @@ __device__ __forceinline__ void write_tile(const P& p, float (&sums)[Shape::bloc
 /// Takes a tile's sums and the steps that follow them through the epilogue; all warps of a warpgroup of which one has
 /// rows. @param late Receives the last step's slot.
 template <class Shape, class Epilogue, class P>
-__device__ __forceinline__ void write_steps(const P& p, const float (&sums)[Shape::accumulators],
+__device__ __forceinline__ void write_steps(const P& p, float (&sums)[Shape::accumulators],
                                             typename Epilogue::row_values& rows, const tile& t, int first_row,
                                             const warp_output& output, const rings<Shape>& r,
                                             ring_position<Shape::stages>& at, int& late) {
-  static_assert(!Shape::ping_pong && Shape::cluster == 1, "steps need all warps of one block at the same tile");
-  const int steps = epilogue_steps<Shape, Epilogue>(t, p.sizes.n);
+  const int steps = epilogue_steps<Shape, Epilogue>(p, t);
   const std::uint32_t of_warp = (threadIdx.x / 32 - 4) * step_bytes<Epilogue>;
   for_each_chunk<Shape::tile_n / chunk_rows>([&]<int Chunk>() {
     if (Chunk >= steps) return;
@@ -208,29 +212,34 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
       const int parity = (turn / 2 + which + 1) % 2;  // the first turn of the first warpgroup is given
       if (t.m_end - t.m > chunk_rows) {
         barrier_wait(mine, static_cast<std::uint32_t>(parity));
-        sum_tile<Shape, Accumulation, Epilogue, 2>(sums, r, at, t, 0, other, late);
+        sum_tile<Shape, Accumulation, Epilogue, 2>(sums, r, at, t, 0, other, false, late);
         write_tile<Shape, Epilogue, 2>(p, sums, t, t.m, output);
       } else {
         barrier_wait(mine, static_cast<std::uint32_t>(parity));
-        sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, 0, other, late);
+        sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, 0, other, false, late);
         write_tile<Shape, Epilogue, 1>(p, sums, t, t.m, output);
       }
     } else {
       const int first_row = t.m + which * chunk_rows;
       const auto offset_a = static_cast<std::uint32_t>(which) * chunk_bytes;
       if (first_row < t.m_end) {
-        if constexpr (Epilogue::step_blocks > 0) {
+        if constexpr (may_step<Shape, Epilogue>) {
           const int row = warp_row(first_row);
           auto rows = Epilogue::begin(p.epilogue, row, t.m_end);
-          sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, late);
-          write_steps<Shape, Epilogue>(p, sums[0], rows, t, row, output, r, at, late);
+          const bool steps = steps_now<Shape, Epilogue>(p);
+          sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, steps, late);
+          if (steps) {
+            write_steps<Shape, Epilogue>(p, sums[0], rows, t, row, output, r, at, late);
+            continue;
+          }
         } else {
-          sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, late);
-          write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output);
+          sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, false, late);
         }
+        if constexpr (Epilogue::steps != takes_steps::always)
+          write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output);
       } else {
         release_late<Shape, Epilogue>(r, late);
-        pass_on(r, at, sum_stages<Shape>(t) + epilogue_steps<Shape, Epilogue>(t, p.sizes.n), which);
+        pass_on(r, at, t, epilogue_steps<Shape, Epilogue>(p, t), which);
       }
     }
   }

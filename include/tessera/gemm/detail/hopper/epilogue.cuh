@@ -10,19 +10,19 @@
 /// tile's products start before this one's last store has left. Only where a group ends within the 16 rows does the
 /// warp store them itself, because the rows below are its neighbour's.
 ///
-/// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); and
-/// `step_blocks`, which says what else it has.
+/// An epilogue is a struct with `params`; `split` (whether B's chunks are gate and up columns in turn); `step_blocks`;
+/// and `steps`, when it takes steps.
 ///
-/// 0: it needs the sums alone. A warp calls `write<TileN>(params, sums, tile, first_row, output)` for its 16 rows; with
-/// `by_warpgroup` all four warps of a warpgroup do if any of them has rows.
+/// Without steps it needs the sums alone. A warp calls `write<TileN>(params, sums, tile, first_row, output)` for its 16
+/// rows; with `by_warpgroup` all four warps of a warpgroup do if any of them has rows.
 ///
-/// Otherwise it reads that many blocks of 16 rows x 128 bytes for each 16 rows x 64 columns of the sums. They come
-/// through the ring of operands: each 64 columns of a tile are one more step after its sum's. The producer calls
-/// `load(params, target, barrier, first_row, column)` for 16 rows of a step. A consumer warp calls `begin(params,
-/// first_row, row_end)` before the products, for what it keeps of its rows, and `step<Chunk>(params, sums, rows, tile,
-/// first_row, output, blocks, settle)` after them. The blocks are the warp's from then on: it may write into them, and
-/// sends them as it does its buffers, which it uses in turn. Before it sends anything it calls `settle()`, which waits
-/// until the copy engine has read what the step before sent.
+/// With steps it reads `step_blocks` blocks of 2 KB for each 16 rows x 64 columns of the sums. They come through the
+/// ring of operands: each 64 columns of a tile are one more step after its sum's. The producer calls `load(params,
+/// tile, target, barrier, first_row, column)` for 16 rows of a step. A consumer warp calls `begin(params, first_row,
+/// row_end)` before the products, for what it keeps of its rows, and `step<Chunk>(params, sums, rows, tile, first_row,
+/// output, blocks, settle)` after them. The blocks are the warp's from then on: it may write into them, and sends them
+/// as it does its buffers, which it uses in turn. Before it sends anything it calls `settle()`, which waits until the
+/// copy engine has read what the step before sent.
 
 #include <cstdint>
 #include <type_traits>
@@ -32,6 +32,9 @@
 
 TESSERA_NAMESPACE_BEGIN
 namespace detail::hopper {
+
+/// When an epilogue takes steps: never, in launches whose `params::reads_old` is set, or in all.
+enum class takes_steps { never, to_read_old, always };
 
 /// 16 rows x 64 columns of bf16 as the accumulators hold them: `[2 j]` and `[2 j + 1]` are the pairs of columns
 /// `8 j + lane % 4 * 2 + {0, 1}` in rows `lane / 4` and `lane / 4 + 8`.
@@ -82,6 +85,16 @@ class warp_output {
         store_shared_8(address(buffer, lane() / 4 + 8 * half, 32 * j + lane() % 4 * 8),
                        {__float_as_uint(sums[4 * j + 2 * half]), __float_as_uint(sums[4 * j + 2 * half + 1])});
   }
+  /// Adds 16 rows x 32 columns of fp32 to what `put` would put there.
+  static __device__ __forceinline__ void add(std::uint32_t buffer, const float* sums) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const std::uint32_t at = address(buffer, lane() / 4 + 8 * (i % 2), 32 * (i / 2) + lane() % 4 * 8);
+      const uint2 old = load_shared_8(at);
+      store_shared_8(at, {__float_as_uint(__uint_as_float(old.x) + sums[2 * i]),
+                          __float_as_uint(__uint_as_float(old.y) + sums[2 * i + 1])});
+    }
+  }
   /// Gets a fragment.
   static __device__ __forceinline__ void get(std::uint32_t buffer, fragment& f) {
 #pragma unroll
@@ -98,9 +111,9 @@ class warp_output {
     __syncwarp();
   }
   /// Sends a buffer to rows `[first_row, row_end)`, at most 16, from `column` on, of layer `layer`.
-  /// @tparam Add Whether fp32 numbers are added to what is there. @tparam Several Whether this is one of several
-  /// between `show` and `commit`; otherwise it does both.
-  template <bool Add, bool Several = false, class T>
+  /// @tparam Several Whether this is one of several between `show` and `commit`; otherwise it does both. @tparam Add
+  /// Whether fp32 numbers are added to what is there.
+  template <bool Several = false, bool Add = false, class T>
   static __device__ __forceinline__ void send(std::uint32_t buffer, const output_matrix<T>& to, int layer,
                                               int first_row, int row_end, int column) {
     if (to.layer_per_group || first_row + 16 <= row_end) {
@@ -172,6 +185,24 @@ __device__ __forceinline__ void round_chunk(const float (&sums)[Count], fragment
   for (int i = 0; i < 16; ++i) f[i] = pack_bf16(sums[Chunk * 32 + 2 * i], sums[Chunk * 32 + 2 * i + 1]);
 }
 
+/// Sends a buffer of fp32 numbers, stored or added as `p` says. @tparam P Parameters of an epilogue with steps.
+template <class P>
+__device__ __forceinline__ void send_fp32(const P& p, std::uint32_t buffer, int layer, int first_row, int row_end,
+                                          int column) {
+  if (p.accumulate)
+    warp_output::send<false, true>(buffer, p.c, layer, first_row, row_end, column);
+  else
+    warp_output::send(buffer, p.c, layer, first_row, row_end, column);
+}
+
+/// Adds a fragment to the 64 columns from `64 * Chunk` on, and rounds the sums into it.
+template <int Chunk, int Count>
+__device__ __forceinline__ void add_chunk(const float (&sums)[Count], fragment& f) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    f[i] = pack_bf16(low_bf16(f[i]) + sums[Chunk * 32 + 2 * i], high_bf16(f[i]) + sums[Chunk * 32 + 2 * i + 1]);
+}
+
 /// Adds `bias[first + j]` to the 64 columns from `64 * Chunk` on. Columns from `columns` on get nothing.
 template <int Chunk, int Count>
 __device__ __forceinline__ void add_bias(float (&sums)[Count], const bfloat16* bias, int first, int columns) {
@@ -195,68 +226,94 @@ __device__ __forceinline__ void for_each_chunk(F&& f) {
   if constexpr (Count > 3) f.template operator()<3>();
 }
 
-/// Stores the result, rounded once. `TC` is bfloat16 or float.
+/// Stores the result, rounded once, or adds it to what is there. What is there comes through the ring, so that memory
+/// is read under the products; or the copy engine adds, fp32 alone, which leaves the ring to the next tile's operands
+/// but is slow where tiles are many and their sums short. `TC` is bfloat16 or float.
 template <class TC>
 struct store_epilogue {
   static constexpr bool split = false, by_warpgroup = false;
-  static constexpr int step_blocks = 0;
+  static constexpr takes_steps steps = takes_steps::to_read_old;
+  static constexpr int width = 128 / static_cast<int>(sizeof(TC));  ///< Columns of a block.
+  static constexpr int step_blocks = chunk_rows / width;
 
   struct params {
     output_matrix<TC> c;
     bool accumulate;       ///< Whether the old content is added.
+    bool reads_old;        ///< Whether it comes through the ring for that.
     const bfloat16* bias;  ///< `[G, columns]`, or null.
   };
 
   template <int TileN>
   static __device__ __forceinline__ void write(const params& p, float (&sums)[TileN / 2], const tile& t, int first_row,
                                                warp_output& output) {
-    const int columns = p.c.columns, layer = p.c.layer_per_group ? t.group : 0;
     for_each_chunk<TileN / chunk_rows>([&]<int Chunk>() {
       const int column = t.n + Chunk * chunk_rows;
-      if (column >= columns) return;
-      if (p.bias != nullptr)
-        add_bias<Chunk>(sums, p.bias + static_cast<std::int64_t>(t.group) * columns, column, columns);
-      if constexpr (std::is_same_v<TC, float>) {
+      if (column >= p.c.columns) return;
+      add_own_bias<Chunk>(p, sums, t, column);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (column + 32 * half >= columns) continue;
+      for (int part = 0; part < step_blocks; ++part) {
+        if (column + part * width >= p.c.columns) continue;
+        if constexpr (std::is_same_v<TC, float>) {
           const std::uint32_t buffer = output.acquire();
-          warp_output::put(buffer, sums + Chunk * 32 + 16 * half);
-          if (p.accumulate)
-            output.template send<true>(buffer, p.c, layer, first_row, t.m_end, column + 32 * half);
-          else
-            output.template send<false>(buffer, p.c, layer, first_row, t.m_end, column + 32 * half);
+          warp_output::put(buffer, sums + Chunk * 32 + 16 * part);
+          send_fp32(p, buffer, layer_of(p, t), first_row, t.m_end, column + part * width);
+        } else {
+          fragment f;
+          round_chunk<Chunk>(sums, f);
+          const std::uint32_t buffer = output.acquire();
+          warp_output::put(buffer, f);
+          output.send(buffer, p.c, layer_of(p, t), first_row, t.m_end, column);
         }
-      } else {
-        if (p.accumulate) add_old<Chunk>(p, sums, t, first_row, column);
-        fragment f;
-        round_chunk<Chunk>(sums, f);
-        const std::uint32_t buffer = output.acquire();
-        warp_output::put(buffer, f);
-        output.template send<false>(buffer, p.c, layer, first_row, t.m_end, column);
       }
     });
   }
 
- private:
-  // The sum is rounded once, so the old values are added before it is.
-  template <int Chunk, int Count>
-  static __device__ __forceinline__ void add_old(const params& p, float (&sums)[Count], const tile& t, int first_row,
-                                                 int column) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+  /// Enqueues the old content of 16 rows x 64 columns.
+  static __device__ __forceinline__ void load(const params& p, const tile& t, std::uint32_t target,
+                                              std::uint32_t barrier, int first_row, int column) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + lane / 4 + 8 * half;
-      if (row >= t.m_end) continue;
-      const TC* const line = p.c.data + t.group * p.c.layer_stride + row * p.c.row_stride + column + lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (column + 8 * j >= p.c.columns) continue;
-        const std::uint32_t old = *reinterpret_cast<const std::uint32_t*>(line + 8 * j);
-        sums[Chunk * 32 + 4 * j + 2 * half] += low_bf16(old);
-        sums[Chunk * 32 + 4 * j + 2 * half + 1] += high_bf16(old);
-      }
+    for (int part = 0; part < step_blocks; ++part)
+      tma_load(target + static_cast<std::uint32_t>(part) * staging_bytes, p.c.map, barrier, column + part * width,
+               first_row, layer_of(p, t));
+  }
+
+  struct row_values {};
+  static __device__ __forceinline__ row_values begin(const params&, int, int) { return {}; }
+
+  template <int Chunk, int Count, class Settle>
+  static __device__ __forceinline__ void step(const params& p, float (&sums)[Count], row_values&, const tile& t,
+                                              int first_row, const warp_output&, std::uint32_t blocks,
+                                              Settle&& settle) {
+    const int column = t.n + Chunk * chunk_rows;
+    add_own_bias<Chunk>(p, sums, t, column);
+    if constexpr (std::is_same_v<TC, float>) {
+      warp_output::add(blocks, sums + Chunk * 32);
+      warp_output::add(blocks + staging_bytes, sums + Chunk * 32 + 16);
+    } else {
+      fragment f;
+      warp_output::get(blocks, f);
+      add_chunk<Chunk>(sums, f);
+      warp_output::put(blocks, f);
     }
+    settle();
+    warp_output::show();
+#pragma unroll
+    for (int part = 0; part < step_blocks; ++part)
+      if (column + part * width < p.c.columns)
+        warp_output::send<true>(blocks + static_cast<std::uint32_t>(part) * staging_bytes, p.c, layer_of(p, t),
+                                first_row, t.m_end, column + part * width);
+    warp_output::commit();
+  }
+
+ private:
+  static __device__ __forceinline__ int layer_of(const params& p, const tile& t) {
+    return p.c.layer_per_group ? t.group : 0;
+  }
+  template <int Chunk, int Count>
+  static __device__ __forceinline__ void add_own_bias(const params& p, float (&sums)[Count], const tile& t,
+                                                      int column) {
+    if (p.bias != nullptr)
+      add_bias<Chunk>(sums, p.bias + static_cast<std::int64_t>(t.group) * p.c.columns, column, p.c.columns);
   }
 };
 
@@ -264,7 +321,7 @@ struct store_epilogue {
 template <int Parts>
 struct parts_epilogue {
   static constexpr bool split = false, by_warpgroup = false;
-  static constexpr int step_blocks = 0;
+  static constexpr takes_steps steps = takes_steps::never;
 
   struct params {
     output_matrix<float> c;
@@ -284,7 +341,7 @@ struct parts_epilogue {
       if (column >= p.c.columns) continue;
       const std::uint32_t buffer = output.acquire();
       warp_output::put(buffer, sums + 16 * half);
-      output.template send<false>(buffer, p.c, 0, first_row, t.m_end, column);
+      output.send(buffer, p.c, 0, first_row, t.m_end, column);
     }
   }
 };

@@ -43,6 +43,19 @@ config configure(const device& d, problem p, const Options& options) {
   return gemm::hopper::choose(p);
 }
 
+/// Whether what a result is added to comes through the operand ring. @param p The problem. @param mode Whether it is
+/// added to anything. @param options What the caller asks for: a forced kernel may not be able to.
+template <class TC, class Options>
+bool reads_old(const problem& p, write mode, const Options& options) {
+  if (mode != write::accumulate) return false;
+  if constexpr (std::is_same_v<TC, bfloat16>) return true;
+  if constexpr (requires { options.forced; }) {
+    if (options.forced != nullptr)
+      return options.forced->cluster == 1 && options.forced->order == gemm::hopper::schedule::cooperative;
+  }
+  return gemm::hopper::reads_old_fp32(p);
+}
+
 /// Whether a launch leaves multiprocessors to others. @param d The device. @param options What the caller asks for.
 template <class Options>
 bool leaves_room(const device& d, const Options& options) {
@@ -119,18 +132,15 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
     launch_configured<product::variable_m, Order, Rows, Epilogue, Options::ping_pong>(stream, c, map_a, map_b, p);
 }
 
-/// Everything that the products with variable K have in common. @param fallback Any mapped address, for no rows.
+/// Everything that the products with variable K have in common: `[M, N]` of each group. @param fallback Any mapped
+/// address, for no rows.
 template <gathered Rows, class Epilogue, class Options>
-void enqueue_variable_k(device_stream stream, const device& d, const row_groups& groups, std::int64_t M, std::int64_t N,
-                        const row_operand<bfloat16>& a, const row_operand<bfloat16>& b, const void* fallback,
-                        const typename Epilogue::params& epilogue, const Options& options) {
-  problem shape;
-  shape.variable_k = true;
-  shape.max_rows = groups.max_rows;
-  shape.num_groups = groups.num_groups;
+void enqueue_variable_k(device_stream stream, const device& d, problem shape, const row_groups& groups, std::int64_t M,
+                        std::int64_t N, const row_operand<bfloat16>& a, const row_operand<bfloat16>& b,
+                        const void* fallback, const typename Epilogue::params& epilogue, const Options& options) {
   shape.m = M;
   shape.n = N;
-  shape.gathered = Rows != gathered::none;
+  if (epilogue.reads_old) shape.epilogue = gemm::hopper::epilogue_kind::read_old;
   const config chosen = configure(d, shape, options);
 
   const CUtensorMap map_b = row_map(d, b, groups.max_rows, N, fallback, "b");
@@ -190,9 +200,12 @@ void variable_m(device_stream stream, const device& d, const row_groups& groups,
   shape.n = N;
   shape.k = K;
   shape.gathered = Rows != gathered::none;
+  const bool reads = reads_old<TC>(shape, mode, options);
+  if (reads) shape.epilogue = epilogue_kind::read_old;
   enqueue_variable_m<Order, Rows, store_epilogue<TC>>(
       stream, d, shape, groups, 0, a, b,
-      {make_output(d.encode, c.data, N, groups.max_rows, c.stride, 1, 0, false, "c"), mode == write::accumulate, bias},
+      {make_output(d.encode, c.data, N, groups.max_rows, c.stride, 1, 0, false, "c"), mode == write::accumulate, reads,
+       bias},
       options);
 }
 
@@ -285,13 +298,25 @@ void variable_k(device_stream stream, const device& d, const row_groups& groups,
   using namespace tessera::detail::hopper;
   static_assert(std::is_same_v<TC, bfloat16> || std::is_same_v<TC, float>, "results are bfloat16 or float");
   if (!expect_variable_k<Rows>(groups, M, N, a, b, c)) return;
-  const bool adds = mode == write::accumulate;
+  problem shape;
+  shape.variable_k = true;
+  shape.max_rows = groups.max_rows;
+  shape.num_groups = groups.num_groups;
+  shape.gathered = Rows != gathered::none;
+  const bool adds = mode == write::accumulate, reads = reads_old<TC>(shape, mode, options);
   const auto to = make_output(d.encode, c.data, N, M, c.row_stride, groups.num_groups, c.group_stride, true, "c");
-  if constexpr (Rows == gathered::b)
-    enqueue_variable_k<gathered::a, transposed_epilogue<TC>>(stream, d, groups, N, M, b, a, c.data,
-                                                             {to, static_cast<int>(M), adds}, options);
-  else
-    enqueue_variable_k<Rows, store_epilogue<TC>>(stream, d, groups, M, N, a, b, c.data, {to, adds, nullptr}, options);
+  if constexpr (Rows == gathered::b) {
+    using epilogue = transposed_epilogue<TC>;
+    typename epilogue::params p{to, static_cast<int>(M), adds, reads, {}};
+    if (reads)
+      p.boxes = swizzled_map<epilogue::box_bytes>(
+          d.encode, c.data, 3, {N, M, groups.num_groups},
+          {c.row_stride, groups.num_groups > 1 ? c.group_stride : c.row_stride * M}, chunk_rows, "c");
+    enqueue_variable_k<gathered::a, epilogue>(stream, d, shape, groups, N, M, b, a, c.data, p, options);
+  } else {
+    enqueue_variable_k<Rows, store_epilogue<TC>>(stream, d, shape, groups, M, N, a, b, c.data,
+                                                 {to, adds, reads, nullptr}, options);
+  }
 }
 
 }  // namespace gemm::hopper

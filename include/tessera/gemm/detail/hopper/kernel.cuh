@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(Shape::threads, 1)
                        base + layout::tiles,
                        base + layout::tile_full,
                        base + layout::tile_empty,
-                       base + layout::turns};
+                       base + layout::turns,
+                       base + layout::orders};
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   static constexpr int gathering_warps = Shape::gather == gathered::none ? 0 : 4;
@@ -51,6 +52,9 @@ __global__ void __launch_bounds__(Shape::threads, 1)
                    32 * (Shape::consumer_warps + (gathering_warps > 0 ? gathering_warps - 1 : 0)));
     }
     for (std::uint32_t i = 0; i < 2; ++i) barrier_init(r.turns + 8 * i, 1);
+    if constexpr (Shape::cluster > 1) {
+      for (std::uint32_t i = 0; i < order_slots; ++i) barrier_init(r.orders + 8 * i, 1);
+    }
     barrier_init_fence();
   }
   int rank = 0;

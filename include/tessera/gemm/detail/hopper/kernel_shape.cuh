@@ -57,6 +57,10 @@ struct kernel_shape {
 
 inline constexpr int staging_bytes = 16 * 128;  ///< One of a warp's two output buffers: 16 rows x 128 bytes.
 
+/// Indices of tiles under way from a cluster's first block to its second. The first is ahead by no more tiles than
+/// there are slots in the operand ring, whose filling waits for both, and the one that it is about to begin.
+inline constexpr int order_slots = 8;
+
 /// Places in shared memory, from its 1024-byte aligned start.
 template <class Shape>
 struct shared_layout {
@@ -68,7 +72,9 @@ struct shared_layout {
   static constexpr int tile_full = empty + Shape::stages * 8;
   static constexpr int tile_empty = tile_full + Shape::tile_slots * 8;
   static constexpr int turns = tile_empty + Shape::tile_slots * 8;
-  static constexpr int bytes = turns + 2 * 8;
+  static constexpr int orders = turns + 2 * 8;
+  static constexpr int bytes = orders + (Shape::cluster > 1 ? order_slots * 12 : 0);
+  static_assert(Shape::stages + 1 < order_slots);
   static_assert(bytes <= 232448, "more than the 227 KiB that a block of sm_90 can have");
 };
 

@@ -22,22 +22,25 @@ namespace detail::hopper {
 /// `cuTensorMapEncodeTiled`, taken from the driver at run time, so that nothing links with it.
 using tensor_map_encoder = decltype(&::cuTensorMapEncodeTiled);
 
-/// A tensor map for boxes of 128 bytes x `box_rows` x 1, swizzled by 128 bytes.
-/// @tparam T bfloat16 or float. @param encode The driver's function. @param data Element 0. @param rank 2 or 3. @param
-/// shape Extents, the contiguous one first. @param strides Elements between neighbours along the second and third
-/// extent. @param box_rows Rows of a box. @param name For messages.
-template <class T>
+/// A tensor map for boxes of `BoxBytes` x `box_rows` x 1, swizzled by as many bytes.
+/// @tparam T bfloat16 or float. @tparam BoxBytes 32, 64 or 128. @param encode The driver's function. @param data
+/// Element 0. @param rank 2 or 3. @param shape Extents, the contiguous one first. @param strides Elements between
+/// neighbours along the second and third extent. @param box_rows Rows of a box. @param name For messages.
+template <int BoxBytes = 128, class T>
 CUtensorMap swizzled_map(tensor_map_encoder encode, const T* data, int rank, const std::int64_t (&shape)[3],
                          const std::int64_t (&strides)[2], int box_rows, const char* name) {
   static constexpr bool is_float = std::is_same_v<T, float>;
   cuuint64_t extents[3], bytes[2];
-  const cuuint32_t box[3] = {128 / sizeof(T), static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {BoxBytes / sizeof(T), static_cast<cuuint32_t>(box_rows), 1}, steps[3] = {1, 1, 1};
   for (int i = 0; i < 3; ++i) extents[i] = static_cast<cuuint64_t>(shape[i] > 0 ? shape[i] : 1);
   for (int i = 0; i < 2; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * sizeof(T);
   CUtensorMap map;
   const CUresult result = encode(&map, is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                  static_cast<cuuint32_t>(rank), const_cast<T*>(data), extents, bytes, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 BoxBytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
+                                 : BoxBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                  : CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TESSERA_EXPECTS_AS(cuda_error, result == CUDA_SUCCESS,
                      "cuTensorMapEncodeTiled returned " << static_cast<int>(result) << " for " << name << ": extents ["
@@ -64,13 +67,12 @@ output_matrix<T> make_output(tensor_map_encoder encode, T* data, std::int64_t co
   // a single layer's stride is not used, but it is checked
   const std::int64_t stride = layers > 1 ? layer_stride : row_stride * (rows > 0 ? rows : 1);
   const std::int64_t row_step = row_stride > 0 ? row_stride : columns;
-  return {
-      swizzled_map<T>(encode, data, 3, {columns, rows, layers}, {row_step, stride > 0 ? stride : row_step}, 16, name),
-      data,
-      layers > 1 ? layer_stride : 0,
-      row_stride,
-      static_cast<int>(columns),
-      layer_per_group};
+  return {swizzled_map(encode, data, 3, {columns, rows, layers}, {row_step, stride > 0 ? stride : row_step}, 16, name),
+          data,
+          layers > 1 ? layer_stride : 0,
+          row_stride,
+          static_cast<int>(columns),
+          layer_per_group};
 }
 
 /// Enqueues one kernel. @param stream Where. @param kernel The kernel. @param shared_bytes,threads,cluster What it is
@@ -109,22 +111,24 @@ void launch(device_stream stream, const gemm::hopper::config& c, const CUtensorM
   throw invalid_argument("there is no kernel " + gemm::hopper::to_string(c) + " for this product");
 }
 
-/// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue, or, for an
-/// epilogue that reads through the operand ring, the cooperative one without a cluster. @tparam PingPong Whether the
-/// ping-pong one is among them.
+/// Enqueues the kernel that a configuration names: the three that exist for each product and epilogue, or, where the
+/// epilogue takes steps, the cooperative one without a cluster. @tparam PingPong Whether the ping-pong one is among
+/// them.
 template <product Product, contiguous OrderB, gathered Gathered, class Epilogue, bool PingPong>
 void launch_configured(device_stream stream, const gemm::hopper::config& c, const CUtensorMap& map_a,
                        const CUtensorMap& map_b, const multiply_params<typename Epilogue::params>& p) {
   if (c.grid == 0) return;
   using gemm::hopper::schedule;
-  if constexpr (PingPong && Epilogue::step_blocks == 0) {
-    if (c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
+  bool with_steps = Epilogue::steps == takes_steps::always;
+  if constexpr (Epilogue::steps == takes_steps::to_read_old) with_steps = p.epilogue.reads_old;
+  if constexpr (PingPong && Epilogue::steps != takes_steps::always) {
+    if (!with_steps && c.order == schedule::ping_pong && c.tile_n == 128 && c.cluster == 1)
       return launch<kernel_shape<Product, OrderB, Gathered, 128, 5, 1, true>, Epilogue>(stream, c, map_a, map_b, p);
   }
   if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 1)
     return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 1, false>, Epilogue>(stream, c, map_a, map_b, p);
-  if constexpr (Epilogue::step_blocks == 0) {
-    if (c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
+  if constexpr (Epilogue::steps != takes_steps::always) {
+    if (!with_steps && c.order == schedule::cooperative && c.tile_n == 256 && c.cluster == 2)
       return launch<kernel_shape<Product, OrderB, Gathered, 256, 4, 2, false>, Epilogue>(stream, c, map_a, map_b, p);
   }
   throw_no_kernel(c);

@@ -22,6 +22,7 @@ struct rings {
   std::uint32_t tile_full;   ///< Barriers of its filled slots.
   std::uint32_t tile_empty;  ///< Barriers of its free slots.
   std::uint32_t turns;       ///< Barriers of whose turn it is to multiply.
+  std::uint32_t orders;      ///< In clusters: barriers of tile indices from the first block, then these.
 
   /// Operands of a slot: chunks of A, then chunks of B.
   __device__ std::uint32_t stage(int slot) const {
@@ -57,41 +58,73 @@ __device__ __forceinline__ void publish_tile(const rings<Shape>& r, ring_positio
   position.advance();
 }
 
-/// Indices of the tiles of this cluster, ascending: with a counter, as clusters ask for them; without, in turn.
-template <int Cluster>
+/// Indices of the tiles of this cluster, ascending: with a counter, as clusters ask for them; without, in turn. The
+/// first block asks for both.
+///
+/// Where rows of A are gathered, clusters ask when they are ready for a tile: those that begin at a time have
+/// neighbours, which share rows in the second-level cache. Elsewhere they ask a tile ahead, which hides the answer's
+/// latency.
+template <class Shape>
 class tile_order {
  public:
-  __device__ explicit tile_order(std::int32_t* counter)
-      : counter_(counter),
-        stride_(static_cast<int>(gridDim.x) / Cluster),
-        next_(static_cast<int>(blockIdx.x) / Cluster) {}
+  /// @param counter Two words, or null. @param r Of the block. @param rank In its cluster.
+  __device__ tile_order(std::int32_t* counter, const rings<Shape>& r, int rank)
+      : counter_(counter), orders_(r.orders), rank_(rank), next_(static_cast<int>(blockIdx.x) / Shape::cluster) {}
 
-  /// The next index; all lanes of the scheduling warp. The request for the one after it is already under way when
-  /// this returns.
+  /// The next index; all lanes of the scheduling warp.
   __device__ int next() {
-    const int index = __shfl_sync(0xffffffffu, next_, 0);
-    if (Cluster == 1 && counter_ != nullptr) {
-      if (threadIdx.x % 32 == 0) next_ = stride_ + atomicAdd(counter_, 1);
-    } else {
-      next_ = index + stride_;
+    const bool asks = counter_ != nullptr && threadIdx.x % 32 == 0;
+    if (asks && !first_) {
+      if constexpr (!asks_ahead) ask();
+      if constexpr (Shape::cluster > 1) tell();
     }
+    first_ = false;
+    const int index = __shfl_sync(0xffffffffu, next_, 0);
+    if (counter_ == nullptr)
+      next_ = index + clusters();
+    else if (asks_ahead && asks)
+      ask();  // the answer is awaited by the next call
     return index;
   }
 
-  /// Puts the counter back to zero once every block is done asking; one thread.
-  __device__ void finish() {
-    if (Cluster != 1 || counter_ == nullptr) return;
+  /// Puts the counter back to zero once every cluster is done asking; one thread.
+  __device__ void finish() const {
+    if (counter_ == nullptr || rank_ != 0) return;
     __threadfence();
-    if (atomicAdd(counter_ + 1, 1) == static_cast<int>(gridDim.x) - 1) {
+    if (atomicAdd(counter_ + 1, 1) == clusters() - 1) {
       counter_[0] = 0;
       counter_[1] = 0;
     }
   }
 
  private:
+  static constexpr bool asks_ahead = Shape::kind == product::variable_k || Shape::gather == gathered::none;
+
+  static __device__ int clusters() { return static_cast<int>(gridDim.x) / Shape::cluster; }
+
+  __device__ void ask() {
+    if (rank_ == 0) next_ = clusters() + atomicAdd(counter_, 1);
+  }
+  // From the first block to the second: the index that the first was given.
+  __device__ void tell() {
+    const std::uint32_t slot = static_cast<std::uint32_t>(order_.slot);
+    const std::uint32_t barrier = orders_ + 8 * slot, word = orders_ + 8 * order_slots + 4 * slot;
+    if (rank_ == 0) {
+      store_remote(word, static_cast<std::uint32_t>(next_), barrier, 1);
+    } else {
+      barrier_arrive_expect(barrier, 4);
+      barrier_wait(barrier, order_.parity);
+      next_ = static_cast<int>(load_shared_4(word));
+    }
+    order_.advance();
+  }
+
   std::int32_t* counter_;
-  int stride_;
+  std::uint32_t orders_;
+  int rank_;
   int next_;
+  bool first_ = true;
+  ring_position<order_slots> order_;
 };
 
 /// Stages of a tile's sum. A group without rows takes one, all of whose lines are zeroed, so that its zeros come out of
@@ -114,13 +147,25 @@ __device__ __forceinline__ int used_chunks_b(const tile& t, int n) {
   return chunks < Shape::chunks_b ? chunks : Shape::chunks_b;
 }
 
-/// Steps of the operand ring, after those of a tile's sum, that bring what its epilogue reads: one for 64 columns.
+/// Whether an epilogue may take steps. They need all warps of one block at the same tile.
 template <class Shape, class Epilogue>
-__device__ __forceinline__ int epilogue_steps(const tile& t, int n) {
-  if constexpr (Epilogue::step_blocks == 0)
-    return 0;
+inline constexpr bool may_step = Epilogue::steps != takes_steps::never&& Shape::cluster == 1 && !Shape::ping_pong;
+
+/// Whether it does in this launch.
+template <class Shape, class Epilogue, class P>
+__device__ __forceinline__ bool steps_now(const P& p) {
+  if constexpr (!may_step<Shape, Epilogue>)
+    return false;
+  else if constexpr (Epilogue::steps == takes_steps::always)
+    return true;
   else
-    return used_chunks_b<Shape, Epilogue>(t, n);
+    return p.epilogue.reads_old;
+}
+
+/// Steps of the operand ring, after those of a tile's sum, that bring what its epilogue reads: one for 64 columns.
+template <class Shape, class Epilogue, class P>
+__device__ __forceinline__ int epilogue_steps(const P& p, const tile& t) {
+  return steps_now<Shape, Epilogue>(p) ? used_chunks_b<Shape, Epilogue>(t, p.sizes.n) : 0;
 }
 
 /// Bytes that a step of the epilogue brings for 16 rows, which are one warp's.
@@ -183,11 +228,7 @@ __device__ __forceinline__ const bfloat16* offset_row(const bfloat16* base, std:
 /// Waits until a slot of the operand ring is empty, in all blocks of the cluster.
 template <class Shape>
 __device__ __forceinline__ void wait_empty(const rings<Shape>& r, const ring_position<Shape::stages>& at) {
-  const std::uint32_t barrier = r.empty + 8 * static_cast<std::uint32_t>(at.slot);
-  if constexpr (Shape::cluster > 1)
-    barrier_wait_cluster(barrier, at.parity ^ 1);
-  else
-    barrier_wait(barrier, at.parity ^ 1);
+  barrier_wait(r.empty + 8 * static_cast<std::uint32_t>(at.slot), at.parity ^ 1);
 }
 
 /// Fills the steps of a tile's epilogue, 16 rows behind one another, only those blocks of them that have rows. Where
@@ -200,7 +241,7 @@ __device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>&
   static_assert(bytes * Shape::consumer_warps <= Shape::chunks_b * chunk_bytes,
                 "a step is larger than B's part of a slot");
   const int rows = t.m_end - t.m < Shape::tile_m ? t.m_end - t.m : Shape::tile_m;
-  const int steps = epilogue_steps<Shape, Epilogue>(t, p.sizes.n);
+  const int steps = epilogue_steps<Shape, Epilogue>(p, t);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_empty(r, at);
@@ -210,7 +251,7 @@ __device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>&
       std::uint32_t target = r.step(at.slot);
 #pragma unroll 1
       for (int row = 0; row < rows; row += 16, target += bytes)
-        Epilogue::load(p.epilogue, target, full, t.m + row, t.n + step * chunk_rows);
+        Epilogue::load(p.epilogue, t, target, full, t.m + row, t.n + step * chunk_rows);
     }
     __syncwarp();
     if constexpr (Shape::gather != gathered::none) barrier_arrive(full);
@@ -223,7 +264,7 @@ template <class Shape, class Epilogue, int StepN, class P>
 __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
                         int rank) {
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
-  tile_order<Shape::cluster> order(p.tile_counter);
+  tile_order<Shape> order(p.tile_counter, r, rank);
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   const bool leader = threadIdx.x % 32 == 0;
@@ -248,7 +289,7 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
       __syncwarp();
       at.advance();
     }
-    if constexpr (Epilogue::step_blocks > 0) produce_epilogue<Shape, Epilogue>(p, r, at, t, leader);
+    if constexpr (may_step<Shape, Epilogue>) produce_epilogue<Shape, Epilogue>(p, r, at, t, leader);
   }
   if (leader) order.finish();
 }
@@ -268,7 +309,7 @@ __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rin
   static constexpr int chunks_of_line = rows_are_k ? Shape::chunks_a : 1;
 
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
-  tile_order<Shape::cluster> order(p.tile_counter);
+  tile_order<Shape> order(p.tile_counter, r, rank);
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   const int thread = static_cast<int>(threadIdx.x);
@@ -376,7 +417,7 @@ __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rin
       copy_async_arrive(r.full + 8 * static_cast<std::uint32_t>(at.slot));
       at.advance();
     }
-    if constexpr (Epilogue::step_blocks > 0) produce_epilogue<Shape, Epilogue>(p, r, at, t, leader);
+    if constexpr (may_step<Shape, Epilogue>) produce_epilogue<Shape, Epilogue>(p, r, at, t, leader);
   }
   copy_async_wait_all();
   if (leader) order.finish();

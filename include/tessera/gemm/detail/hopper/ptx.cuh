@@ -56,7 +56,9 @@ __device__ __forceinline__ void barrier_arrive_expect(std::uint32_t barrier, std
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-/// Waits until the phase of parity `parity` has completed. A new barrier behaves as if one of parity 1 just had.
+/// Waits until the phase of parity `parity` has completed. A new barrier behaves as if one of parity 1 just had. What
+/// follows sees shared memory as those left it who arrived, in other blocks of the cluster too; acquiring at the
+/// cluster's scope would empty the first-level cache, which nothing here goes through.
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n\t"
@@ -69,16 +71,17 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_
       : "memory");
 }
 
-/// `barrier_wait` that also sees what other blocks of the cluster did before they arrived.
-__device__ __forceinline__ void barrier_wait_cluster(std::uint32_t barrier, std::uint32_t parity) {
+/// Stores a word at the place `target` of block `rank` of the cluster; its 4 bytes count on the barrier at the place
+/// `barrier` there.
+__device__ __forceinline__ void store_remote(std::uint32_t target, std::uint32_t value, std::uint32_t barrier,
+                                             std::uint32_t rank) {
   asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "WAIT:\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-      "@done bra DONE;\n\t"
-      "bra WAIT;\n\t"
-      "DONE:\n\t}" ::"r"(barrier),
-      "r"(parity)
+      "{\n\t"
+      ".reg .b32 there, told;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %3;\n\t"
+      "mapa.shared::cluster.u32 told, %2, %3;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [told];\n\t}" ::"r"(target),
+      "r"(value), "r"(barrier), "r"(rank)
       : "memory");
 }
 
@@ -244,6 +247,14 @@ __device__ __forceinline__ void load_matrices(std::uint32_t address, std::uint32
                : "memory");
 }
 
+/// `load_matrices` of transposed matrices: lane `l` addresses what becomes column `l % 8` of matrix `l / 8`.
+__device__ __forceinline__ void load_matrices_transposed(std::uint32_t address, std::uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+
 /// 16 bytes from shared memory.
 __device__ __forceinline__ uint4 load_shared(std::uint32_t address) {
   uint4 v;
@@ -264,6 +275,13 @@ __device__ __forceinline__ void store_shared(std::uint32_t address, uint4 v) {
 __device__ __forceinline__ uint2 load_shared_8(std::uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+/// 4 bytes from shared memory.
+__device__ __forceinline__ std::uint32_t load_shared_4(std::uint32_t address) {
+  std::uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 

@@ -14,20 +14,26 @@
 TESSERA_NAMESPACE_BEGIN
 namespace detail::hopper {
 
-/// Stores the transposed result, rounded once, in `variable_k`. `TC` is bfloat16 or float.
+/// Stores the transposed result, rounded once, in `variable_k`; or adds it to what is there, as `store_epilogue` does.
+/// `TC` is bfloat16 or float.
 ///
 /// The four warps of a warpgroup hold the same columns of 16 rows each, which are 16 columns each of the same rows of
 /// the result. They write together into one buffer of every warp, which then sends its own: a box of 16 rows x 128
-/// bytes.
+/// bytes. What is added to comes and goes in boxes of 64 rows x 16 columns, each of which is one warp's.
 template <class TC>
 struct transposed_epilogue {
   static constexpr bool split = false, by_warpgroup = true;
-  static constexpr int step_blocks = 0;
+  static constexpr takes_steps steps = takes_steps::to_read_old;
+  static constexpr int box_bytes =
+      16 * static_cast<int>(sizeof(TC));  ///< A row of a box; boxes are swizzled by as many.
+  static constexpr int step_blocks = chunk_rows * box_bytes / staging_bytes;
 
   struct params {
     output_matrix<TC> c;
-    int rows;         ///< Of the result: columns of the tiles.
-    bool accumulate;  ///< Whether the old content is added.
+    int rows;           ///< Of the result: columns of the tiles.
+    bool accumulate;    ///< Whether the old content is added.
+    bool reads_old;     ///< Whether it comes through the ring for that, in boxes.
+    CUtensorMap boxes;  ///< Of 64 rows x 16 columns; if `reads_old`.
   };
 
   /// All warps of a warpgroup call together. @param first_row Of this warp's 16 rows, columns of the result; those from
@@ -49,7 +55,6 @@ struct transposed_epilogue {
           send(p, mine, t, first + warp % 2 * 16, first_column + warp / 2 * 32, output);
         }
       } else {
-        if (p.accumulate) add_old<Chunk>(p, sums, t, row, first_row);
         fragment f;
         round_chunk<Chunk>(sums, f);
         const std::uint32_t mine = acquire(output);
@@ -59,11 +64,56 @@ struct transposed_epilogue {
     });
   }
 
+  /// Enqueues the old content that 16 rows x 64 columns of the sums are added to.
+  static __device__ __forceinline__ void load(const params& p, const tile& t, std::uint32_t target,
+                                              std::uint32_t barrier, int first_row, int column) {
+    tma_load(target, p.boxes, barrier, first_row, column, t.group);
+  }
+
+  struct row_values {};
+  static __device__ __forceinline__ row_values begin(const params&, int, int) { return {}; }
+
+  template <int Chunk, int Count, class Settle>
+  static __device__ __forceinline__ void step(const params& p, const float (&sums)[Count], row_values&, const tile& t,
+                                              int first_row, const warp_output&, std::uint32_t box, Settle&& settle) {
+    if constexpr (std::is_same_v<TC, float>) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int row = i / 4 * 8 + lane() % 4 * 2 + i % 2, column = lane() / 4 + i % 4 / 2 * 8;
+        const std::uint32_t at =
+            box + static_cast<std::uint32_t>(row * box_bytes + ((column / 4) ^ (row / 2 % 4)) * 16 + column % 4 * 4);
+        store_shared_4(at, __float_as_uint(__uint_as_float(load_shared_4(at)) + sums[Chunk * 32 + i]));
+      }
+    } else {
+      fragment f;
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        std::uint32_t m[4];
+        load_matrices_transposed(matrix_address(box, j), m);
+        f[2 * j] = m[0], f[2 * j + 1] = m[1], f[2 * j + 2] = m[2], f[2 * j + 3] = m[3];
+      }
+      add_chunk<Chunk>(sums, f);
+#pragma unroll
+      for (int j = 0; j < 8; j += 2)
+        store_matrices_transposed(matrix_address(box, j), f[2 * j], f[2 * j + 1], f[2 * j + 2], f[2 * j + 3]);
+    }
+    settle();
+    warp_output::show();
+    if (lane() == 0) tma_store(p.boxes, box, first_row, t.n + Chunk * chunk_rows, t.group);
+    warp_output::commit();
+  }
+
  private:
   static constexpr std::uint32_t all_buffers = 2 * staging_bytes;  // of a warp
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ void meet() { named_barrier(1 + static_cast<int>(threadIdx.x / 128), 128); }
+
+  /// Of a row of the box's 16 from row `8 j` on: lane `l` names row `l % 8` of matrix `l / 8`, in the order of `put`.
+  static __device__ __forceinline__ std::uint32_t matrix_address(std::uint32_t box, int j) {
+    const int row = 8 * j + lane() / 16 * 8 + lane() % 8;
+    return box + static_cast<std::uint32_t>(row * box_bytes + ((lane() / 8 % 2) ^ (row / 4 % 2)) * 16);
+  }
 
   /// This warp's buffer, once no store reads the same one of any warp.
   static __device__ __forceinline__ std::uint32_t acquire(warp_output& output) {
@@ -76,10 +126,10 @@ struct transposed_epilogue {
                                               warp_output& output) {
     async_proxy_fence();
     meet();
-    if (std::is_same_v<TC, float> && p.accumulate)
-      output.template send<std::is_same_v<TC, float>>(mine, p.c, t.group, row, p.rows, column);
+    if constexpr (std::is_same_v<TC, float>)
+      send_fp32(p, mine, t.group, row, p.rows, column);
     else
-      output.template send<false>(mine, p.c, t.group, row, p.rows, column);
+      warp_output::send(mine, p.c, t.group, row, p.rows, column);
   }
 
   /// Puts 64 columns of 16 rows as 64 rows of 32 bytes: 16 of them into each warp's buffer. @param first The first
@@ -106,20 +156,6 @@ struct transposed_epilogue {
       store_shared_4(
           buffer + static_cast<std::uint32_t>(row % 16 * 128 + ((column / 4) ^ (row % 8)) * 16 + column % 4 * 4),
           __float_as_uint(sums[i]));
-    }
-  }
-
-  // The sum is rounded once, so the old values are added before it is.
-  template <int Chunk, int Count>
-  static __device__ __forceinline__ void add_old(const params& p, float (&sums)[Count], const tile& t, int first_row,
-                                                 int first_column) {
-    const TC* const matrix = p.c.data + t.group * p.c.layer_stride;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int row = first_row + i / 4 * 8 + lane() % 4 * 2 + i % 2;
-      const int column = first_column + lane() / 4 + i % 4 / 2 * 8;
-      if (row < p.rows && column < p.c.columns)
-        sums[Chunk * 32 + i] += static_cast<float>(matrix[row * p.c.row_stride + column]);
     }
   }
 };
