@@ -27,7 +27,8 @@ constexpr layer_shape shapes[] = {
 using router = ts::router<ts::score::softmax, ts::select::top_k, ts::weigh::normalized>;
 template <class Precision>
 using layer_of = ts::moe_layer<router, ts::experts<ts::activation::swiglu, Precision>, ts::layout::block,
-                               ts::comm::self<ts::space::device>>;
+                               ts::comm::self<ts::space::device>, ts::combine::reduced,
+                               ts::shape{.num_shared_experts = ts::shape::none}>;
 
 // A layer with its memory, weights and tokens.
 template <class Precision>

@@ -79,13 +79,13 @@ std::vector<double> widened(const std::vector<T>& values) {
 // `Oracle` is the host's precision: double, but where a clamp cuts gradients off, because bf16 moves values over its
 // border.
 template <class Router, class Activation, class WeightLayout, class Precision = ts::precision::bf16,
-          class Oracle = ts::precision::fp64, class Gemm = ts::gemm::automatic>
+          class Oracle = ts::precision::fp64, class Gemm = ts::gemm::automatic, ts::shape Fixed = ts::shape{}>
 struct policies {
   using router = Router;
   using gradient = typename Precision::gradient;
   static constexpr bool gated = Activation::gated;
   using device_layer = ts::moe_layer<Router, ts::experts<Activation, Precision, WeightLayout, Gemm>, ts::layout::block,
-                                     ts::comm::self<ts::space::device>>;
+                                     ts::comm::self<ts::space::device>, ts::combine::reduced, Fixed>;
   using host_layer = ts::moe_layer<Router, ts::experts<Activation, Oracle, WeightLayout>, ts::layout::block,
                                    ts::comm::threads, ts::combine::ordered>;
 };
@@ -265,7 +265,8 @@ using deepseek_like =
              ts::activation::swiglu, ts::weight_layout::out_in_interleaved, ts::precision::bf16_gradients>;
 using gpt_oss_like =
     policies<ts::router<ts::score::softmax_selected, ts::select::top_k, ts::weigh::raw>, ts::activation::clamped_swiglu,
-             ts::weight_layout::in_out_interleaved, ts::precision::bf16, ts::precision::bf16>;
+             ts::weight_layout::in_out_interleaved, ts::precision::bf16, ts::precision::bf16, ts::gemm::automatic,
+             ts::shape{.num_shared_experts = ts::shape::none}>;
 // Weights on the input as in Llama 4, and an activation without a gate.
 using input_weighted =
     policies<ts::router<ts::score::sigmoid_selected, ts::select::top_k, ts::weigh::on_input<ts::weigh::raw>>,

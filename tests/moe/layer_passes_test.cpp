@@ -327,6 +327,21 @@ TEST_CASE("sizes fixed in the type are checked and change nothing") {
                        "the layer's type fixes hidden = 10, it was made with 12", ts::invalid_argument);
 }
 
+TEST_CASE("a type without shared experts is the same layer, and refuses them") {
+  using none = ts::moe_layer<balanced_router, experts_fp32, ts::layout::block, ts::comm::threads, ts::combine::ordered,
+                             ts::shape{.num_shared_experts = ts::shape::none}>;
+  auto sizes = problem().sizes;
+  sizes.max_tokens = 24;
+  const ts::layout::block placement(num_experts, 1);
+  const auto refused = [&] { none::sizes(sizes, placement, 0); };
+  sizes.num_shared_experts = 1;
+  CHECK_THROWS_WITH_AS(refused(), "the layer's type has no shared experts, it was made with num_shared_experts = 1",
+                       ts::invalid_argument);
+  sizes.num_shared_experts = 0;
+  CHECK(none::sizes(sizes, placement, 0).workspace_bytes == layer::sizes(sizes, placement, 0).workspace_bytes);
+  CHECK(none::sizes(sizes, placement, 0).saved_bytes == layer::sizes(sizes, placement, 0).saved_bytes);
+}
+
 TEST_CASE("the state's arrays have names, types and extents") {
   const auto p = problem();
   on_two_ranks(p, [](rank_of_layer& rank) {

@@ -84,7 +84,8 @@ struct layer_sizes {
 /// own.
 /// @tparam Comm    Communicator of the expert-parallel group.
 /// @tparam Combine `combine::reduced` (fewer bytes) or `combine::ordered` (the same bits for every number of ranks).
-/// @tparam Fixed   Sizes known at compile time; 0 leaves a size to run time.
+/// @tparam Fixed   Sizes known at compile time; 0 leaves a size to run time. With `num_shared_experts = shape::none`
+/// nothing is compiled for shared experts.
 template <class Router, class Experts, class Layout, class Comm, class Combine = combine::reduced,
           shape Fixed = shape{}>
 class moe_layer {
@@ -117,6 +118,8 @@ class moe_layer {
   using gradients = layer_gradients<Experts>;       ///< Gradients.
   using state_type = layer_state<accumulate>;       ///< What outlives a call.
 
+  /// Whether there may be shared experts.
+  static constexpr bool may_have_shared = Fixed.num_shared_experts != shape::none;
   /// Number of the router's balances that are losses.
   static constexpr int num_losses = Router::num_losses;
 

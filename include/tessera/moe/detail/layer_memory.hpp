@@ -53,7 +53,7 @@ struct layer_plan {
                chosen.activation),
         max_chunks(num_chunks(s.max_tokens, chosen.chunk_tokens)) {}
 
-  bool has_shared() const { return sizes.num_shared_experts > 0; }
+  bool has_shared() const { return Layer::may_have_shared && sizes.num_shared_experts > 0; }
   // Whether the host waits for the counts of what travels.
   bool host_sized() const { return goes_by_host<typename Layer::communicator_type>(dispatch); }
   host_grid grid() const { return host_grid::make(bounds.num_ranks, dispatch.ranks_per_host); }

@@ -25,7 +25,11 @@ constexpr void expect_fixed(const shape& fixed, const shape& sizes) {
   check("hidden", fixed.hidden, sizes.hidden);
   check("intermediate", fixed.intermediate, sizes.intermediate);
   check("max_tokens", fixed.max_tokens, sizes.max_tokens);
-  check("num_shared_experts", fixed.num_shared_experts, sizes.num_shared_experts);
+  TESSERA_EXPECTS(
+      fixed.num_shared_experts != shape::none || sizes.num_shared_experts == 0,
+      "the layer's type has no shared experts, it was made with num_shared_experts = " << sizes.num_shared_experts);
+  if (fixed.num_shared_experts != shape::none)
+    check("num_shared_experts", fixed.num_shared_experts, sizes.num_shared_experts);
 }
 
 inline const shape& checked_shape(const shape& sizes, int layout_experts) {

@@ -105,12 +105,14 @@ class layer_forward_steps {
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared(device_stream stream, int sms = 0) {
-    if (!plan_.has_shared()) return;
-    plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, output_weights<A>(),
-                         params_.shared, saved_.shared,
-                         {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
-                         with_first_sms(scratch_.shared, sms));
+  void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] int sms = 0) {
+    if constexpr (Layer::may_have_shared) {
+      if (!plan_.has_shared()) return;
+      plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, output_weights<A>(),
+                           params_.shared, saved_.shared,
+                           {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
+                           with_first_sms(scratch_.shared, sms));
+    }
   }
   void experts(device_stream stream, int sms = 0) {
     plan_.experts.forward(stream, listed_rows{saved_.handle.rows()}, exchange_.on(stream).arrived(x_, received()),
@@ -205,12 +207,14 @@ class layer_backward_steps {
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared(device_stream stream, int sms = 0) {
-    if (!plan_.has_shared()) return;
-    plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_,
-                                output_weights<A>(), params_.shared, saved_.shared, deferred_.shared,
-                                {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
-                                with_first_sms(scratch_.shared, sms));
+  void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] int sms = 0) {
+    if constexpr (Layer::may_have_shared) {
+      if (!plan_.has_shared()) return;
+      plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_,
+                                  output_weights<A>(), params_.shared, saved_.shared, deferred_.shared,
+                                  {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
+                                  with_first_sms(scratch_.shared, sms));
+    }
   }
   void experts(device_stream stream, int sms = 0) {
     auto& arrived = exchange_.on(stream);
@@ -286,9 +290,11 @@ class layer_weight_steps {
         stream, listed_rows{saved_.handle.rows()}, exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
         exchange.arrived(dy_, deferred_.dy_received), weights_of_pairs<Layer>(saved_.handle.pair_weights),
         saved_.experts, deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
-    if (plan_.has_shared())
-      plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, output_weights<A>(), saved_.shared,
-                                    deferred_.shared, grads.shared, mode, deferred_.shared_scratch);
+    if constexpr (Layer::may_have_shared) {
+      if (plan_.has_shared())
+        plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, output_weights<A>(), saved_.shared,
+                                      deferred_.shared, grads.shared, mode, deferred_.shared_scratch);
+    }
   }
   void gate(device_stream stream, const gradients& grads, write mode) const {
     const matrix_view<const A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
