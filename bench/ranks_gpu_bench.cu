@@ -36,7 +36,8 @@ using ts::bfloat16;
 struct exchange_shape {
   std::int64_t T, d;
   int E, K;
-  bool ordered = false;  // rows are added with combine::ordered
+  bool ordered = false;          // rows are added with combine::ordered
+  ts::dispatch_options options;  // such as a capacity
 };
 
 // One rank's memory, with uniform random routing.
@@ -45,6 +46,7 @@ struct exchange_case {
       : comm(c),
         shape(s),
         how(t),
+        options(s.options),
         layout(s.E, c.size()),
         bounds(ts::dispatch_bounds::make(c.size(), s.E, layout.num_slots(c.rank()), s.K, s.T, options)),
         pairs(bounds.max_pairs * s.d),
@@ -101,6 +103,7 @@ struct exchange_case {
     const std::int64_t leaving = ts::outgoing_rows(how, bounds);
     outgoing = {b.take<bfloat16>("outgoing", leaving * shape.d), leaving, shape.d};
     handle = ts::dispatch_handle<float>::layout_device(b, bounds, true);
+    workspace.capacity = ts::capacity_workspace<float>::layout(b, bounds, options);
     sort_barrier = b.take<std::uint32_t>("barrier", 1);
     workspace.sort = ts::router_workspace::layout(b, shape.E, sort_barrier);
   }
@@ -138,7 +141,7 @@ struct exchange_case {
   ts::comm::symmetric& comm;
   exchange_shape shape;
   ts::transport::automatic how;
-  ts::dispatch_options options{};
+  ts::dispatch_options options;
   ts::layout::block layout;
   ts::dispatch_bounds bounds;
   ts::symmetric_routing_workspace<float> workspace;
@@ -206,9 +209,16 @@ struct host_sized_case : exchange_case {
     carve_lists(builder);
   }
   void carve_lists(ts::memory_builder& b) {
-    lists = ts::host_sized_lists::layout(b, bounds, grid);
-    tables = ts::host_sized_tables<float>::layout(b, bounds, grid, workspace.sort);
-    buffers = ts::host_sized_buffers::layout(b, bounds, grid, shape.d * 2);
+    if (shape.ordered)
+      carve_lists(b, ts::combine::ordered{});
+    else
+      carve_lists(b, ts::combine::reduced{});
+  }
+  template <class Combine>
+  void carve_lists(ts::memory_builder& b, Combine where) {
+    lists = ts::host_sized_lists::layout(b, bounds, grid, where);
+    tables = ts::host_sized_tables<float>::layout(b, bounds, grid, workspace.sort, where);
+    buffers = ts::host_sized_buffers::layout(b, bounds, grid, shape.d * 2, where);
   }
   void exchange(cudaStream_t stream) {
     const ts::routing<float> chosen{{ids.data(), shape.T, shape.K}, {weights.data(), shape.T, shape.K}};
@@ -219,9 +229,14 @@ struct host_sized_case : exchange_case {
                       received, buffers);
   }
   void bring_home(cudaStream_t stream) {
-    ts::combine_rows(stream, comm.over(), counts, lists, handle, bounds, ts::combine_weights::routing,
-                     ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d},
-                     ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d}, buffers);
+    const ts::matrix_view<const bfloat16> outputs{pairs.data(), bounds.max_pairs, shape.d};
+    const ts::matrix_view<bfloat16> sums{y.data(), shape.T, shape.d};
+    if (shape.ordered)
+      ts::combine_pairs(stream, comm.over(), counts, lists, bounds, outputs,
+                        ts::matrix_view<const float>{weights.data(), shape.T, shape.K}, {}, sums, buffers);
+    else
+      ts::combine_rows(stream, comm.over(), counts, lists, handle, bounds, ts::combine_weights::routing, outputs,
+                       ts::matrix_view<const bfloat16>{}, sums, buffers);
   }
 
   ts::host_grid grid;
@@ -381,7 +396,7 @@ int main(int argc, char** argv) {
     add_case(name + "/T:" + std::to_string(s.T) + (sms > 0 ? "/sms:" + std::to_string(sms) : ""),
              [=](benchmark::State& state) { measure_exchange(state, s, op, sms, how); });
   };
-  const auto at = [](std::int64_t tokens) { return exchange_shape{tokens, 7168, 256, 8}; };
+  const auto at = [](std::int64_t tokens) { return exchange_shape{tokens, 7168, 256, 8, false, {}}; };
   for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
     exchange("dispatch", at(T), operation::dispatch, 0);
     exchange("dispatch_cached", at(T), operation::rows, 0);
@@ -390,23 +405,30 @@ int main(int argc, char** argv) {
     exchange("pair", at(T), operation::pair, 0);
   }
   for (const std::int64_t T : {128, 4096}) {
-    exchange("combine_ordered", {T, 7168, 256, 8, true}, operation::combine_rows, 0);
+    exchange("combine_ordered", {T, 7168, 256, 8, true, {}}, operation::combine_rows, 0);
   }
-  for (const std::int64_t T : {128, 4096}) exchange("lists", at(T), operation::lists, 0);
+  for (const std::int64_t T : {128, 4096}) {
+    exchange("lists", at(T), operation::lists, 0);
+    exchange("lists_capacity", {T, 7168, 256, 8, false, {.capacity_factor = 1}}, operation::lists, 0);
+    exchange("lists_capacity_by_weight",
+             {T, 7168, 256, 8, false, {.capacity_factor = 1, .order = ts::drop_order::weight}}, operation::lists, 0);
+  }
   for (const int sms : {4, 8, 12, 16, 24, 32, 48, 64, 96, 132}) {
     exchange("dispatch", at(4096), operation::dispatch, sms);
     exchange("combine_expert_rows", at(4096), operation::combine_rows, sms);
     exchange("combine_summed_rows", at(4096), operation::combine_sums, sms);
   }
-  const auto host_sized = [&](const std::string& name, std::int64_t tokens, operation op) {
-    add_case(name + "/T:" + std::to_string(tokens),
-             [=](benchmark::State& state) { measure_host_sized(state, at(tokens), op); });
+  const auto host_sized = [&](const std::string& name, std::int64_t tokens, operation op, bool ordered = false) {
+    exchange_shape s = at(tokens);
+    s.ordered = ordered;
+    add_case(name + "/T:" + std::to_string(tokens), [=](benchmark::State& state) { measure_host_sized(state, s, op); });
   };
   for (const std::int64_t T : {128, 1024, 4096}) {
     host_sized("nccl_dispatch", T, operation::dispatch);
     host_sized("nccl_dispatch_cached", T, operation::rows);
     host_sized("nccl_combine_expert_rows", T, operation::combine_rows);
     host_sized("nccl_pair", T, operation::pair);
+    host_sized("nccl_combine_ordered", T, operation::combine_rows, true);
   }
   // Rows alone, by budget of SMs: with and without a copy of own rows beside the kernel.
   for (const int sms : {4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 132}) {
