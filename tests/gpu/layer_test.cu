@@ -157,12 +157,18 @@ struct device_case {
     moe->forward(stream, mode, inputs(), weights(), {y.data(), tokens, sizes.hidden}, {saved.data(), saved.size()},
                  {workspace.data(), workspace.size()});
   }
+  ts::matrix_view<const S> gradient() const { return {dy.data(), tokens, sizes.hidden}; }
   void backward() {
-    const ts::matrix_view<const S> gradient{dy.data(), tokens, sizes.hidden};
-    moe->backward_input(stream, inputs(), gradient, weights(), {saved.data(), saved.size()},
+    backward_input();
+    backward_weights(stream);
+  }
+  void backward_input() {
+    moe->backward_input(stream, inputs(), gradient(), weights(), {saved.data(), saved.size()},
                         {dx.data(), tokens, sizes.hidden}, {deferred.data(), deferred.size()},
                         {workspace.data(), workspace.size()});
-    moe->backward_weights(stream, inputs(), gradient, {saved.data(), saved.size()}, {deferred.data(), deferred.size()},
+  }
+  void backward_weights(cudaStream_t where) {
+    moe->backward_weights(where, inputs(), gradient(), {saved.data(), saved.size()}, {deferred.data(), deferred.size()},
                           {.gate = gate_grad.data(),
                            .gate_bias = gate_bias_grad.data(),
                            .experts = {up_grad.data(), down_grad.data(), up_bias_grad.data(), down_bias_grad.data()},
@@ -405,6 +411,34 @@ TEST_CASE("shared experts on a second stream give the bits of one stream, in a g
   cudaEventDestroy(side.fork);
   cudaEventDestroy(side.join);
   cudaStreamDestroy(side.stream);
+}
+
+TEST_CASE("the weights' gradients on a stream of their own, beside other calls, have the same bits") {
+  const auto p =
+      make_problem({.num_experts = 16, .top_k = 4, .hidden = 512, .intermediate = 256, .num_shared_experts = 1}, 2000,
+                   true, 3, true);
+  device_case<mixtral_like> c(p, {}, {});
+  c.forward(ts::pass::train);
+  c.backward();
+  c.sync();
+  const auto y = c.y.host();
+  const auto up = c.up_grad.host(), down = c.down_grad.host(), shared = c.shared_up_grad.host();
+  cudaStream_t own = nullptr;
+  check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
+  for (int i = 0; i < 10; ++i) {
+    check(cudaMemset(c.up_grad.data(), 0xff, up.size() * sizeof(up[0])));
+    check(cudaMemset(c.y.data(), 0xff, y.size() * sizeof(y[0])));
+    check(cudaDeviceSynchronize());
+    c.backward_weights(own);
+    for (int forwards = 0; forwards < 4; ++forwards) c.forward(ts::pass::eval);
+    c.sync();
+    check(cudaStreamSynchronize(own));
+    CHECK(widened(c.y.host()) == widened(y));
+    CHECK(c.up_grad.host() == up);
+    CHECK(c.down_grad.host() == down);
+    CHECK(c.shared_up_grad.host() == shared);
+  }
+  cudaStreamDestroy(own);
 }
 
 TEST_CASE("a captured step is right when it is replayed with other tokens") {

@@ -65,7 +65,8 @@ struct layer_sizes {
 /// call.
 ///
 /// Two micro-batches at once are two layers over two slots of a communicator, with the same state memory and otherwise
-/// memory of their own, each on one stream. Calls on one GPU that share a state are enqueued in one order.
+/// memory of their own, each on one stream. Calls on one GPU that share a state are enqueued in one order, but for
+/// `backward_weights`: behind its `backward_input` it may run on a stream of its own, beside all but another one.
 ///
 /// With `comm::nccl` and `comm::hosts`, and with `comm::symmetric` and `dispatch_options::host_sized`, the host waits
 /// for counts: see `moe_layer.cuh` and `dispatch/host_sized.cuh`. Memory is any device memory then, rows have any

@@ -29,7 +29,8 @@ struct named_array {
 /// two micro-batches on two slots do, have their own.
 struct alignas(128) call_counters {
   std::uint32_t barrier;          ///< Of the kernel that sorts a routing.
-  std::int32_t tile_counters[4];  ///< Of products: two of routed and two of shared experts.
+  std::int32_t tile_counters[8];  ///< Of products: two of routed and two of shared experts, then the same of their
+                                  ///< weights' gradients, which may be computed beside other calls.
 };
 
 /// The state of one layer: a view of caller-owned memory in the communicator's space.
@@ -56,8 +57,7 @@ struct layer_state {
       nullptr;  ///< One: what a kernel found wrong since `reset_state`; see `expect_ok`. Host: stays clear.
   call_counters* counters = nullptr;      ///< `[comm::max_symmetric_slots]`, one of each slot; 0 after `reset_state`.
   std::uint32_t* barrier = nullptr;       ///< One of this slot: belongs to the router's kernels.
-  std::int32_t* tile_counters = nullptr;  ///< Two for routed and two for shared experts, of this slot: belong to their
-                                          ///< products' kernels.
+  std::int32_t* tile_counters = nullptr;  ///< `call_counters::tile_counters` of this slot: belong to products' kernels.
 
   int num_experts = 0;          ///< E.
   int num_losses = 0;           ///< Balances that are losses.

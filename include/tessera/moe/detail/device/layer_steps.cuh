@@ -30,10 +30,11 @@ matrix_view<const S> with_address(matrix_view<const S> rows, const void* any) {
 }
 
 // Products hand tiles out as blocks ask for them, by counters of the layer's, where the container has a place for them.
-template <class State, class Routed, class Shared>
-void share_tile_counters(const State& state, Routed& routed, Shared& shared) {
-  if constexpr (requires { routed.tile_counter = state.tile_counters; }) routed.tile_counter = state.tile_counters;
-  if constexpr (requires { shared.tile_counter = state.tile_counters; }) shared.tile_counter = state.tile_counters + 2;
+// @param counters Two of routed and two of shared experts.
+template <class Routed, class Shared>
+void share_tile_counters(std::int32_t* counters, Routed& routed, Shared& shared) {
+  if constexpr (requires { routed.tile_counter = counters; }) routed.tile_counter = counters;
+  if constexpr (requires { shared.tile_counter = counters; }) shared.tile_counter = counters + 2;
 }
 
 // The same scratch with a bound for the first product, where the container has a place for it.
@@ -83,7 +84,7 @@ class layer_forward_steps {
         scratch_(scratch_builder_, plan_),
         exchange_(layer, plan_, comm, window_.buffers),
         x_(with_address(in.x, saved_.logits)) {
-    share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
+    share_tile_counters(layer.state().tile_counters, scratch_.experts, scratch_.shared);
   }
 
   // The gate, the choice of experts; alone, their lists, too.
@@ -187,7 +188,7 @@ class layer_backward_steps {
         exchange_(layer, plan_, comm, scratch_.buffers),
         x_(with_address(in.x, saved_.logits)),
         dy_(with_address(dy, saved_.logits)) {
-    share_tile_counters(layer.state(), scratch_.experts, scratch_.shared);
+    share_tile_counters(layer.state().tile_counters, scratch_.experts, scratch_.shared);
   }
 
   // dy, to the owners of experts: the adjoint of combine. @param rows_sms As in forward.
@@ -280,7 +281,7 @@ class layer_weight_steps {
         deferred_(deferred_builder_, plan_),
         x_(with_address(in.x, saved_.logits)),
         dy_(with_address(dy, saved_.logits)) {
-    share_tile_counters(layer.state(), deferred_.experts_scratch, deferred_.shared_scratch);
+    share_tile_counters(layer.state().tile_counters + 4, deferred_.experts_scratch, deferred_.shared_scratch);
   }
 
   // Of routed and shared experts.
