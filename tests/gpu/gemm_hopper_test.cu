@@ -82,6 +82,19 @@ TEST_CASE("a captured product is right when the rows have changed") { check_capt
 
 TEST_CASE("what the kernels cannot do is refused with a sentence") { check_refusals<hopper>(); }
 
+TEST_CASE("a kernel that cannot read what it adds to is refused, not run without adding") {
+  const buffer<std::int32_t> offsets({0, 8});
+  const buffer<bfloat16> memory(std::vector<bfloat16>(64 * 64));
+  for (const hp::config& c :
+       {hp::config{hp::schedule::cooperative, 128, 256, 2, 2}, hp::config{hp::schedule::ping_pong, 128, 128, 1, 1}}) {
+    CHECK_THROWS_AS((hp::variable_m<contiguous::k, gathered::none>(
+                        cudaStreamPerThread, hp::device::current(), row_groups{offsets.device, 1, 8}, 64, 64,
+                        {memory.device, 64, nullptr}, {memory.device, 64 * 64, 64, 1}, nullptr,
+                        bf16_matrix(memory.device, 8, 64), ts::write::accumulate, hopper::options(c))),
+                    ts::invalid_argument);
+  }
+}
+
 TEST_CASE("products whose blocks, or clusters, ask for their tiles") {
   check_multiplies<counting>();
   check_gathers<counting>();

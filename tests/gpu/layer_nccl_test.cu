@@ -149,12 +149,7 @@ void compare(const outcome& got, const layer_result& expected) {
 }
 
 void expect_same(const outcome& a, const outcome& b) {
-  CHECK(same_bits(a.y, b.y));
-  CHECK(same_bits(a.dx, b.dx));
-  CHECK(a.up == b.up);
-  CHECK(a.down == b.down);
-  CHECK(a.gate == b.gate);
-  CHECK(a.shared_up == b.shared_up);
+  check_same(a, b);
   CHECK(a.losses == b.losses);
   CHECK(a.load == b.load);
   CHECK(a.bias == b.bias);

@@ -280,4 +280,15 @@ inline bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
 }
 
+// That two ways gave the same bits.
+inline void check_same(const outcome& a, const outcome& b) {
+  CHECK(same_bits(a.y, b.y));
+  CHECK(same_bits(a.dx, b.dx));
+  CHECK(a.gate == b.gate);
+  CHECK(a.up == b.up);
+  CHECK(a.down == b.down);
+  CHECK(a.shared_up == b.shared_up);
+  CHECK(a.dropped_by_capacity == b.dropped_by_capacity);
+}
+
 }  // namespace layer_ranks

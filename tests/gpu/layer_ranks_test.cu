@@ -152,14 +152,6 @@ TEST_CASE("rows that are sent again in backward give the bits of rows that were 
   CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
     auto comm = ts::comm::symmetric::create(t, window(64));
     const auto r = static_cast<std::size_t>(t.rank());
-    const auto check_same = [](const outcome& a, const outcome& b) {
-      CHECK(same_bits(a.y, b.y));
-      CHECK(same_bits(a.dx, b.dx));
-      CHECK(a.gate == b.gate);
-      CHECK(a.up == b.up);
-      CHECK(a.down == b.down);
-      CHECK(a.shared_up == b.shared_up);
-    };
     rank_layer<deepseek_like::spread> kept(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks);
     auto resends = full_bound<deepseek_like::spread>();
     resends.rows = ts::saved_rows::resend;
@@ -310,14 +302,6 @@ TEST_CASE("a capacity drops what the host drops, by position and by weight, dire
     CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
       auto comm = ts::comm::symmetric::create(t, window(128));
       const auto r = static_cast<std::size_t>(t.rank());
-      const auto check_same = [](const outcome& a, const outcome& b) {
-        CHECK(same_bits(a.y, b.y));
-        CHECK(same_bits(a.dx, b.dx));
-        CHECK(a.gate == b.gate);
-        CHECK(a.up == b.up);
-        CHECK(a.down == b.down);
-        CHECK(a.dropped_by_capacity == b.dropped_by_capacity);
-      };
       rank_layer<deepseek_like::spread> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
                                               placement, chosen);
       auto by_host = chosen;

@@ -6,8 +6,9 @@
 /// Device half of the layer. On one GPU of compute capability 8.0 or later, made for 9.0: instantiate `moe_layer` with
 /// `comm::self<space::device>` in a `.cu` file that includes this. Between GPUs of compute capability 9.0: with
 /// `comm::symmetric`, in one that includes `comm/symmetric.cuh` too; calls of layers that share a state, or a slot of
-/// the communicator, are enqueued one after another. Wherever NCCL reaches: with `comm::nccl`, or with
-/// `comm::hosts<comm::nccl>` where several GPUs share a host, in a file that includes `comm/nccl.cuh`.
+/// the communicator, are enqueued one after another (but `backward_weights`: see `moe_layer`). Wherever NCCL reaches:
+/// with `comm::nccl`, or with `comm::hosts<comm::nccl>` where several GPUs share a host, in a file that includes
+/// `comm/nccl.cuh`.
 ///
 /// Calls enqueue on the stream and return; they neither allocate, synchronise nor read device memory, and may be
 /// captured in a CUDA graph, whose replays are right when the routing changes. **Sized on the host** they wait: over

@@ -14,8 +14,7 @@ TESSERA_NAMESPACE_BEGIN
 /// Sizes of a layer: values at construction, or a template argument, where 0 leaves a size to run time
 /// (`ts::shape{.top_k = 8, .hidden = 7168}`).
 struct shape {
-  /// As a template argument, for `num_shared_experts`: there are none, and nothing is compiled for them, which saves a
-  /// device layer a tenth of its time.
+  /// As a template argument, for `num_shared_experts`: there are none, and nothing is compiled for them.
   static constexpr int none = -1;
 
   int num_experts = 0;          ///< E, over all ranks.
