@@ -224,7 +224,7 @@ struct arrangement {
   }
   std::string name() const {
     return std::string(transport) + (style == pl::overlap_style::weights ? "/weights" : "/figure_4") +
-           "/sms:" + std::to_string(lanes.communication_sms) + (lanes.head_start.count() > 0 ? "/head_start" : "");
+           "/sms:" + std::to_string(lanes.communication_sms) + (lanes.head_start.count() > 0 ? "" : "/bounded");
   }
 };
 constexpr arrangement one_stream{"all_to_all"};
@@ -358,7 +358,7 @@ void measure_phases(benchmark::State& state, const layer_shape& s, int num_layer
 // The arrangements that are tried: of each kind one, or all.
 std::vector<arrangement> arrangements(bool all_of_them) {
   using enum pl::overlap_style;
-  constexpr std::chrono::microseconds head_start(10);
+  constexpr std::chrono::microseconds none(0);
   std::vector<arrangement> all;
   for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
     all.push_back({transport, weights, {.communication_sms = 24}});
@@ -367,7 +367,8 @@ std::vector<arrangement> arrangements(bool all_of_them) {
     for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
       all.push_back({transport, weights, {.communication_sms = sms}});
   }
-  all.push_back({"all_to_all", weights, {.communication_sms = 16, .head_start = head_start}});
+  for (const int sms : {16, 24, 32})
+    all.push_back({"all_to_all", weights, {.communication_sms = sms, .head_start = none}});
   all.push_back({"all_to_all", attention, {.communication_sms = 24}});
   // Sums wait for the end of a product and have all SMs then.
   all.push_back({"one_chunk", weights, {}});

@@ -48,13 +48,15 @@ struct hopper {
   }
 };
 
-// The same products with tiles handed out by a counter.
+// The same products with tiles handed out by a counter. @tparam Shared Whether kernels of other streams are expected.
+template <bool Shared>
 struct counting : hopper {
   struct device : hp::device {
     static device current() {
       static const auto& counter = *new buffer<std::int32_t>({0, 0});  // as long as the program
       device d{hp::device::current()};
       d.tile_counter = counter.device;
+      d.shared = Shared;
       return d;
     }
   };
@@ -95,12 +97,13 @@ TEST_CASE("a kernel that cannot read what it adds to is refused, not run without
   }
 }
 
-TEST_CASE("products whose blocks, or clusters, ask for their tiles") {
-  check_multiplies<counting>();
-  check_gathers<counting>();
-  check_up_projection<counting>();
-  check_gradient_in_place<counting>();
-  check_weight_gradients<counting>();
+TEST_CASE_TEMPLATE("products whose blocks, or clusters, ask for their tiles", backend, counting<false>,
+                   counting<true>) {
+  check_multiplies<backend>();
+  check_gathers<backend>();
+  check_up_projection<backend>();
+  check_gradient_in_place<backend>();
+  check_weight_gradients<backend>();
 }
 
 TEST_CASE("what a product leaves free stays free for other streams, whatever its own stream has next") {

@@ -56,17 +56,18 @@ void check_chunks(int slots, int slot) {
     run(one_stream, how::pair, 20000);
     run(one_stream, how::together, 0);
     pl::device_lanes two_streams;
-    pl::device_lanes with_budgets({.communication_sms = 16});
-    pl::device_lanes ahead({.communication_sms = 16, .head_start = std::chrono::microseconds(10)});
+    pl::device_lanes bounded({.communication_sms = 16, .head_start = std::chrono::nanoseconds(0)});
+    pl::device_lanes ahead({.communication_sms = 16});
     for (const unsigned long long delay_ns : {0ull, 20000ull, 200000ull}) {
       run(two_streams, how::pair, delay_ns);
-      run(with_budgets, how::pair, delay_ns);
+      run(bounded, how::pair, delay_ns);
       run(ahead, how::pair, delay_ns);
       run(two_streams, how::together, delay_ns);
       run(ahead, how::together, delay_ns);
     }
-    run(with_budgets, how::graph_of_pair, 50000);
-    check_same(through_chunk(comm, with_budgets, how::pair, 20000, meet, {.rows = ts::saved_rows::resend}), expected);
+    run(bounded, how::graph_of_pair, 50000);
+    run(ahead, how::graph_of_pair, 50000);
+    check_same(through_chunk(comm, ahead, how::pair, 20000, meet, {.rows = ts::saved_rows::resend}), expected);
   });
 }
 

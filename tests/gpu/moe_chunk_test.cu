@@ -25,8 +25,10 @@ TEST_CASE("a chunk in device memory has the bits of its layers, alone and as an 
   check_same(through_chunk(comm, two_streams, how::pair, 30000), expected);
   check_same(through_chunk(comm, two_streams, how::together, 30000), expected);
   check_same(through_chunk(comm, two_streams, how::graph_of_pair), expected);
-  pl::device_lanes with_budgets({.communication_sms = 8});
-  check_same(through_chunk(comm, with_budgets, how::pair), expected);
+  pl::device_lanes ahead({.communication_sms = 8});
+  check_same(through_chunk(comm, ahead, how::pair), expected);
+  pl::device_lanes bounded({.communication_sms = 8, .head_start = std::chrono::nanoseconds(0)});
+  check_same(through_chunk(comm, bounded, how::pair), expected);
 }
 
 }  // namespace

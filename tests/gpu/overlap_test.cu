@@ -26,12 +26,14 @@ constexpr int layers = 4;
 constexpr long long compute_ns = 300000;        // 6 phases of a layer
 constexpr long long communication_ns = 450000;  // 4 phases of a layer: as much in sum
 
-// Of one phase: first begin and last end on the device's clock, and on which multiprocessors its blocks ran.
+// Of one phase: first begin and last end on the device's clock, its blocks, and how its products share the device.
 struct record {
   unsigned long long begin;
   unsigned long long end;
   unsigned int blocks;
+  ts::sm_share share;
 };
+constexpr record nothing{~0ULL, 0, 0, {}};
 
 __device__ unsigned long long global_ns() {
   unsigned long long t;
@@ -39,8 +41,9 @@ __device__ unsigned long long global_ns() {
   return t;
 }
 
-__global__ void spin_kernel(record* r, long long ns) {
+__global__ void spin_kernel(record* r, long long ns, ts::sm_share share) {
   if (threadIdx.x != 0) return;
+  r->share = share;
   const unsigned long long begin = global_ns();
   atomicMin(&r->begin, begin);
   atomicAdd(&r->blocks, 1u);
@@ -78,7 +81,8 @@ struct spinning_chunk {
     if (layer == throw_at_layer) throw std::runtime_error("refused");
     const int blocks = where.num_sms == 0 ? blocks_without_limit : where.num_sms;
     const long long ns = pl::is_communication(what) ? communication_ns : compute_ns;
-    spin_kernel<<<blocks, 32, 0, where.stream.get()>>>(records + static_cast<int>(what) * layers + layer, ns);
+    spin_kernel<<<blocks, 32, 0, where.stream.get()>>>(records + static_cast<int>(what) * layers + layer, ns,
+                                                       where.share);
     require(cudaGetLastError(), "spin_kernel");
   }
   void forward_attention(const forward_type& c) { launch(pl::phase::forward_attention, c.layer, c.lane); }
@@ -112,7 +116,7 @@ template <class Lanes>
 run_result run_pair(Lanes& lanes, cudaStream_t stream, record* records) {
   spinning_chunk forward{records}, backward{records};
   pl::overlap_stage<spinning_chunk, Lanes> f(forward, lanes), b(backward, lanes);
-  const std::vector<record> empty(num_records, record{~0ULL, 0, 0});
+  const std::vector<record> empty(num_records, nothing);
   require(cudaMemcpy(records, empty.data(), num_records * sizeof(record), cudaMemcpyHostToDevice), "copy");
   cudaEvent_t begin, end;
   require(cudaEventCreate(&begin), "cudaEventCreate");
@@ -168,7 +172,7 @@ int main() {
   expect(one.ms >= 0.95 * sum_ms, "one stream took " + std::to_string(one.ms) + " ms, less than its phases");
 
   const int budget = sms > 20 ? 20 : sms / 2;
-  pl::device_lanes lanes({.communication_sms = budget});
+  pl::device_lanes lanes({.communication_sms = budget, .head_start = std::chrono::nanoseconds(0)});
   expect(lanes.communication_sms() == budget && lanes.compute_sms() == sms - budget, "the budgets are not the device");
   run_pair(lanes, stream, records);
   const run_result two = run_pair(lanes, stream, records);
@@ -184,14 +188,19 @@ int main() {
               sum_ms, one.ms, two.ms, 100 * hidden);
   expect(two.ms < 0.75 * sum_ms, "the pair took " + std::to_string(two.ms) + " ms of " + std::to_string(sum_ms));
 
-  // With a head start computation has no budget where one phase of communication begins with it.
-  pl::device_lanes ahead({.communication_sms = budget, .head_start = std::chrono::microseconds(10)});
+  // With a head start computation has no budget.
+  pl::device_lanes ahead({.communication_sms = budget});
   const run_result given = run_pair(ahead, stream, records);
   expect_order(given, "with a head start");
   for (const pl::overlap_node& node : order.nodes) {
-    const int computes_on = node.communication > 1 ? sms - budget : blocks_without_limit;
-    expect(given.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? budget : computes_on),
-           std::string(pl::symbol_of(node.what)) + " did not get its budget with a head start");
+    const bool communicates = pl::is_communication(node.what);
+    const std::string name = pl::symbol_of(node.what);
+    expect(given.of(node).blocks == static_cast<unsigned>(communicates ? budget : blocks_without_limit),
+           name + " did not get its budget with a head start");
+    const int first = communicates || node.communication == 0 ? 0 : sms - budget;
+    expect(given.of(node).share.shares == !communicates && given.of(node).share.first_sms == 0 &&
+               two.of(node).share.shares == !communicates && two.of(node).share.first_sms == first,
+           name + " was not told how it shares the device");
   }
 
   // Work on the caller's stream comes before and after the pair, and a pair may be captured.
@@ -203,7 +212,7 @@ int main() {
   stage.overlapped(stream, {}, {}, {}, stage, {}, {}, {}, {});
   require(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
   require(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-  const std::vector<record> empty(num_records, record{~0ULL, 0, 0});
+  const std::vector<record> empty(num_records, nothing);
   require(cudaMemcpy(records, empty.data(), num_records * sizeof(record), cudaMemcpyHostToDevice), "copy");
   require(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
   require(cudaStreamSynchronize(stream), "cudaStreamSynchronize");

@@ -111,8 +111,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
                 "precision::bf16_gradients, or the host half");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
-  const detail::device_products<Gemm> products(scratch.tile_counter);
-  const auto first = products.limited(scratch.first_sms);
+  const auto products = detail::device_products<Gemm>(scratch.tile_counter).beside(scratch.share.shares);
+  const auto first = products.limited(scratch.share.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts,
                                         detail::rows_in_reach(rows, x.rows, saved.h.rows)};
@@ -145,8 +145,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
-  const detail::device_products<Gemm> products(scratch.tile_counter);
-  const auto first = products.limited(scratch.first_sms);
+  const auto products = detail::device_products<Gemm>(scratch.tile_counter).beside(scratch.share.shares);
+  const auto first = products.limited(scratch.share.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const std::int64_t max_rows = detail::rows_in_reach(rows, dy.rows, saved.h.rows);
   const gemm::hopper::row_groups groups{rows.row_offsets, rows.num_local_experts, max_rows};
@@ -196,8 +196,8 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
     const Weighting& weighting, const saved_view& saved, const deferred_view& deferred, const gradients& g, write mode,
     const backward_weights_scratch& scratch) const {
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
-  const detail::device_products<Gemm> products(scratch.tile_counter);
-  const auto first = products.limited(scratch.first_sms);
+  const auto products = detail::device_products<Gemm>(scratch.tile_counter).beside(scratch.share.shares);
+  const auto first = products.limited(scratch.share.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
   const std::int64_t max_rows = detail::rows_in_reach(groups, dy.rows, saved.h.rows);
   const bool on_input = detail::on_input<accumulate>(weighting);

@@ -13,6 +13,7 @@
 #include <tessera/core/memory.hpp>
 #include <tessera/core/passes.hpp>
 #include <tessera/core/precision.hpp>
+#include <tessera/core/sm_share.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
 #include <tessera/experts/activation.hpp>
@@ -93,9 +94,7 @@ class experts {
     matrix_view<storage> input;       ///< `[max_pairs, d]`: weighted inputs; empty for weights on the output.
     /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
     std::int32_t* tile_counter = nullptr;
-    /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
-    /// room. The products behind it take all that are free. 0: all.
-    int first_sms = 0;
+    sm_share share = {};  ///< Device: with kernels of another stream.
   };
   /// During `backward_input`.
   struct backward_input_scratch {
@@ -103,18 +102,14 @@ class experts {
     matrix_view<accumulate> dinput;       ///< `[max_pairs, d]`: dH W1; empty for weights on the output.
     /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
     std::int32_t* tile_counter = nullptr;
-    /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
-    /// room. The products behind it take all that are free. 0: all.
-    int first_sms = 0;
+    sm_share share = {};  ///< Device: with kernels of another stream.
   };
   /// During `backward_weights`.
   struct backward_weights_scratch {
     matrix_view<storage> input;  ///< `[max_pairs, d]`: weighted inputs; empty for weights on the output.
     /// Device: two words that are zero between calls, one call at a time; see `gemm::hopper::launch_options`. Or null.
     std::int32_t* tile_counter = nullptr;
-    /// Device: most multiprocessors of the first product, so that kernels of another stream that begin with it find
-    /// room. The products behind it take all that are free. 0: all.
-    int first_sms = 0;
+    sm_share share = {};  ///< Device: with kernels of another stream.
   };
 
   /// @param sizes Sizes of this rank's experts. @param activation_options Options of the activation.

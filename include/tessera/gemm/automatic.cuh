@@ -63,9 +63,15 @@ class device_products {
   /// The same products by launches that keep to `sm_budget` multiprocessors. @param sm_budget 0: all.
   device_products limited(int sm_budget) const {
     device_products result = *this;
-    if (sm_budget > 0 && sm_budget < hopper_.num_multiprocessors) result.hopper_.leaves_room = true;
+    if (sm_budget > 0) result.hopper_.shared = true;
     for (int* const sms : {&result.hopper_.num_multiprocessors, &result.portable_.num_multiprocessors})
       if (sm_budget > 0 && sm_budget < *sms) *sms = sm_budget;
+    return result;
+  }
+  /// The same products by launches beside which other streams' kernels come and go. @param shares Whether they do.
+  device_products beside(bool shares) const {
+    device_products result = *this;
+    result.hopper_.shared = shares;
     return result;
   }
 

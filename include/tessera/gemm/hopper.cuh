@@ -39,8 +39,9 @@ struct device {
   int num_multiprocessors = 0;                                   ///< Blocks that run at once.
   tessera::detail::hopper::tensor_map_encoder encode = nullptr;  ///< The driver's function for tensor maps.
   std::int32_t* tile_counter = nullptr;                          ///< For launches whose options have none.
-  bool leaves_room = false;  ///< Whether the device has more multiprocessors, for kernels of other streams: no kernel
-                             ///< of this stream starts there before a launch has ended.
+  bool shared = false;  ///< Whether kernels of other streams run beside launches, on multiprocessors that these leave
+                        ///< or begin on late: with a counter, tiles are handed out as blocks ask for them, in clusters,
+                        ///< too; and no kernel of this stream starts before a launch has ended.
 
   /// Of the calling thread's current device.
   /// @throws invalid_argument if it is not of compute capability 9.0. @throws cuda_error if the runtime fails.
@@ -59,7 +60,7 @@ struct row_groups {
 struct launch_options {
   static constexpr bool ping_pong = false;  ///< Whether ping-pong kernels are compiled.
 
-  int sm_budget = 0;                     ///< Most multiprocessors to use; 0: all. Fewer: as `device::leaves_room`.
+  int sm_budget = 0;                     ///< Most multiprocessors to use; 0: all.
   std::int32_t* tile_counter = nullptr;  ///< Two words of device memory, zero before the first launch and left zero by
                                          ///< each, no two launches at a time: tiles are handed out as blocks ask for
                                          ///< them. Null: in turn. The results are the same bits.

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include <tessera/core/error.hpp>
+#include <tessera/core/sm_share.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/pipeline/overlap_order.hpp>
 
@@ -31,6 +32,8 @@ struct lane {
   stream_ref<Space> stream;  ///< Order of its work.
   /// Multiprocessors that its kernels may occupy; 0: no limit. Where both lanes have one, they add up to the device.
   int num_sms = 0;
+  /// Device, of a phase that computes: how its products share the device with those that communicate.
+  sm_share share = {};
 };
 
 /// `L::space`: where the work is.

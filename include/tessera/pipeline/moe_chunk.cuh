@@ -125,8 +125,8 @@ template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
   with_forward(call, [&](auto&& steps) {
-    steps.experts(call.lane.stream, call.lane.num_sms);
-    steps.shared(call.lane.stream);
+    steps.experts(call.lane.stream, call.lane.share);
+    steps.shared(call.lane.stream, call.lane.share);
   });
 }
 
@@ -161,8 +161,8 @@ template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
   with_backward(call, [&](auto&& steps) {
-    steps.experts(call.lane.stream, call.lane.num_sms);
-    steps.shared(call.lane.stream);
+    steps.experts(call.lane.stream, call.lane.share);
+    steps.shared(call.lane.stream, call.lane.share);
   });
 }
 
@@ -170,7 +170,7 @@ template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
   with_weights(call, [&](auto&& steps, const auto& grads) {
-    steps.experts(call.lane.stream, grads, call.item.gradient_mode, call.lane.num_sms);
+    steps.experts(call.lane.stream, grads, call.item.gradient_mode, call.lane.share);
   });
 }
 

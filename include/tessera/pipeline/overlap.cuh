@@ -43,16 +43,15 @@ inline void wait_on_device(device_stream stream, std::chrono::nanoseconds time) 
 
 /// Options of `device_lanes`.
 struct device_lanes_options {
-  /// Multiprocessors for the kernels of the communication lane, in `[0, multiprocessors of the device)`. Phases of the
-  /// compute lane that communication begins with (`overlap_node::communication`) have the others. The rest have no
-  /// limit: the blocks of communication stand already, and computation takes what they leave. 0: neither lane is
-  /// limited. The lanes only hand the budgets on (`lane::num_sms`): a kernel keeps to its budget by the number of
-  /// blocks it is launched with.
+  /// Multiprocessors for the kernels of the communication lane, in `[0, multiprocessors of the device)`. 0: neither
+  /// lane is limited. The lanes only hand the budgets on (`lane`): a kernel keeps to its budget by the number of blocks
+  /// it is launched with.
   int communication_sms = 0;
-  /// How long a phase of the compute lane waits where one phase of the communication lane begins with it, so that the
-  /// blocks of that one stand first: then computation may have all multiprocessors that they leave, and those too when
-  /// they end. About 10 us; 0: such phases keep to their budget instead.
-  std::chrono::nanoseconds head_start{0};
+  /// How long a phase of the compute lane waits where a phase of the communication lane begins with it
+  /// (`overlap_node::communication`), so that the blocks of that one stand first: then computation has all
+  /// multiprocessors that they leave, and those too when they end. 0: such phases keep to those beside the budget of
+  /// communication, which it finds free at once; the rest have no limit.
+  std::chrono::nanoseconds head_start = std::chrono::microseconds(10);
 };
 
 /// Two streams: the caller's computes, one that the object owns communicates. Phases enqueue and return; `run` enqueues
@@ -118,11 +117,14 @@ class device_lanes {
           if (is_communication(order.nodes[after].what) != communicates)
             check(cudaStreamWaitEvent(own, events_[after], 0), "cudaStreamWaitEvent");
         }
-        const bool gives_way = !communicates && node.communication == 1 && head_start_.count() > 0;
-        if (gives_way) tessera::pipeline::detail::wait_on_device(own, head_start_);
-        const bool limited = communicates || (node.communication > 0 && !gives_way);
-        const int budget = communicates ? communication_sms_ : compute_sms_;
-        execute(node, lane<tessera::space::device>{own, limited ? budget : 0});
+        if (communicates) {
+          execute(node, lane<tessera::space::device>{own, communication_sms_});
+        } else {
+          const bool waits = node.communication > 0 && head_start_.count() > 0;
+          if (waits) tessera::pipeline::detail::wait_on_device(own, head_start_);
+          const int budget = node.communication > 0 && !waits ? compute_sms_ : 0;
+          execute(node, lane<tessera::space::device>{own, budget, {true, budget}});
+        }
         check(cudaEventRecord(events_[i], own), "cudaEventRecord");
       }
     } catch (...) {

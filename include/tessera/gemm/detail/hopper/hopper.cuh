@@ -56,10 +56,12 @@ bool reads_old(const problem& p, write mode, const Options& options) {
   return gemm::hopper::reads_old_fp32(p);
 }
 
-/// Whether a launch leaves multiprocessors to others. @param d The device. @param options What the caller asks for.
-template <class Options>
-bool leaves_room(const device& d, const Options& options) {
-  return d.leaves_room || (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors);
+/// How a launch hands out its tiles. @param d The device. @param options What the caller asks for. @param p Filled in.
+template <class Options, class P>
+void hand_out(const device& d, const Options& options, P& p) {
+  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
+  p.shared = d.shared && p.tile_counter != nullptr;
+  p.leaves_room = d.shared || (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors);
 }
 
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param
@@ -122,8 +124,7 @@ void enqueue_variable_m(device_stream stream, const device& d, const problem& sh
   p.gather_data = a.data;
   p.gather_stride = a.stride;
   p.gather = a.gather;
-  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
-  p.leaves_room = leaves_room(d, options);
+  hand_out(d, options, p);
   p.epilogue = epilogue;
   if constexpr (Parts > 1)
     launch<kernel_shape<product::variable_m, Order, Rows, 64 * Parts, 4, 1, false, Parts>, Epilogue>(stream, c, map_a,
@@ -152,8 +153,7 @@ void enqueue_variable_k(device_stream stream, const device& d, problem shape, co
   p.gather_data = a.data;
   p.gather_stride = a.stride;
   p.gather = a.gather;
-  p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
-  p.leaves_room = leaves_room(d, options);
+  hand_out(d, options, p);
   p.epilogue = epilogue;
   launch_configured<product::variable_k, contiguous::mn, Rows, Epilogue, Options::ping_pong>(stream, chosen, map_a,
                                                                                              map_b, p);

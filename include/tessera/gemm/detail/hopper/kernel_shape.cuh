@@ -88,7 +88,8 @@ struct multiply_params {
   std::int64_t gather_stride;   ///< Elements between its rows.
   const std::int32_t* gather;   ///< Row `i` reads row `gather[i]`.
   std::int32_t* tile_counter;   ///< Two words that are zero between launches; null for the static schedule.
-  bool leaves_room;             ///< Whether other streams' kernels are to have the multiprocessors that it leaves.
+  bool shared;                  ///< Whether blocks may begin late, because other streams' kernels run beside.
+  bool leaves_room;             ///< Whether those are to have the multiprocessors that it leaves, or that become free.
   EpilogueParams epilogue;
 };
 

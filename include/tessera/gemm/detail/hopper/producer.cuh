@@ -63,26 +63,32 @@ __device__ __forceinline__ void publish_tile(const rings<Shape>& r, ring_positio
 ///
 /// Where rows of A are gathered, clusters ask when they are ready for a tile: those that begin at a time have
 /// neighbours, which share rows in the second-level cache. Elsewhere they ask a tile ahead, which hides the answer's
-/// latency.
+/// latency. Beside kernels of other streams all ask when they are ready, for their first tile too, so that those that
+/// begin late take what is left.
 template <class Shape>
 class tile_order {
  public:
-  /// @param counter Two words, or null. @param r Of the block. @param rank In its cluster.
-  __device__ tile_order(std::int32_t* counter, const rings<Shape>& r, int rank)
-      : counter_(counter), orders_(r.orders), rank_(rank), next_(static_cast<int>(blockIdx.x) / Shape::cluster) {}
+  /// @param p Of the launch. @param r Of the block. @param rank In its cluster.
+  template <class P>
+  __device__ tile_order(const P& p, const rings<Shape>& r, int rank)
+      : counter_(p.tile_counter),
+        shared_(p.shared),
+        orders_(r.orders),
+        rank_(rank),
+        next_(static_cast<int>(blockIdx.x) / Shape::cluster) {}
 
   /// The next index; all lanes of the scheduling warp.
   __device__ int next() {
-    const bool asks = counter_ != nullptr && threadIdx.x % 32 == 0;
-    if (asks && !first_) {
-      if constexpr (!asks_ahead) ask();
+    const bool asks = counter_ != nullptr && threadIdx.x % 32 == 0, ahead = asks_ahead && !shared_;
+    if (asks && (shared_ || !first_)) {
+      if (!ahead) ask();
       if constexpr (Shape::cluster > 1) tell();
     }
     first_ = false;
     const int index = __shfl_sync(0xffffffffu, next_, 0);
     if (counter_ == nullptr)
       next_ = index + clusters();
-    else if (asks_ahead && asks)
+    else if (ahead && asks)
       ask();  // the answer is awaited by the next call
     return index;
   }
@@ -103,7 +109,7 @@ class tile_order {
   static __device__ int clusters() { return static_cast<int>(gridDim.x) / Shape::cluster; }
 
   __device__ void ask() {
-    if (rank_ == 0) next_ = clusters() + atomicAdd(counter_, 1);
+    if (rank_ == 0) next_ = (shared_ ? 0 : clusters()) + atomicAdd(counter_, 1);
   }
   // From the first block to the second: the index that the first was given.
   __device__ void tell() {
@@ -120,6 +126,7 @@ class tile_order {
   }
 
   std::int32_t* counter_;
+  bool shared_;
   std::uint32_t orders_;
   int rank_;
   int next_;
@@ -264,7 +271,7 @@ template <class Shape, class Epilogue, int StepN, class P>
 __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
                         int rank) {
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
-  tile_order<Shape> order(p.tile_counter, r, rank);
+  tile_order<Shape> order(p, r, rank);
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   const bool leader = threadIdx.x % 32 == 0;
@@ -309,7 +316,7 @@ __device__ void produce_gathered(const CUtensorMap& map_b, const P& p, const rin
   static constexpr int chunks_of_line = rows_are_k ? Shape::chunks_a : 1;
 
   tile_walk<Shape::kind, Shape::tile_m, StepN, Shape::cluster> walk(p.sizes);
-  tile_order<Shape> order(p.tile_counter, r, rank);
+  tile_order<Shape> order(p, r, rank);
   ring_position<Shape::tile_slots> slot;
   ring_position<Shape::stages> at;
   const int thread = static_cast<int>(threadIdx.x);

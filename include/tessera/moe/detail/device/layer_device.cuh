@@ -42,12 +42,12 @@ void layer_backward_input(device_stream stream, const Layer& layer, const typena
   check_exchange(layer, {saved.data, deferred.data, workspace.data}, in.x, dy, dx);
   layer_backward_steps<Layer> steps(layer, layer.comm(), in, dy, params, saved, deferred, workspace);
   layer_side<Layer> side(layer, layer.comm());
-  if (steps.has_shared()) steps.shared(side.fork(stream), side.product_sms());
+  if (steps.has_shared()) steps.shared(side.fork(stream), {true, side.product_sms()});
   steps.send(stream, steps.has_shared() ? side.rows_sms() : 0);
   steps.receive(stream);
   if (steps.resends()) steps.resend(side.fork(stream), side.rows_sms());
   if (steps.resends() && steps.experts_read_x()) side.join(stream);
-  steps.experts(stream, steps.resends() ? side.product_sms() : 0);
+  steps.experts(stream, {steps.resends(), steps.resends() ? side.product_sms() : 0});
   side.join(stream);
   steps.combine(stream, dx);
   steps.gate(stream, dx);

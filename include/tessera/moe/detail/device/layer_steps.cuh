@@ -37,10 +37,10 @@ void share_tile_counters(std::int32_t* counters, Routed& routed, Shared& shared)
   if constexpr (requires { shared.tile_counter = counters; }) shared.tile_counter = counters + 2;
 }
 
-// The same scratch with a bound for the first product, where the container has a place for it.
+// The same scratch for products beside kernels of another stream, where the container has a place for it.
 template <class Scratch>
-Scratch with_first_sms(Scratch scratch, int sms) {
-  if constexpr (requires { scratch.first_sms = sms; }) scratch.first_sms = sms;
+Scratch with_share(Scratch scratch, const sm_share& share) {
+  if constexpr (requires { scratch.share = share; }) scratch.share = share;
   return scratch;
 }
 
@@ -106,19 +106,19 @@ class layer_forward_steps {
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] int sms = 0) {
+  void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] const sm_share& share = {}) {
     if constexpr (Layer::may_have_shared) {
       if (!plan_.has_shared()) return;
       plan_.shared.forward(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, output_weights<A>(),
                            params_.shared, saved_.shared,
                            {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
-                           with_first_sms(scratch_.shared, sms));
+                           with_share(scratch_.shared, share));
     }
   }
-  void experts(device_stream stream, int sms = 0) {
+  void experts(device_stream stream, const sm_share& share = {}) {
     plan_.experts.forward(stream, listed_rows{saved_.handle.rows()}, exchange_.on(stream).arrived(x_, received()),
                           weights_of_pairs<Layer>(saved_.handle.pair_weights), params_.experts, saved_.experts, pairs(),
-                          with_first_sms(scratch_.experts, sms));
+                          with_share(scratch_.experts, share));
   }
   // Rows home: y = their sums, and the shared experts' outputs.
   void combine(device_stream stream, matrix_view<S> y) {
@@ -208,22 +208,22 @@ class layer_backward_steps {
   }
   // Any time before `combine`.
   bool has_shared() const { return plan_.has_shared(); }
-  void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] int sms = 0) {
+  void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] const sm_share& share = {}) {
     if constexpr (Layer::may_have_shared) {
       if (!plan_.has_shared()) return;
       plan_.shared.backward_input(stream, one_group(stream, scratch_.token_offsets, x_.rows), x_, dy_,
                                   output_weights<A>(), params_.shared, saved_.shared, deferred_.shared,
                                   {scratch_.shared_dx, plan_.sizes.max_tokens, plan_.sizes.hidden}, nullptr,
-                                  with_first_sms(scratch_.shared, sms));
+                                  with_share(scratch_.shared, share));
     }
   }
-  void experts(device_stream stream, int sms = 0) {
+  void experts(device_stream stream, const sm_share& share = {}) {
     auto& arrived = exchange_.on(stream);
     plan_.experts.backward_input(
         stream, listed_rows{saved_.handle.rows()}, arrived.arrived(x_, rows_of(plan_, saved_, deferred_)),
         arrived.arrived(dy_, deferred_.dy_received), weights_of_pairs<Layer>(saved_.handle.pair_weights),
         params_.experts, saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights,
-        with_first_sms(scratch_.experts, sms));
+        with_share(scratch_.experts, share));
   }
   // Home: dx = sums of rows, and the shared experts' part; and the gradients of the routing weights.
   void combine(device_stream stream, matrix_view<S> dx) {
@@ -285,12 +285,12 @@ class layer_weight_steps {
   }
 
   // Of routed and shared experts.
-  void experts(device_stream stream, const gradients& grads, write mode, int sms = 0) const {
+  void experts(device_stream stream, const gradients& grads, write mode, const sm_share& share = {}) const {
     layer_exchange<Layer> exchange(layer_, plan_, layer_.comm());
     plan_.experts.backward_weights(
         stream, listed_rows{saved_.handle.rows()}, exchange.arrived(x_, rows_of(plan_, saved_, deferred_)),
         exchange.arrived(dy_, deferred_.dy_received), weights_of_pairs<Layer>(saved_.handle.pair_weights),
-        saved_.experts, deferred_.experts, grads.experts, mode, with_first_sms(deferred_.experts_scratch, sms));
+        saved_.experts, deferred_.experts, grads.experts, mode, with_share(deferred_.experts_scratch, share));
     if constexpr (Layer::may_have_shared) {
       if (plan_.has_shared())
         plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, output_weights<A>(), saved_.shared,
