@@ -358,17 +358,16 @@ void measure_phases(benchmark::State& state, const layer_shape& s, int num_layer
 // The arrangements that are tried: of each kind one, or all.
 std::vector<arrangement> arrangements(bool all_of_them) {
   using enum pl::overlap_style;
-  constexpr std::chrono::microseconds none(0);
   std::vector<arrangement> all;
   for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
     all.push_back({transport, weights, {.communication_sms = 24}});
   if (!all_of_them) return all;
-  for (const int sms : {8, 16, 32, 48}) {
+  for (const int sms : {8, 16, 32, 40, 48}) {
     for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
       all.push_back({transport, weights, {.communication_sms = sms}});
   }
-  for (const int sms : {16, 24, 32})
-    all.push_back({"all_to_all", weights, {.communication_sms = sms, .head_start = none}});
+  for (const int sms : {16, 24, 32, 40, 48})
+    all.push_back({"all_to_all", weights, {.communication_sms = sms, .head_start = std::chrono::nanoseconds(0)}});
   all.push_back({"all_to_all", attention, {.communication_sms = 24}});
   // Sums wait for the end of a product and have all SMs then.
   all.push_back({"one_chunk", weights, {}});

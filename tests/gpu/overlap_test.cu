@@ -197,9 +197,10 @@ int main() {
     const std::string name = pl::symbol_of(node.what);
     expect(given.of(node).blocks == static_cast<unsigned>(communicates ? budget : blocks_without_limit),
            name + " did not get its budget with a head start");
-    const int first = communicates || node.communication == 0 ? 0 : sms - budget;
-    expect(given.of(node).share.shares == !communicates && given.of(node).share.first_sms == 0 &&
-               two.of(node).share.shares == !communicates && two.of(node).share.first_sms == first,
+    const bool beside = !communicates && node.communication > 0;
+    expect(given.of(node).share.shares == !communicates && given.of(node).share.first_sms == (beside ? sms : 0) &&
+               two.of(node).share.shares == !communicates &&
+               two.of(node).share.first_sms == (beside ? sms - budget : 0),
            name + " was not told how it shares the device");
   }
 

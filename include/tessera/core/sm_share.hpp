@@ -14,7 +14,8 @@ struct sm_share {
   /// Whether there are such kernels, which take multiprocessors where they find them, and leave them at any time:
   /// blocks of products that begin late take what is left to do.
   bool shares = false;
-  /// Most multiprocessors of the first product, so that kernels that begin with it find room. 0: all.
+  /// Most multiprocessors of the first product, so that kernels that begin with it find room; what it leaves or lets go
+  /// is theirs until it has ended, all of the device's included. 0: all, for the next product, too.
   int first_sms = 0;
 };
 

@@ -89,8 +89,7 @@ void allow_shared_memory(Kernel kernel, int bytes) {
 }
 
 inline void launch_await(device_stream stream, const comm::symmetric_view& view) {
-  await_kernel<<<1, warp_size, 0, stream.get()>>>(view);
-  check_cuda(cudaGetLastError(), "await_kernel");
+  launch_early(stream, "await_kernel", await_kernel, dim3(1), warp_size, 0, view);
 }
 
 // What every transport of a dispatch asks of its rows. @return max_tokens.
@@ -425,6 +424,12 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
   combine_rows(stream, matrix_view<const S>{returned.rows, pairs_per_rank, y.cols}, returned.places, weights, plus, y);
 }
 
+/// What `return_pair_values` finds at home.
+enum class pair_values_home : std::uint8_t {
+  any,     ///< It puts zeros there first.
+  zeroed,  ///< Zeros, put there since the last one: then its kernel is launched while the one ahead of it still runs.
+};
+
 /// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were
 /// dropped, become 0.
 /// @param stream Where the work is enqueued.
@@ -432,9 +437,11 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
 /// @param handle From `exchange_routing`.
 /// @param values `[received_pairs]`.
 /// @param home   `[max_tokens, K]` in the window, packed, overwritten; rows from T on are 0.
+/// @param found  What is there.
 template <peer_communicator Comm, class A>
 void return_pair_values(device_stream stream, Comm& comm, const dispatch_handle<A>& handle,
-                        const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home) {
+                        const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home,
+                        pair_values_home found = pair_values_home::any) {
   using namespace detail::symmetric;
   expect_tokens(handle, home.rows, "home");
   expect_top_k(handle, home.cols);
@@ -444,13 +451,13 @@ void return_pair_values(device_stream stream, Comm& comm, const dispatch_handle<
   const std::int64_t pairs = home.rows * home.cols;
   if (pairs == 0) return;
   const auto view = comm.view(comm::symmetric_channel::values);
-  detail::check_cuda(cudaMemsetAsync(home.data, 0, static_cast<std::size_t>(pairs) * sizeof(A), stream.get()),
-                     "cudaMemsetAsync");
+  if (found == pair_values_home::any)
+    detail::check_cuda(cudaMemsetAsync(home.data, 0, static_cast<std::size_t>(pairs) * sizeof(A), stream.get()),
+                       "cudaMemsetAsync");
   const values_task<A> task{view, values, handle.expert_row_of, home.data, pairs};
   const auto blocks =
       static_cast<unsigned>(std::clamp<std::int64_t>((pairs + values_threads - 1) / values_threads, 1, 32));
-  return_values_kernel<A><<<blocks, values_threads, 0, stream.get()>>>(task);
-  detail::check_cuda(cudaGetLastError(), "return_values_kernel");
+  detail::launch_early(stream, "return_values_kernel", return_values_kernel<A>, dim3(blocks), values_threads, 0, task);
   launch_await(stream, view);
 }
 

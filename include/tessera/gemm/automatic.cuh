@@ -60,10 +60,11 @@ class device_products {
       portable_ = {gemm::portable::device::current()};
   }
 
-  /// The same products by launches that keep to `sm_budget` multiprocessors. @param sm_budget 0: all.
+  /// The same products by launches that keep to `sm_budget` multiprocessors, and leave what they leave to other
+  /// streams. @param sm_budget 0: all, and what becomes free is for this stream's next kernels.
   device_products limited(int sm_budget) const {
     device_products result = *this;
-    if (sm_budget > 0) result.hopper_.shared = true;
+    result.hopper_.leaves_room = sm_budget > 0;
     for (int* const sms : {&result.hopper_.num_multiprocessors, &result.portable_.num_multiprocessors})
       if (sm_budget > 0 && sm_budget < *sms) *sms = sm_budget;
     return result;

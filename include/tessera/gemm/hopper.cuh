@@ -39,9 +39,10 @@ struct device {
   int num_multiprocessors = 0;                                   ///< Blocks that run at once.
   tessera::detail::hopper::tensor_map_encoder encode = nullptr;  ///< The driver's function for tensor maps.
   std::int32_t* tile_counter = nullptr;                          ///< For launches whose options have none.
-  bool shared = false;  ///< Whether kernels of other streams run beside launches, on multiprocessors that these leave
-                        ///< or begin on late: with a counter, tiles are handed out as blocks ask for them, in clusters,
-                        ///< too; and no kernel of this stream starts before a launch has ended.
+  bool shared = false;  ///< Whether kernels of other streams run beside launches, whose blocks may begin late then:
+                        ///< with a counter they ask for their first tile, too.
+  bool leaves_room = false;  ///< Whether multiprocessors that launches leave are for other streams: no kernel of this
+                             ///< stream starts there before a launch has ended.
 
   /// Of the calling thread's current device.
   /// @throws invalid_argument if it is not of compute capability 9.0. @throws cuda_error if the runtime fails.

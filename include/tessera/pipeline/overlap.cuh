@@ -48,10 +48,11 @@ struct device_lanes_options {
   /// it is launched with.
   int communication_sms = 0;
   /// How long a phase of the compute lane waits where a phase of the communication lane begins with it
-  /// (`overlap_node::communication`), so that the blocks of that one stand first: then computation has all
-  /// multiprocessors that they leave, and those too when they end. 0: such phases keep to those beside the budget of
-  /// communication, which it finds free at once; the rest have no limit.
-  std::chrono::nanoseconds head_start = std::chrono::microseconds(10);
+  /// (`overlap_node::communication`), so that the blocks of that one stand first: then its first product has all
+  /// multiprocessors that they leave, and those too when they end. It pays where computation takes several times as
+  /// long as communication. 0, for where they take about as long: that product keeps to the multiprocessors beside the
+  /// budget of communication, whose kernels find the others free whenever they come. Later products have no limit.
+  std::chrono::nanoseconds head_start = std::chrono::microseconds(4);
 };
 
 /// Two streams: the caller's computes, one that the object owns communicates. Phases enqueue and return; `run` enqueues
@@ -79,6 +80,7 @@ class device_lanes {
                     "device_lanes: head_start = " << options.head_start.count() << " ns, expected 0 to 1 ms");
     head_start_ = options.head_start;
     communication_sms_ = options.communication_sms;
+    device_sms_ = sms;
     compute_sms_ = options.communication_sms == 0 ? 0 : sms - options.communication_sms;
     int lowest = 0;
     int highest = 0;
@@ -120,10 +122,11 @@ class device_lanes {
         if (communicates) {
           execute(node, lane<tessera::space::device>{own, communication_sms_});
         } else {
-          const bool waits = node.communication > 0 && head_start_.count() > 0;
-          if (waits) tessera::pipeline::detail::wait_on_device(own, head_start_);
-          const int budget = node.communication > 0 && !waits ? compute_sms_ : 0;
-          execute(node, lane<tessera::space::device>{own, budget, {true, budget}});
+          const bool beside = node.communication > 0 && communication_sms_ > 0;
+          const bool ahead = beside && head_start_.count() > 0;
+          if (ahead) tessera::pipeline::detail::wait_on_device(own, head_start_);
+          const int budget = beside && !ahead ? compute_sms_ : 0;
+          execute(node, lane<tessera::space::device>{own, budget, {true, ahead ? device_sms_ : budget}});
         }
         check(cudaEventRecord(events_[i], own), "cudaEventRecord");
       }
@@ -162,6 +165,7 @@ class device_lanes {
   std::chrono::nanoseconds head_start_{0};
   int communication_sms_ = 0;
   int compute_sms_ = 0;
+  int device_sms_ = 0;
 };
 
 static_assert(lane_policy<device_lanes>);

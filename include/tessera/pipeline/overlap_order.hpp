@@ -132,10 +132,10 @@ class order_builder {
 ///     compute:        MLP(B)      MLP(W)  MLP(F)   ATTN(B)     ATTN(W)  ATTN(F)
 ///     communication:  DISPATCH(F) DISPATCH(B)      COMBINE(F)  PP       COMBINE(B)
 ///
-/// With `overlap_style::weights` MLP(W) comes later, where nothing waits for it:
+/// With `overlap_style::weights` MLP(W) comes later, where nothing waits for it, and hides what is left of COMBINE(F):
 ///
-///     compute:        MLP(B)      MLP(F)       ATTN(B)  MLP(W)                 ATTN(W)  ATTN(F)
-///     communication:  DISPATCH(F) DISPATCH(B)           COMBINE(B) COMBINE(F)
+///     compute:        MLP(B)      MLP(F)       ATTN(B)     MLP(W)      ATTN(W)  ATTN(F)
+///     communication:  DISPATCH(F) DISPATCH(B)  COMBINE(F)  COMBINE(B)
 ///
 /// The forward walks up the layers, the backward down; the first `ATTN(F)` and `COMBINE(B)` come before. `PP`, the
 /// transfer of the chunk's results between ranks, is the batch of messages that follows in the schedule. A chunk
@@ -171,17 +171,13 @@ inline overlap_order make_overlap_order(int forward_layers, int backward_layers,
       add(backward_dispatch, b, backward_mlp_input);
       if (style == overlap_style::attention) add(backward_mlp_weights, b, backward_mlp_input);
     }
-    const auto combine_forward = [&] {
-      if (f < forward_layers) add(forward_combine, f, forward_mlp);
-    };
-    if (f < forward_layers) add(forward_mlp, f, forward_dispatch);
-    if (style == overlap_style::attention) combine_forward();
+    if (f < forward_layers) {
+      add(forward_mlp, f, forward_dispatch);
+      add(forward_combine, f, forward_mlp);
+    }
     if (b >= 0) {
       add(backward_attention_input, b, backward_dispatch);
       combine_backward(b - 1);
-    }
-    if (style == overlap_style::weights) combine_forward();
-    if (b >= 0) {
       if (style == overlap_style::weights) add(backward_mlp_weights, b, backward_mlp_input);
       add(backward_attention_weights, b, backward_attention_input);
     }

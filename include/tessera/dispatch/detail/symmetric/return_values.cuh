@@ -34,10 +34,12 @@ struct values_task {
 template <class A>
 __launch_bounds__(values_threads) TESSERA_KERNEL return_values_kernel(const __grid_constant__ values_task<A> task) {
   const comm::symmetric_view& view = task.view;
+  await_stream();
   if (block_failed(view)) return;
   const std::uint32_t generation = next_generation(view);
   if (blockIdx.x == 0 && threadIdx.x < warp_size) announce(view, generation);
   if (!all_entered(view, generation)) return;
+  let_next_start();  // no block waits for other ranks any more
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * values_threads + threadIdx.x;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * values_threads;
   for (int i = 0; i < view.size; ++i) {
@@ -53,6 +55,7 @@ __launch_bounds__(values_threads) TESSERA_KERNEL return_values_kernel(const __gr
 
 // Ends when every rank has said that its part of the channel's last operation is there.
 static __launch_bounds__(warp_size) TESSERA_KERNEL await_kernel(const __grid_constant__ comm::symmetric_view view) {
+  await_stream();
   if (failed(view)) return;
   const int r = static_cast<int>(threadIdx.x);
   if (r < view.size) await(view, view.arrived + r, current_generation(view), r, symmetric_step::arrival);

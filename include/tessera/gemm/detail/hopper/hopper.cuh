@@ -61,7 +61,7 @@ template <class Options, class P>
 void hand_out(const device& d, const Options& options, P& p) {
   p.tile_counter = options.tile_counter != nullptr ? options.tile_counter : d.tile_counter;
   p.shared = d.shared && p.tile_counter != nullptr;
-  p.leaves_room = d.shared || (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors);
+  p.leaves_room = d.leaves_room || (options.sm_budget > 0 && options.sm_budget < d.num_multiprocessors);
 }
 
 /// A map of packed rows. @param d The device. @param operand The rows. @param rows How many there may be. @param

@@ -63,8 +63,8 @@ __device__ __forceinline__ void publish_tile(const rings<Shape>& r, ring_positio
 ///
 /// Where rows of A are gathered, clusters ask when they are ready for a tile: those that begin at a time have
 /// neighbours, which share rows in the second-level cache. Elsewhere they ask a tile ahead, which hides the answer's
-/// latency. Beside kernels of other streams all ask when they are ready, for their first tile too, so that those that
-/// begin late take what is left.
+/// latency. Beside kernels of other streams they ask for their first tile too, so that those that begin late take what
+/// is left.
 template <class Shape>
 class tile_order {
  public:
@@ -79,16 +79,16 @@ class tile_order {
 
   /// The next index; all lanes of the scheduling warp.
   __device__ int next() {
-    const bool asks = counter_ != nullptr && threadIdx.x % 32 == 0, ahead = asks_ahead && !shared_;
+    const bool asks = counter_ != nullptr && threadIdx.x % 32 == 0;
     if (asks && (shared_ || !first_)) {
-      if (!ahead) ask();
+      if (first_ || !asks_ahead) ask();
       if constexpr (Shape::cluster > 1) tell();
     }
     first_ = false;
     const int index = __shfl_sync(0xffffffffu, next_, 0);
     if (counter_ == nullptr)
       next_ = index + clusters();
-    else if (ahead && asks)
+    else if (asks_ahead && asks)
       ask();  // the answer is awaited by the next call
     return index;
   }

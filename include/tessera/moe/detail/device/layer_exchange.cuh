@@ -369,7 +369,14 @@ class layer_exchange<Layer, exchange_kind::peers> {
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
     if (plan_.host_sized()) return by_host().values_home(saved, values, home);
     return_pair_values(stream_, comm_, saved.handle, values,
-                       matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols});
+                       matrix_view<A>{home.data, plan_.bounds.max_tokens, home.cols}, pair_values_home::zeroed);
+  }
+  // Ahead of the combine that `values_home` follows, so that nothing stands between their kernels.
+  void clear_values(matrix_view<A> home) {
+    if (plan_.host_sized()) return;
+    check_cuda(cudaMemsetAsync(home.data, 0, static_cast<std::size_t>(plan_.bounds.max_tokens * home.cols) * sizeof(A),
+                               stream_.get()),
+               "cudaMemsetAsync");
   }
 
  private:

@@ -230,6 +230,7 @@ class layer_backward_steps {
     auto& home = exchange_.on(stream);
     matrix_view<const S> plus{};
     if (plan_.has_shared()) plus = {scratch_.shared_dx, x_.rows, plan_.sizes.hidden};
+    if constexpr (requires { home.clear_values(dweights()); }) home.clear_values(dweights());
     home.combine(saved_, matrix_view<const A>{nullptr, x_.rows, plan_.sizes.top_k}, false,
                  matrix_view<const S>(dpairs()), scratch_.returned, plus, dx);
     home.values_home(saved_, scratch_.dpair_weights, dweights());
