@@ -108,6 +108,7 @@ class rank_layer {
     };
     x_.emplace(cast<S>(part(p.x, first * d, last * d)));
     dy_.emplace(cast<S>(part(p.dy, first * d, last * d)));
+    if (!p.residual.empty()) residual_.emplace(cast<S>(part(p.residual, first * d, last * d)));
     y_.emplace(x_->size());
     dx_.emplace(x_->size());
     gate_.emplace(cast<float>(p.gate));
@@ -137,8 +138,9 @@ class rank_layer {
   }
 
   void step(ts::pass mode) {
-    const typename Layer::inputs in{.x = {x_->data(), tokens_, sizes_.hidden},
-                                    .sequence_offsets = {sequence_offsets_->data(), sequence_offsets_->size()}};
+    typename Layer::inputs in{.x = {x_->data(), tokens_, sizes_.hidden},
+                              .sequence_offsets = {sequence_offsets_->data(), sequence_offsets_->size()}};
+    if (residual_) in.residual = {residual_->data(), tokens_, sizes_.hidden};
     const typename Layer::weights weights{.gate = {gate_->data(), sizes_.num_experts, sizes_.hidden},
                                           .experts = {up_->data(), down_->data()},
                                           .shared = {shared_up_->data(), shared_down_->data()}};
@@ -241,7 +243,7 @@ class rank_layer {
   ts::workspace_memory workspace_;
   state_buffer state_;
   std::optional<Layer> moe_;
-  std::optional<buffer<S>> x_, dy_, y_, dx_, up_, down_, shared_up_, shared_down_;
+  std::optional<buffer<S>> x_, dy_, residual_, y_, dx_, up_, down_, shared_up_, shared_down_;
   std::optional<buffer<float>> gate_, gate_grad_, up_grad_, down_grad_, shared_up_grad_, shared_down_grad_;
   std::vector<std::int32_t> sequences_;
   std::optional<buffer<std::int32_t>> sequence_offsets_;

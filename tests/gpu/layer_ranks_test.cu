@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -68,9 +69,10 @@ ts::comm::symmetric_options window(std::size_t mib) {
   return options;
 }
 
-layer_problem make_ranks_problem() {
-  auto p = make_problem({.num_experts = 32, .top_k = 6, .hidden = 192, .intermediate = 64, .num_shared_experts = 1},
-                        500, true, 17, true);
+layer_problem make_ranks_problem(int shared = 1) {
+  auto p =
+      make_problem({.num_experts = 32, .top_k = 6, .hidden = 192, .intermediate = 64, .num_shared_experts = shared},
+                   500, true, 17, true);
   const auto offsets = split_of(500, num_ranks());
   p.sequence_offsets = {0};
   for (std::size_t r = 1; r < offsets.size(); ++r) p.sequence_offsets.push_back(static_cast<std::int32_t>(offsets[r]));
@@ -143,6 +145,54 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
   const outcome alone = one.results();
   CHECK(got.up == alone.up);
   CHECK(got.down == alone.down);
+}
+
+TEST_CASE("between GPUs a residual is added to the outputs, with shared experts and without, whatever sums rows") {
+  const int ranks = num_ranks();
+  const auto check_residual = [&]<class Layer>(std::type_identity<Layer>, const layer_problem& p, bool host_sized) {
+    const auto offsets = split_of(p.num_tokens, ranks);
+    std::vector<outcome> parts(static_cast<std::size_t>(ranks));
+    auto chosen = full_bound<Layer>();
+    chosen.dispatch.host_sized = host_sized;
+    CHECK_NOTHROW(on_ranks(ranks, [&](ts::comm::threads& t) {
+      auto comm = ts::comm::symmetric::create(t, window(96));
+      const auto r = static_cast<std::size_t>(t.rank());
+      rank_layer<Layer> layer(comm, p, router_options(), offsets[r], offsets[r + 1], 300 + 200 / ranks,
+                              ts::layout::block(p.sizes.num_experts, ranks), chosen);
+      t.barrier({});  // allocations are done before GPUs wait for one another
+      layer.step(ts::pass::train);
+      layer.sync();
+      parts[r] = layer.results();
+      layer.poison();
+      layer.step(ts::pass::eval);
+      layer.sync();
+      CHECK(same_bits(layer.results().y, parts[r].y));
+      t.barrier({});
+    }));
+    return join(parts);
+  };
+  for (const int shared : {0, 1}) {
+    auto p = make_ranks_problem(shared);
+    p.residual = random_values(500 * 192, 1, 71, true);
+    const auto expected = run_problem<deepseek_like::host_layer>(p, ts::layout::block(p.sizes.num_experts, 1),
+                                                                 {0, p.num_tokens}, router_options(), {});
+    require(cudaSetDevice(0), "cudaSetDevice");
+    ts::comm::self<ts::space::device> self;
+    rank_layer<deepseek_like::alone> one(self, p, router_options(), 0, p.num_tokens, p.num_tokens);
+    one.step(ts::pass::train);
+    one.sync();
+    const outcome alone = one.results();
+    for (const bool host_sized : {false, true}) {
+      CAPTURE(shared);
+      CAPTURE(host_sized);
+      const auto reduced = check_residual(std::type_identity<deepseek_like::spread>(), p, host_sized);
+      CHECK(device_test::relative_error(widened(reduced.y), expected.y) <= 1e-2);
+      CHECK(device_test::relative_error(widened(reduced.dx), expected.dx) <= 1e-2);
+      const auto ordered = check_residual(std::type_identity<deepseek_like::ordered>(), p, host_sized);
+      CHECK(same_bits(ordered.y, alone.y));
+      CHECK(same_bits(ordered.dx, alone.dx));
+    }
+  }
 }
 
 TEST_CASE("rows that are sent again in backward give the bits of rows that were kept, in a graph too") {

@@ -117,6 +117,7 @@ struct device_case {
     }
     x = device_array<S>(cast<S>(p.x));
     dy = device_array<S>(cast<S>(p.dy));
+    residual = device_array<S>(cast<S>(p.residual));
     y = device_array<S>(p.x.size());
     dx = device_array<S>(p.x.size());
     gate = device_array<float>(cast<float>(p.gate));
@@ -145,7 +146,9 @@ struct device_case {
   ~device_case() { cudaStreamDestroy(stream); }
 
   typename layer::inputs inputs() const {
-    return {.x = {x.data(), tokens, sizes.hidden}, .sequence_offsets = {sequences.data(), sequences.size()}};
+    return {.x = {x.data(), tokens, sizes.hidden},
+            .sequence_offsets = {sequences.data(), sequences.size()},
+            .residual = {residual.data(), tokens, sizes.hidden}};
   }
   typename layer::weights weights() const {
     return {.gate = {gate.data(), sizes.num_experts, sizes.hidden},
@@ -189,7 +192,8 @@ struct device_case {
   cudaStream_t stream = nullptr;
   device_array<std::byte> state, saved, deferred, workspace;
   std::optional<layer> moe;
-  device_array<S> x, dy, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias, shared_down_bias;
+  device_array<S> x, dy, residual, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias,
+      shared_down_bias;
   device_array<float> gate, gate_bias, gate_grad, gate_bias_grad;
   device_array<G> up_grad, down_grad, up_bias_grad, down_bias_grad;
   device_array<float> shared_up_grad, shared_down_grad, shared_up_bias_grad, shared_down_bias_grad;
@@ -205,8 +209,9 @@ std::vector<double> over_chunks(const std::vector<float>& values, std::size_t wi
 
 template <class Policies>
 void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens = 0,
-                 const ts::dispatch_options& dispatch = {}) {
+                 const ts::dispatch_options& dispatch = {}, bool with_residual = false) {
   auto p = make_problem(sizes, tokens, Policies::gated, 17, true);
+  if (with_residual) p.residual = random_values(tokens * sizes.hidden, 1, 71, true);
   p.chunk_tokens = chunk_tokens;
   // Logits of long rows lie so far apart that softmax of two of them is 0 in fp32, and a tie there alone.
   if (sizes.hidden > 1000)
@@ -306,6 +311,34 @@ TEST_CASE("the layer on the device follows the host in double: GPT-OSS") {
 TEST_CASE("the layer on the device follows the host in double: weights on the input, no gate") {
   check_layer<input_weighted>(
       {.num_experts = 16, .top_k = 1, .hidden = 128, .intermediate = 96, .num_shared_experts = 1}, 300);
+}
+
+TEST_CASE("the layer on the device follows the host in double: a residual, with shared experts and without") {
+  check_layer<mixtral_like>({.num_experts = 16, .top_k = 4, .hidden = 136, .intermediate = 72, .num_shared_experts = 1},
+                            333, 64, {}, true);
+  check_layer<mixtral_like>({.num_experts = 8, .top_k = 2, .hidden = 256, .intermediate = 128}, 300, 0, {}, true);
+  check_layer<portable_mixtral_like>({.num_experts = 8, .top_k = 2, .hidden = 72, .intermediate = 40}, 90, 0, {}, true);
+}
+
+TEST_CASE("where the experts give zeros, y is the residual in every pass") {
+  for (const int shared : {0, 1}) {
+    CAPTURE(shared);
+    auto p =
+        make_problem({.num_experts = 8, .top_k = 2, .hidden = 128, .intermediate = 64, .num_shared_experts = shared},
+                     200, true, 3, true);
+    // outputs are 0, so that y is the residual
+    std::fill(p.down.begin(), p.down.end(), 0.0);
+    std::fill(p.shared_down.begin(), p.shared_down.end(), 0.0);
+    p.residual = random_values(200 * 128, 1, 5, true);
+    device_case<mixtral_like> c(p, {}, {});
+    for (const ts::pass mode : {ts::pass::train, ts::pass::recompute, ts::pass::eval}) {
+      check(cudaMemset(c.y.data(), 0xff, c.y.size() * sizeof(ts::bfloat16)));
+      check(cudaDeviceSynchronize());
+      c.forward(mode);
+      c.sync();
+      CHECK(widened(c.y.host()) == p.residual);
+    }
+  }
 }
 
 TEST_CASE("one token and no token work") {

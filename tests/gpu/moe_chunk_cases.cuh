@@ -298,9 +298,8 @@ result one_by_one(
 
     const auto block = [&](int i, S* from, S* u, S* to) {
       mixer.forward(stream, item, view(from), view(h), view(u));
-      layers[i]->layer.forward(stream, ts::pass::train, {.x = view(u)}, layers[i]->weights(), view(to), saved[i],
-                               scratch);
-      scale(stream, h, 1, to, 1, to, count);
+      layers[i]->layer.forward(stream, ts::pass::train, {.x = view(u), .residual = view(h)}, layers[i]->weights(),
+                               view(to), saved[i], scratch);
     };
     block(0, p.x[m]->data(), u0, x1);
     scale(stream, x1, -1, nullptr, 0, x2, count);

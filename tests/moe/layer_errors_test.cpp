@@ -119,6 +119,15 @@ TEST_CASE("bad views and memory are refused by name, and state is unchanged") {
     forward(r.inputs(), r.weights(), {r.y.data(), 7, 6}, r.saved, r.workspace);
   });
   refused("y has no data", [&] { forward(r.inputs(), r.weights(), {nullptr, 8, 6}, r.saved, r.workspace); });
+  in = r.inputs();
+  in.residual = {r.dy.data(), 7, 6};
+  refused("the residual is [7, 6], expected [8, 6]",
+          [&] { forward(in, r.weights(), r.y_view(), r.saved, r.workspace); });
+  in.residual = {r.dy.data(), 8, 5};
+  refused("the residual is [8, 5], expected [8, 6]",
+          [&] { forward(in, r.weights(), r.y_view(), r.saved, r.workspace); });
+  in.residual = {r.y.data(), 8, 6};
+  refused("the residual (", [&] { forward(in, r.weights(), r.y_view(), r.saved, r.workspace); });
 
   layer::weights weights = r.weights();
   weights.gate.rows = 3;

@@ -43,6 +43,11 @@ void on_two_ranks(const layer_problem& p, Body&& body) {
   });
 }
 
+// Where the 24 tokens of a problem are cut for 1 or 2 ranks.
+std::vector<std::int64_t> halves(int ranks) {
+  return ranks == 1 ? std::vector<std::int64_t>{0, 24} : std::vector<std::int64_t>{0, 12, 24};
+}
+
 std::vector<std::int64_t> load_of(const rank_of_layer& rank) {
   return {rank.layer->state().load, rank.layer->state().load + num_experts};
 }
@@ -116,6 +121,78 @@ TEST_CASE("weight gradients may wait while other micro-batches use the workspace
     rank.backward_weights();
     CHECK(rank.up_grad == up);
     CHECK(rank.gate_grad == gate);
+  });
+}
+
+TEST_CASE_TEMPLATE("without shared experts the residual is added to what forward gives without it", Precision,
+                   ts::precision::fp32, ts::precision::bf16) {
+  using plain = ts::moe_layer<balanced_router, ts::experts<ts::activation::swiglu, Precision>, ts::layout::block,
+                              ts::comm::threads>;
+  auto p = make_problem({.num_experts = num_experts, .top_k = 3, .hidden = 10, .intermediate = 6}, 24, true, 5, true);
+  for (const int ranks : {1, 2}) {
+    CAPTURE(ranks);
+    const auto run = [&](const std::vector<double>& residual) {
+      p.residual = residual;
+      return run_problem<plain>(p, ts::layout::block(num_experts, ranks), halves(ranks), routing,
+                                {.dispatch = roomy.dispatch});
+    };
+    const auto without = run({}), with = run(random_values(240, 1, 9, true));
+    for (std::size_t i = 0; i < without.y.size(); ++i) {
+      const auto sum = static_cast<float>(p.residual[i]) + static_cast<float>(without.y[i]);
+      REQUIRE(with.y[i] == widen(static_cast<typename plain::storage>(sum)));
+    }
+    CHECK(with.y != without.y);
+    CHECK(with.dx == without.dx);
+    CHECK(with.gate == without.gate);
+    CHECK(with.up == without.up);
+  }
+}
+
+TEST_CASE("with shared experts the residual is added to their outputs first") {
+  auto p = problem();
+  for (const int ranks : {1, 2}) {
+    CAPTURE(ranks);
+    const auto run = [&](const layer_problem& of) {
+      return run_problem<layer>(of, ts::layout::block(num_experts, ranks), halves(ranks), routing, roomy);
+    };
+    p.residual.clear();
+    layer_problem routed = p, shared = p;  // either alone: the other's outputs are 0
+    std::fill(routed.shared_down.begin(), routed.shared_down.end(), 0.0);
+    std::fill(shared.down.begin(), shared.down.end(), 0.0);
+    const auto without = run(p), of_routed = run(routed), of_shared = run(shared);
+    p.residual = random_values(240, 1, 9, true);
+    const auto with = run(p);
+    for (std::size_t i = 0; i < with.y.size(); ++i) {
+      const float plus = static_cast<float>(p.residual[i]) + static_cast<float>(of_shared.y[i]);
+      REQUIRE(with.y[i] == static_cast<double>(static_cast<float>(of_routed.y[i]) + plus));
+    }
+    CHECK(with.dx == without.dx);
+    CHECK(with.shared_down == without.shared_down);
+  }
+}
+
+TEST_CASE("a residual without data changes no bit, one with distant rows is read, and eval gives the bits of train") {
+  const auto p = problem();
+  on_two_ranks(p, [](rank_of_layer& rank) {
+    auto in = rank.inputs();
+    const auto forward = [&](ts::pass mode) {
+      std::fill(rank.y.begin(), rank.y.end(), -7.0F);
+      rank_of_layer::poison(rank.workspace);
+      rank.layer->forward({}, mode, in, rank.weights(), rank.y_view(), rank.saved, rank.workspace);
+      return rank.y;
+    };
+    in.residual = {};
+    const auto without = forward(ts::pass::recompute);
+    in.residual = {nullptr, 3, 5};
+    CHECK(forward(ts::pass::recompute) == without);
+    in.residual = rank.dy_view();
+    const auto with = forward(ts::pass::recompute);
+    CHECK(with != without);
+    CHECK(forward(ts::pass::eval) == with);
+    std::vector<float> apart(static_cast<std::size_t>(rank.count * 13));
+    for (std::int64_t t = 0; t < rank.count; ++t) std::copy_n(rank.dy.begin() + t * 10, 10, apart.begin() + t * 13);
+    in.residual = {apart.data(), rank.count, 10, 13};
+    CHECK(forward(ts::pass::recompute) == with);
   });
 }
 

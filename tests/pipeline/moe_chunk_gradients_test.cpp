@@ -288,8 +288,8 @@ outcomes serial(int num_stages, const std::vector<std::int64_t>& rows) {
         b.mixer->forward({}, item, view(b.x), view(b.h), view(b.u));
         layer::inputs in = b.mixer->inputs(item);
         in.x = view(b.u);
+        in.residual = view(b.h);
         b.moe->moe.forward({}, ts::pass::train, in, b.moe->weights(), view(y), b.saved, workspace);
-        for (std::size_t k = 0; k < static_cast<std::size_t>(n * hidden); ++k) y[k] = b.h[k] + y[k];
       }
       for (std::size_t i = blocks.size(); i-- > 0;) {
         block& b = blocks[i];

@@ -32,6 +32,7 @@ struct layer_problem {
   std::vector<std::int32_t> token_ids;
   std::vector<std::int32_t> expert_ids;
   std::vector<double> x, dy;                         // [T, d]
+  std::vector<double> residual;                      // [T, d]; empty: none
   std::vector<double> gate, gate_bias;               // [E, d], [E]
   std::vector<double> up, down, up_bias, down_bias;  // [E, ...]
   std::vector<double> shared_up, shared_down, shared_up_bias, shared_down_bias;
@@ -154,6 +155,8 @@ struct layer_rank {
     u = Layer::experts_type::gated ? 2 * n : n;
     x = cast<S>(std::span(p.x).subspan(std::size_t(first * d), std::size_t(count * d)));
     dy = cast<S>(std::span(p.dy).subspan(std::size_t(first * d), std::size_t(count * d)));
+    if (!p.residual.empty())
+      residual = cast<S>(std::span(p.residual).subspan(std::size_t(first * d), std::size_t(count * d)));
     y.resize(x.size());
     dx.resize(x.size());
     gate = cast<A>(p.gate);
@@ -193,7 +196,8 @@ struct layer_rank {
     return {.x = {x.data(), count, sizes.hidden},
             .token_ids = std::span(p.token_ids).subspan(std::size_t(first), std::size_t(count)),
             .expert_ids = {p.expert_ids.data() + first * sizes.top_k, count, sizes.top_k},
-            .sequence_offsets = sequences};
+            .sequence_offsets = sequences,
+            .residual = {residual.data(), count, sizes.hidden}};
   }
   typename Layer::weights weights() {
     return {.gate = {gate.data(), sizes.num_experts, sizes.hidden},
@@ -229,7 +233,8 @@ struct layer_rank {
   ts::host_buffer state, saved, deferred, workspace;
   std::optional<Layer> layer;
   std::vector<std::int32_t> sequences;
-  std::vector<S> x, dy, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias, shared_down_bias;
+  std::vector<S> x, dy, residual, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias,
+      shared_down_bias;
   std::vector<A> gate, gate_bias, gate_grad, gate_bias_grad;
   std::vector<G> up_grad, down_grad, up_bias_grad, down_bias_grad;
   std::vector<A> shared_up_grad, shared_down_grad, shared_up_bias_grad, shared_down_bias_grad;

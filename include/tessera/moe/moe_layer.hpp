@@ -60,9 +60,9 @@ struct layer_sizes {
 /// With `comm::symmetric` other ranks write into this one's memory: saved, deferred and workspace memory come from its
 /// `allocate`, called with the same sizes in the same order on all ranks, and the calls of one handle's layers are
 /// enqueued on one stream, in the same order everywhere, with the same options and passes. `sizes` gives the same bytes
-/// on every rank there. Rows of x, y, dy and dx, and their distances, are multiples of 16 bytes; `layout::table` is in
-/// memory that host and device read. A row bound that is exceeded is found by `comm::symmetric::check`, not by the
-/// call.
+/// on every rank there. Rows of x, residual, y, dy and dx, and their distances, are multiples of 16 bytes;
+/// `layout::table` is in memory that host and device read. A row bound that is exceeded is found by
+/// `comm::symmetric::check`, not by the call.
 ///
 /// Two micro-batches at once are two layers over two slots of a communicator, with the same state memory and otherwise
 /// memory of their own, each on one stream. Calls on one GPU that share a state are enqueued in one order, but for
@@ -156,9 +156,9 @@ class moe_layer {
   /// `recompute` all-reduce `E + 2` integers.
   /// @param stream    Order of the work.
   /// @param mode      `train` and `recompute` fill `saved`; `train` counts the load; `eval` does neither.
-  /// @param in        `x [T, d]`, T at most `max_tokens`, and what the router's policies ask for.
+  /// @param in        `x [T, d]`, T at most `max_tokens`; what the router's policies ask for; a residual to add to y.
   /// @param params    Parameters.
-  /// @param y         `[T, d]`, overwritten; does not overlap `x`.
+  /// @param y         `[T, d]`, overwritten; overlaps neither `x` nor the residual.
   /// @param saved     `saved_bytes`, aligned to `memory_alignment`; may be empty for `eval`.
   /// @param workspace `workspace_bytes`, or `eval_workspace_bytes` for `eval`; aligned to `memory_alignment`.
   /// @throws invalid_argument if a shape, a view or a memory size is wrong, or a logit is not finite.

@@ -21,6 +21,12 @@ struct layer_inputs {
   std::span<const std::int32_t> token_ids = {};  ///< `[T]`, for `select::hash`.
   matrix_view<const std::int32_t> expert_ids = {};      ///< `[T, K]`, for `select::external`.
   std::span<const std::int32_t> sequence_offsets = {};  ///< `[S + 1]` from 0 to T, ascending; empty: one sequence.
+  /// `[T, d]`, added to y by `forward`: y = residual + experts; without data nothing is. Does not overlap y. Rows are
+  /// aligned as those of x where they travel between GPUs. Added to the shared experts' outputs and rounded, before
+  /// these are added to the routed experts'; without shared experts it is added to the rounded sum of the routed ones
+  /// on the host, and rounded together with the sum on a device. Its gradient is dy, which the engine adds: backward
+  /// does not look at it.
+  matrix_view<const S> residual = {};
 };
 
 /// The container of shared experts that goes with `Experts`: `Experts::shared` where there is one, otherwise `Experts`.

@@ -90,8 +90,9 @@ class residual_moe {
     if (mode != pass::eval) expect_fitting_chunks(rows, x.rows);
     const saved_view kept = saved_of(saved, x);
     norm_->forward(stream, mode, rows, x, kept.normed, kept.norm, workspace);
-    layer_->forward(stream, mode, inputs(rows, kept.normed), params_, y, kept.layer, workspace);
-    for (std::int64_t i = 0; i < x.rows; ++i) detail::add_row<accumulate>(x.row(i), x.cols, y.row(i));
+    typename Layer::inputs in = inputs(rows, kept.normed);
+    in.residual = x;
+    layer_->forward(stream, mode, in, params_, y, kept.layer, workspace);
   }
 
   /// Computes dx. Collective; host: returns when done.

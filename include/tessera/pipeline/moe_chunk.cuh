@@ -6,58 +6,17 @@
 /// Device half of a chunk of mixture-of-experts layers: instantiate `moe_chunk` with a layer in device memory in a
 /// `.cu` file that includes this.
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
-#include <cuda_runtime.h>
-
-#include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
-#include <tessera/dispatch/dispatch.cuh>
 #include <tessera/moe/moe_layer.cuh>
 #include <tessera/pipeline/moe_chunk.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
 namespace pipeline {
-
-namespace detail {
-
-// `y = round(h + y)`, summed in A, `Width` elements a thread.
-template <class A, class S, int Width>
-__global__ void __launch_bounds__(256) add_residual_kernel(matrix_view<const S> h, matrix_view<S> y) {
-  using tessera::detail::elements;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t per_row = y.cols / Width, count = y.rows * per_row;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const std::int64_t row = i / per_row, column = (i - row * per_row) * Width;
-    auto& to = *reinterpret_cast<elements<S, Width>*>(y.row(row) + column);
-    const auto from = *reinterpret_cast<const elements<S, Width>*>(h.row(row) + column);
-    elements<S, Width> sum = to;
-#pragma unroll
-    for (int j = 0; j < Width; ++j)
-      sum.value[j] = static_cast<S>(static_cast<A>(from.value[j]) + static_cast<A>(sum.value[j]));
-    to = sum;
-  }
-}
-
-template <class A, class S>
-void add_residual(device_stream stream, matrix_view<const S> h, matrix_view<S> y) {
-  constexpr int width = 16 / sizeof(S);
-  const bool by_lines = tessera::detail::moves_vectors<S>(y.cols, h, y);
-  const std::int64_t count = y.rows * (y.cols / (by_lines ? width : 1));
-  if (count == 0) return;
-  const auto blocks = static_cast<unsigned>((std::min<std::int64_t>)((count + 255) / 256, 2048));
-  const auto kernel = by_lines ? add_residual_kernel<A, S, width> : add_residual_kernel<A, S, 1>;
-  kernel<<<blocks, 256, 0, stream.get()>>>(h, y);
-  const cudaError_t launched = cudaGetLastError();
-  TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
-                     "the launch of add_residual_kernel: " << cudaGetErrorString(launched));
-}
-
-}  // namespace detail
 
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>
@@ -106,8 +65,9 @@ void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
     return;
   }
   const memory& m = memory_of(call.layer, call.item.slot);
-  tessera::detail::check_forward(*b.layer, inputs_of(call), b.weights, output(call));
-  tessera::detail::check_exchange(*b.layer, {m.saved.data, forward_scratch_.data}, experts_input(call), output(call));
+  const typename Layer::inputs in = inputs_of(call);
+  tessera::detail::check_forward(*b.layer, in, b.weights, output(call));
+  tessera::detail::check_exchange(*b.layer, {m.saved.data, forward_scratch_.data}, in.x, in.residual, output(call));
   b.before->forward(call.lane.stream, call.item, input(call), view(residual_, rows), view(m.u, rows));
   with_forward(call, [&](auto&& steps) { steps.route(call.lane.stream, call.lane.num_sms); });
 }
@@ -135,7 +95,6 @@ requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
   with_forward(call, [&](auto&& steps) {
     steps.combine(call.lane.stream, output(call));
-    detail::add_residual<accumulate, element>(call.lane.stream, view(residual_, call.item.rows), output(call));
     steps.count(call.lane.stream);
   });
 }

@@ -136,7 +136,7 @@ class moe_chunk_blocks {
   /// Input of the experts. @param call The phase.
   template <class Call>
   matrix_view<const element> experts_input(const Call& call);
-  /// What the layer's router sees. @param call The phase.
+  /// What the layer is given: what its router sees and, in forward, h as the residual. @param call The phase.
   template <class Call>
   typename Layer::inputs inputs_of(const Call& call);
 
@@ -155,13 +155,12 @@ class moe_chunk_blocks {
 ///
 /// `forward_attention` computes mixer, gate and routing; `forward_dispatch` exchanges the routing and the rows;
 /// `forward_mlp` runs routed and shared experts; `forward_combine` brings rows home and adds `h`. Backward accordingly;
-/// the gradient of the gate belongs to attention. The result of a layer is bit for bit that of `moe_layer::forward`,
-/// `backward_input` and `backward_weights` with `pass::train`; the sum with `h` is taken in `Layer::accumulate` and
-/// rounded once.
+/// the gradient of the gate belongs to attention. The result of a layer is bit for bit that of `moe_layer::forward`
+/// with `h` as `layer_inputs::residual`, `backward_input` and `backward_weights` with `pass::train`.
 ///
 /// Token ids, given expert ids and sequence offsets, where the router's policies need them, come from a member of the
-/// mixer, `typename Layer::inputs inputs(const work_item&)`, whose `x` is not read and whose memory stays until
-/// `backward_attention_weights`; without it the rows of a micro-batch are one sequence.
+/// mixer, `typename Layer::inputs inputs(const work_item&)`, whose `x` and `residual` are not read and whose memory
+/// stays until `backward_attention_weights`; without it the rows of a micro-batch are one sequence.
 ///
 /// All blocks have the same width d. Layers may share one expert-parallel communicator; all its ranks run the same
 /// schedule. With `host_lanes` the communicator is used from two threads, one at a time.

@@ -20,12 +20,11 @@ namespace pipeline {
 /// enqueue and return; nothing allocates, synchronises or reads device memory on the host.
 ///
 /// The phases are the steps of `moe_layer`'s calls, in their order on the lanes' streams, so a layer's results have
-/// just the bits of `forward` with `pass::train`, `backward_input` and `backward_weights`; the sum with `h` is taken in
-/// `Layer::accumulate` and rounded once, in `forward_combine`. `forward_dispatch`, `forward_combine`,
-/// `backward_combine` and `backward_dispatch` alone wait for other GPUs. Everything that they enqueue is on one stream
-/// in the same order on all ranks, so layers need no more than one slot of `comm::symmetric`, and may share it. Over
-/// it, the chunk's saved, deferred and workspace memory come from its `allocate`, and `max_rows` is the same on all
-/// ranks.
+/// just the bits of `forward` with `pass::train` and `h` as `layer_inputs::residual`, `backward_input` and
+/// `backward_weights`. `forward_dispatch`, `forward_combine`, `backward_combine` and `backward_dispatch` alone wait for
+/// other GPUs. Everything that they enqueue is on one stream in the same order on all ranks, so layers need no more
+/// than one slot of `comm::symmetric`, and may share it. Over it, the chunk's saved, deferred and workspace memory come
+/// from its `allocate`, and `max_rows` is the same on all ranks.
 ///
 /// Budgets of multiprocessors: in the communication lane, the blocks that move rows; in the compute lane, the first
 /// product of a phase, whose blocks would otherwise stand where communication that begins with it needs room. Later
@@ -78,7 +77,6 @@ class moe_chunk<Layer, Mixer> : public moe_chunk_blocks<Layer, Mixer> {
   void backward_attention_weights(const backward_type& call);
 
  private:
-  using accumulate = typename base::accumulate;
   using memory = typename base::memory;
 
   // Calls `step` with the steps of a block's layer and the multiprocessors of the phase.

@@ -78,6 +78,9 @@ void check_forward(const Layer& layer, const typename Layer::inputs& in, const t
   check_weights(layer, params);
   expect_matrix(y, in.x.rows, layer.dims().hidden, "y");
   expect_disjoint(in.x, "x", y, "y");
+  if (in.residual.data == nullptr) return;
+  expect_matrix(in.residual, y.rows, y.cols, "the residual");
+  expect_disjoint(in.residual, "the residual", y, "y");
 }
 
 template <class Layer>

@@ -53,13 +53,49 @@ float default_bias_rate(const Layer& layer) {
   return rate;
 }
 
+// to = round(from + to), summed in A.
+template <class A, class S>
+void add_residual(const matrix_view<const S>& from, const matrix_view<S>& to) {
+  for (std::int64_t t = 0; t < to.rows; ++t)
+    for (std::int64_t j = 0; j < to.cols; ++j)
+      to(t, j) = static_cast<S>(static_cast<A>(from(t, j)) + static_cast<A>(to(t, j)));
+}
+
+// Rows home: y = their sums, the shared experts' outputs and the residual, which may have no data.
+template <class Layer>
+void layer_combine(host_stream stream, typename Layer::communicator_type& comm, const layer_plan<Layer>& plan,
+                   const layer_saved<Layer>& saved, const layer_forward_scratch<Layer>& scratch,
+                   const matrix_view<const typename Layer::storage>& residual,
+                   const matrix_view<typename Layer::storage>& y) {
+  using A = typename Layer::accumulate;
+  using S = typename Layer::storage;
+  using combine_type = typename Layer::combine_type;
+  const auto weighting = plan.weights_on == weight_on::input ? combine_weights::none : combine_weights::routing;
+  const matrix_view<const S> pairs{scratch.pairs, saved.handle.total->received_pairs, y.cols};
+  const matrix_view<const A> weights = saved.chosen(y.rows, plan.sizes).weights;
+  const auto sum_into = [&](auto out) {
+    combine_begin<combine_type>(stream, comm, saved.handle, weighting, pairs, scratch.sums);
+    combine_end<combine_type>(stream, comm, saved.handle, weighting, pairs, weights, out, scratch.sums);
+  };
+  if (plan.has_shared()) {
+    const matrix_view<S> shared{scratch.shared_out, y.rows, y.cols};
+    if (residual.data != nullptr) add_residual<A>(residual, shared);
+    const matrix_view<A> routed{scratch.routed, y.rows, y.cols};
+    sum_into(routed);
+    for (std::int64_t t = 0; t < y.rows; ++t)
+      for (std::int64_t j = 0; j < y.cols; ++j) y(t, j) = static_cast<S>(routed(t, j) + static_cast<A>(shared(t, j)));
+  } else {
+    sum_into(y);
+    if (residual.data != nullptr) add_residual<A>(residual, y);
+  }
+}
+
 template <class Layer>
 void layer_forward(host_stream stream, const Layer& layer, pass mode, const typename Layer::inputs& in,
                    const typename Layer::weights& params, matrix_view<typename Layer::storage> y,
                    saved_memory saved_bytes, workspace_memory workspace) {
   using A = typename Layer::accumulate;
   using S = typename Layer::storage;
-  using combine_type = typename Layer::combine_type;
   const shape& s = layer.dims();
   const auto& state = layer.state();
   auto& comm = layer.comm();
@@ -94,22 +130,7 @@ void layer_forward(host_stream stream, const Layer& layer, pass mode, const type
   plan.experts.forward(stream, saved.handle.rows(), rows, {saved.handle.pair_weights, plan.weights_on}, params.experts,
                        saved.experts, pairs, scratch.experts);
 
-  const auto weighting = plan.weights_on == weight_on::input ? combine_weights::none : combine_weights::routing;
-  const auto sum_into = [&](auto out) {
-    const matrix_view<const S> outputs = pairs;
-    const matrix_view<const A> weights = chosen.weights;
-    combine_begin<combine_type>(stream, comm, saved.handle, weighting, outputs, scratch.sums);
-    combine_end<combine_type>(stream, comm, saved.handle, weighting, outputs, weights, out, scratch.sums);
-  };
-  if (plan.has_shared()) {
-    const matrix_view<A> routed{scratch.routed, num_tokens, s.hidden};
-    sum_into(routed);
-    for (std::int64_t t = 0; t < num_tokens; ++t)
-      for (std::int64_t j = 0; j < s.hidden; ++j)
-        y(t, j) = static_cast<S>(routed(t, j) + static_cast<A>(scratch.shared_out[t * s.hidden + j]));
-  } else {
-    sum_into(y);
-  }
+  layer_combine<Layer>(stream, comm, plan, saved, scratch, in.residual, y);
 
   // State changes last, when nothing can throw any more.
   if (!counting) return;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include <tessera/moe/detail/layer_host.hpp>
 #include <tessera/pipeline/moe_chunk.hpp>
@@ -135,7 +136,7 @@ auto moe_chunk_blocks<Layer, Mixer>::experts_input(const Call& call) -> matrix_v
   return view(memory_of(call.layer, call.item.slot).u, call.item.rows);
 }
 
-// What the layer's router sees.
+// What the layer is given: what its router sees and, in forward, h.
 template <class Layer, class Mixer>
 template <class Call>
 typename Layer::inputs moe_chunk_blocks<Layer, Mixer>::inputs_of(const Call& call) {
@@ -143,6 +144,8 @@ typename Layer::inputs moe_chunk_blocks<Layer, Mixer>::inputs_of(const Call& cal
   const Mixer& before = *block_of(call.layer).before;
   if constexpr (requires { in = before.inputs(call.item); }) in = before.inputs(call.item);
   in.x = experts_input(call);
+  in.residual = {};
+  if constexpr (std::is_same_v<Call, forward_type>) in.residual = view(residual_, call.item.rows);
   return in;
 }
 
@@ -264,28 +267,8 @@ void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
   const parts p(*b.layer, memory_of(call.layer, call.item.slot));
   const auto scratch = p.forward_scratch(forward_scratch_);
   const shape& s = b.layer->dims();
-  auto& comm = b.layer->comm();
-  const matrix_view<element> y = output(call);
-  const auto weighting = p.plan.weights_on == weight_on::input ? combine_weights::none : combine_weights::routing;
-  const matrix_view<const element> pairs{scratch.pairs, p.saved.handle.total->received_pairs, s.hidden};
-  const matrix_view<const A> weights = p.saved.chosen(call.item.rows, s).weights;
-  const auto sum_into = [&](auto out) {
-    using combine_type = typename Layer::combine_type;
-    combine_begin<combine_type>(call.lane.stream, comm, p.saved.handle, weighting, pairs, scratch.sums);
-    combine_end<combine_type>(call.lane.stream, comm, p.saved.handle, weighting, pairs, weights, out, scratch.sums);
-  };
-  if (p.plan.has_shared()) {
-    const matrix_view<A> routed{scratch.routed, call.item.rows, s.hidden};
-    sum_into(routed);
-    for (std::int64_t t = 0; t < call.item.rows; ++t)
-      for (std::int64_t j = 0; j < s.hidden; ++j)
-        y(t, j) = static_cast<element>(routed(t, j) + static_cast<A>(scratch.shared_out[t * s.hidden + j]));
-  } else {
-    sum_into(y);
-  }
-  for (std::int64_t t = 0; t < call.item.rows; ++t)
-    for (std::int64_t j = 0; j < s.hidden; ++j)
-      y(t, j) = static_cast<element>(static_cast<A>(residual_[t * width_ + j]) + static_cast<A>(y(t, j)));
+  tessera::detail::layer_combine<Layer>(call.lane.stream, b.layer->comm(), p.plan, p.saved, scratch,
+                                        inputs_of(call).residual, output(call));
 
   const auto& state = b.layer->state();
   const auto counts = const_balance_counts(scratch.counts, s.num_experts);

@@ -7,6 +7,7 @@
 #include <tessera/experts/expert_mlp.cuh>
 #include <tessera/moe/detail/device/gate_product.cuh>
 #include <tessera/moe/detail/device/layer_exchange.cuh>
+#include <tessera/moe/detail/device/residual.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/moe/detail/layer_host.hpp>
@@ -104,7 +105,7 @@ class layer_forward_steps {
     exchange_.on(stream).await_lists();
     exchange_.on(stream).await_rows(x_, received());
   }
-  // Any time before `combine`.
+  // Any time before `combine`. Their outputs, and the residual.
   bool has_shared() const { return plan_.has_shared(); }
   void shared([[maybe_unused]] device_stream stream, [[maybe_unused]] const sm_share& share = {}) {
     if constexpr (Layer::may_have_shared) {
@@ -113,6 +114,8 @@ class layer_forward_steps {
                            params_.shared, saved_.shared,
                            {scratch_.shared_out, plan_.sizes.max_tokens, plan_.sizes.hidden},
                            with_share(scratch_.shared, share));
+      if (in_.residual.data != nullptr)
+        add_residual<A, S>(stream, in_.residual, {scratch_.shared_out, x_.rows, plan_.sizes.hidden});
     }
   }
   void experts(device_stream stream, const sm_share& share = {}) {
@@ -120,9 +123,9 @@ class layer_forward_steps {
                           weights_of_pairs<Layer>(saved_.handle.pair_weights), params_.experts, saved_.experts, pairs(),
                           with_share(scratch_.experts, share));
   }
-  // Rows home: y = their sums, and the shared experts' outputs.
+  // Rows home: y = their sums, and what `shared` has left; without shared experts, the residual.
   void combine(device_stream stream, matrix_view<S> y) {
-    matrix_view<const S> plus{};
+    matrix_view<const S> plus = in_.residual;
     if (plan_.has_shared()) plus = {scratch_.shared_out, x_.rows, plan_.sizes.hidden};
     exchange_.on(stream).combine(saved_, matrix_view<const A>(chosen().weights), plan_.weights_on == weight_on::output,
                                  matrix_view<const S>(pairs()), window_.returned, plus, y);
