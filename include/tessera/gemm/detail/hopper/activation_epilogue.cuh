@@ -153,11 +153,9 @@ struct activation_backward_epilogue {
     return rows;
   }
 
-  template <int Chunk, int Count, class Settle>
+  template <int Chunk, int Count>
   static __device__ __forceinline__ void step(const params& p, const float (&sums)[Count], row_values& rows,
-                                              const tile& t, int first_row, const warp_output& output,
-                                              std::uint32_t blocks, Settle&& settle) {
-    const int column = t.n + Chunk * chunk_rows;
+                                              const tile&, const warp_output& output, std::uint32_t blocks) {
     const std::uint32_t second = blocks + staging_bytes;
     fragment gate, out;
     [[maybe_unused]] fragment up;
@@ -198,8 +196,7 @@ struct activation_backward_epilogue {
     }
 
     // Where matrices are loaded and stored, the whole warp has loaded one before any lane stores over it.
-    const std::uint32_t buffer = output.buffer(Chunk % 2);
-    warp_output::put(buffer, out);
+    warp_output::put(output.buffer(Chunk % 2), out);
     if constexpr (Activation::gated && Interleaved) {
       put_interleaved<0>(blocks, gate, up);
       put_interleaved<1>(second, gate, up);
@@ -207,9 +204,14 @@ struct activation_backward_epilogue {
       warp_output::put(blocks, gate);
       if constexpr (Activation::gated) warp_output::put(second, up);
     }
-    settle();
+  }
+
+  template <int Chunk>
+  static __device__ __forceinline__ void send_step(const params& p, row_values& rows, const tile& t, int first_row,
+                                                   const warp_output& output, std::uint32_t blocks) {
+    const int column = t.n + Chunk * chunk_rows;
     warp_output::show();
-    warp_output::send<true>(buffer, p.out, 0, first_row, t.m_end, column);
+    warp_output::send<true>(output.buffer(Chunk % 2), p.out, 0, first_row, t.m_end, column);
 #pragma unroll
     for (int part = 0; part < step_blocks; ++part) {
       const place_in_h at = place(column, part);

@@ -66,21 +66,23 @@ __device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
 
 /// Zeroes the lines from `valid` on that the copy engine brought into a stage of `variable_k`. They belong to the next
 /// group or to nobody, and a zero in one operand alone does not silence a NaN in the other. Gathered lines are zero
-/// already. Both warpgroups share the work, unless each has its own tile. @param steps Whether epilogues take steps:
-/// their stores into the slot are ordered before by barriers that tools do not follow, so warps meet once more then.
+/// already. Warpgroups that both have rows of the tile share the work. @param steps Whether epilogues take steps: their
+/// stores into the slot are ordered before by barriers that tools do not follow, so warps meet once more then.
 template <class Shape>
-__device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, int valid, bool steps) {
-  static constexpr int threads = Shape::ping_pong ? 128 : 256;
+__device__ __forceinline__ void zero_tail(const rings<Shape>& r, int slot, const tile& t, int valid, bool steps) {
   static constexpr int first = Shape::gather == gathered::a ? Shape::chunks_a : 0;
   static constexpr int last = Shape::chunks_a + Shape::chunks_b;
-  const int thread = (static_cast<int>(threadIdx.x) - 128) % threads;
+  const bool shares = !Shape::ping_pong && t.m_end - t.m > chunk_rows;
+  const int threads = shares ? 256 : 128;
+  const int barrier = shares ? 1 : 1 + static_cast<int>(threadIdx.x / 128);
+  const int thread = static_cast<int>(threadIdx.x - 128) & (threads - 1);
   const int units = (chunk_rows - valid) * 8;
-  if (steps) named_barrier(1, threads);
+  if (steps) named_barrier(barrier, threads);
   for (int c = first; c < last; ++c)
     for (int u = thread; u < units; u += threads)
       store_shared(r.stage(slot) + static_cast<std::uint32_t>(c * chunk_bytes + valid * 128 + u * 16), {0, 0, 0, 0});
   async_proxy_fence();
-  named_barrier(Shape::ping_pong ? 1 + static_cast<int>(threadIdx.x / 128) : 1, threads);
+  named_barrier(barrier, threads);
 }
 
 /// Waits for the operands of stage `index` of a tile's sum. @param steps As in `zero_tail`.
@@ -91,7 +93,7 @@ __device__ __forceinline__ void await_stage(const rings<Shape>& r, const ring_po
   if constexpr (Shape::gather != gathered::none) async_proxy_fence();
   if constexpr (Shape::kind == product::variable_k) {
     const int valid = t.k_end - t.k_begin - index * Shape::tile_k;
-    if (valid < Shape::tile_k) zero_tail(r, at.slot, valid, steps);
+    if (valid < Shape::tile_k) zero_tail(r, at.slot, t, valid, steps);
   }
 }
 
@@ -137,14 +139,11 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
 /// rounds apart.
 template <class Shape>
 __device__ __forceinline__ void pass_on(const rings<Shape>& r, ring_position<Shape::stages>& at, const tile& t,
-                                        int steps, int which) {
-  const int stages = sum_stages<Shape>(t);
-  for (int s = 0; s < stages + steps; ++s) {
-    if (s < stages)
-      await_stage(r, at, t, s, steps > 0);
-    else
-      barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
-    named_barrier(2 + which, 128);
+                                        int steps) {
+  const int count = sum_stages<Shape>(t) + steps;
+  for (int s = 0; s < count; ++s) {
+    barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
+    named_barrier(1 + static_cast<int>(threadIdx.x / 128), 128);
     release_stage(r, at.slot);
     at.advance();
   }
@@ -179,11 +178,11 @@ __device__ __forceinline__ void write_steps(const P& p, float (&sums)[Shape::acc
   for_each_chunk<Shape::tile_n / chunk_rows>([&]<int Chunk>() {
     if (Chunk >= steps) return;
     barrier_wait(r.full + 8 * static_cast<std::uint32_t>(at.slot), at.parity);
-    const auto settle = [&] { release_late<Shape, Epilogue>(r, late); };
-    if (first_row < t.m_end)
-      Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, first_row, output, r.step(at.slot) + of_warp, settle);
-    else
-      settle();
+    const bool has_rows = first_row < t.m_end;
+    const std::uint32_t blocks = r.step(at.slot) + of_warp;
+    if (has_rows) Epilogue::template step<Chunk>(p.epilogue, sums, rows, t, output, blocks);
+    release_late<Shape, Epilogue>(r, late);  // all warps together
+    if (has_rows) Epilogue::template send_step<Chunk>(p.epilogue, rows, t, first_row, output, blocks);
     late = at.slot;
     at.advance();
   });
@@ -239,7 +238,7 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
           write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output);
       } else {
         release_late<Shape, Epilogue>(r, late);
-        pass_on(r, at, t, epilogue_steps<Shape, Epilogue>(p, t), which);
+        pass_on(r, at, t, epilogue_steps<Shape, Epilogue>(p, t));
       }
     }
   }

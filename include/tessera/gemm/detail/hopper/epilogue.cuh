@@ -19,10 +19,10 @@
 /// With steps it reads `step_blocks` blocks of 2 KB for each 16 rows x 64 columns of the sums. They come through the
 /// ring of operands: each 64 columns of a tile are one more step after its sum's. The producer calls `load(params,
 /// tile, target, barrier, first_row, column)` for 16 rows of a step. A consumer warp calls `begin(params, first_row,
-/// row_end)` before the products, for what it keeps of its rows, and `step<Chunk>(params, sums, rows, tile, first_row,
-/// output, blocks, settle)` after them. The blocks are the warp's from then on: it may write into them, and sends them
-/// as it does its buffers, which it uses in turn. Before it sends anything it calls `settle()`, which waits until the
-/// copy engine has read what the step before sent.
+/// row_end)` before the products, for what it keeps of its rows, and after them for each step `step<Chunk>(params,
+/// sums, rows, tile, output, blocks)`, then `send_step<Chunk>(params, rows, tile, first_row, output, blocks)`, between
+/// which all four warps wait until the copy engine has read what the step before sent. The blocks are the warp's from
+/// the first call on: it may write into them, and sends them as it does its buffers, which it uses in turn.
 
 #include <cstdint>
 #include <type_traits>
@@ -280,12 +280,10 @@ struct store_epilogue {
   struct row_values {};
   static __device__ __forceinline__ row_values begin(const params&, int, int) { return {}; }
 
-  template <int Chunk, int Count, class Settle>
+  template <int Chunk, int Count>
   static __device__ __forceinline__ void step(const params& p, float (&sums)[Count], row_values&, const tile& t,
-                                              int first_row, const warp_output&, std::uint32_t blocks,
-                                              Settle&& settle) {
-    const int column = t.n + Chunk * chunk_rows;
-    add_own_bias<Chunk>(p, sums, t, column);
+                                              const warp_output&, std::uint32_t blocks) {
+    add_own_bias<Chunk>(p, sums, t, t.n + Chunk * chunk_rows);
     if constexpr (std::is_same_v<TC, float>) {
       warp_output::add(blocks, sums + Chunk * 32);
       warp_output::add(blocks + staging_bytes, sums + Chunk * 32 + 16);
@@ -295,7 +293,11 @@ struct store_epilogue {
       add_chunk<Chunk>(sums, f);
       warp_output::put(blocks, f);
     }
-    settle();
+  }
+  template <int Chunk>
+  static __device__ __forceinline__ void send_step(const params& p, const row_values&, const tile& t, int first_row,
+                                                   const warp_output&, std::uint32_t blocks) {
+    const int column = t.n + Chunk * chunk_rows;
     warp_output::show();
 #pragma unroll
     for (int part = 0; part < step_blocks; ++part)

@@ -73,9 +73,9 @@ struct transposed_epilogue {
   struct row_values {};
   static __device__ __forceinline__ row_values begin(const params&, int, int) { return {}; }
 
-  template <int Chunk, int Count, class Settle>
-  static __device__ __forceinline__ void step(const params& p, const float (&sums)[Count], row_values&, const tile& t,
-                                              int first_row, const warp_output&, std::uint32_t box, Settle&& settle) {
+  template <int Chunk, int Count>
+  static __device__ __forceinline__ void step(const params&, const float (&sums)[Count], row_values&, const tile&,
+                                              const warp_output&, std::uint32_t box) {
     if constexpr (std::is_same_v<TC, float>) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -97,7 +97,10 @@ struct transposed_epilogue {
       for (int j = 0; j < 8; j += 2)
         store_matrices_transposed(matrix_address(box, j), f[2 * j], f[2 * j + 1], f[2 * j + 2], f[2 * j + 3]);
     }
-    settle();
+  }
+  template <int Chunk>
+  static __device__ __forceinline__ void send_step(const params& p, const row_values&, const tile& t, int first_row,
+                                                   const warp_output&, std::uint32_t box) {
     warp_output::show();
     if (lane() == 0) tma_store(p.boxes, box, first_row, t.n + Chunk * chunk_rows, t.group);
     warp_output::commit();
