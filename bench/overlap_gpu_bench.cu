@@ -316,7 +316,9 @@ double one_way_us(layer_shape s, int num_layers, const arrangement& a, bool is_b
     auto stage = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*c->layers, *lanes);
     auto partner = std::make_shared<pl::overlap_stage<chunk, pl::device_lanes>>(*other, *lanes);
     const auto run = [c, other, lanes, stage, partner](bool back) {
-      return [=](cudaStream_t stream) { c->halves(*stage, *partner, stream, back); };
+      // stages refer to chunks and lanes, which are kept with them
+      return
+          [c, other, lanes, stage, partner, back](cudaStream_t stream) { c->halves(*stage, *partner, stream, back); };
     };
     if (!is_backward) return rank_work{{}, run(false), true};
     return rank_work{run(false), run(true), true};
