@@ -17,6 +17,7 @@
 #include <tessera/core/nvtx.hpp>
 #include <tessera/core/passes.hpp>
 #include <tessera/core/precision.hpp>
+#include <tessera/core/sm_share.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/version.hpp>
 #include <tessera/core/views.hpp>
