@@ -12,6 +12,7 @@ struct layer_shape {
   const char* name;
   std::int64_t T, d, n;
   int E, K;
+  std::int64_t projected = 0;  // width of the products that stand for attention, where there are any
 };
 
 }  // namespace tessera_bench

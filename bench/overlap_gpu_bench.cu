@@ -17,7 +17,9 @@
 // `compute_us`.
 //
 // Pairs differ in transport, order of `make_overlap_order` and options of `device_lanes`. Blocks have no attention:
-// what comes before the experts is a copy. The layers of a chunk are one layer with its weights, called as often.
+// what comes before the experts is a copy, and in the shapes that are called so products of attention's projections,
+// which count as computation and not in the flops. The layers of a chunk are one layer with its weights, called as
+// often.
 //
 // `halves/...`: the forwards, or the whole backwards, of the two halves of a batch's tokens at once, each half in a
 // chunk of its own over the same layers, and beside them the whole batch on one stream (`serial_us`).
@@ -28,6 +30,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -76,7 +79,45 @@ __global__ void __launch_bounds__(256) add_kernel(const uint4* dh, const uint4* 
   dx[i] = reinterpret_cast<const uint4&>(sum);
 }
 
+#if defined(TESSERA_BENCH_CUBLAS)
+// What attention's projections would take: products of [T, d] with [d, w] and back, once for each of its phases. Nobody
+// reads their results.
+class projections {
+ public:
+  explicit projections(const layer_shape& s)
+      : shape_(s),
+        weight_(s.projected * s.d, 61, 1 / std::sqrt(static_cast<float>(s.d))),
+        narrow_(s.T * s.projected),
+        wide_(s.T * s.d),
+        gradient_(s.projected * s.d) {}
+
+  void there_and_back(cudaStream_t stream, const bfloat16* x) const {
+    const int T = static_cast<int>(shape_.T), d = static_cast<int>(shape_.d), w = static_cast<int>(shape_.projected);
+    cublas_.multiply(stream, T, w, d, x, weight_.data(), narrow_.data());
+    cublas_.multiply(stream, T, d, w, narrow_.data(), weight_.data(), wide_.data());
+  }
+  void of_weights(cudaStream_t stream, const bfloat16* x) const {
+    const int T = static_cast<int>(shape_.T), d = static_cast<int>(shape_.d), w = static_cast<int>(shape_.projected);
+    for (int i = 0; i < 2; ++i) cublas_.multiply(stream, w, d, T, narrow_.data(), x, gradient_.data());
+  }
+
+ private:
+  layer_shape shape_;
+  device_array<bfloat16> weight_, narrow_, wide_, gradient_;
+  cublas_products cublas_;
+};
+#else
+struct projections {
+  explicit projections(const layer_shape&) {}
+  void there_and_back(cudaStream_t, const bfloat16*) const {}
+  void of_weights(cudaStream_t, const bfloat16*) const {}
+};
+#endif
+
+// What comes before the experts: a copy, and perhaps projections.
 struct copying_mixer {
+  std::unique_ptr<projections> attention;
+
   void forward(ts::device_stream stream, const pl::work_item&, ts::matrix_view<const bfloat16> x,
                ts::matrix_view<bfloat16> h, ts::matrix_view<bfloat16> u) {
     const std::int64_t count = h.rows * h.cols / 8;
@@ -84,6 +125,7 @@ struct copying_mixer {
         reinterpret_cast<const uint4*>(x.data), reinterpret_cast<uint4*>(h.data), reinterpret_cast<uint4*>(u.data),
         count);
     require(cudaGetLastError(), "copy_kernel");
+    if (attention) attention->there_and_back(stream.get(), x.data);
   }
   void backward_input(ts::device_stream stream, const pl::work_item&, ts::matrix_view<const bfloat16>,
                       ts::matrix_view<const bfloat16> dh, ts::matrix_view<const bfloat16> du,
@@ -93,9 +135,12 @@ struct copying_mixer {
         reinterpret_cast<const uint4*>(dh.data), reinterpret_cast<const uint4*>(du.data),
         reinterpret_cast<uint4*>(dx.data), count);
     require(cudaGetLastError(), "add_kernel");
+    if (attention) attention->there_and_back(stream.get(), dh.data);
   }
-  void backward_weights(ts::device_stream, const pl::work_item&, ts::matrix_view<const bfloat16>,
-                        ts::matrix_view<const bfloat16>, ts::matrix_view<const bfloat16>) {}
+  void backward_weights(ts::device_stream stream, const pl::work_item&, ts::matrix_view<const bfloat16>,
+                        ts::matrix_view<const bfloat16> dh, ts::matrix_view<const bfloat16>) {
+    if (attention) attention->of_weights(stream.get(), dh.data);
+  }
 };
 
 using chunk = pl::moe_chunk<spread_layer, copying_mixer>;
@@ -128,6 +173,7 @@ struct chunk_case : rank_layer {
         y(2 * s.T * s.d),
         dx(2 * s.T * s.d),
         written(gradients()) {
+    if (s.projected > 0) mixer.attention = std::make_unique<projections>(s);
     layers = make_chunk(comm, s, num_layers);
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
@@ -370,7 +416,7 @@ std::vector<arrangement> arrangements(bool all_of_them) {
   }
   for (const int sms : {16, 24, 32, 40, 48})
     all.push_back({"all_to_all", weights, {.communication_sms = sms, .head_start = std::chrono::nanoseconds(0)}});
-  all.push_back({"all_to_all", attention, {.communication_sms = 24}});
+  for (const int sms : {24, 32}) all.push_back({"all_to_all", attention, {.communication_sms = sms}});
   // Sums wait for the end of a product and have all SMs then.
   all.push_back({"one_chunk", weights, {}});
   return all;
@@ -393,10 +439,16 @@ int main(int argc, char** argv) {
       {{"DeepSeek_V3_64_experts_a_GPU_T4096", 4096, 7168, 2048, 64 * gpus, 8}, 2},
       {{"even_n64", 4096, 7168, 64, 16 * gpus, 8}, 4},
       {{"even_n128", 4096, 7168, 128, 16 * gpus, 8}, 4},
-      {{"even_n256_K2", 4096, 7168, 256, 8 * gpus, 2}, 4}};
+      {{"even_n256_K2", 4096, 7168, 256, 8 * gpus, 2}, 4},
+      {{"projected_w512_n64", 4096, 7168, 64, 16 * gpus, 8, 512}, 4},
+      {{"projected_w512_n64_K2", 4096, 7168, 64, 8 * gpus, 2, 512}, 4},
+      {{"projected_w1024_Qwen3_30B_T8192", 8192, 2048, 768, 128, 8, 1024}, 4}};
   for (const auto& [shape, layers] : chunks) {
     const layer_shape s = shape;
     const int num_layers = layers;
+#if !defined(TESSERA_BENCH_CUBLAS)
+    if (s.projected > 0) continue;
+#endif
     const std::string chunk_name = std::string(s.name) + "/layers:" + std::to_string(num_layers) + "/";
     for (const arrangement& a : arrangements(all)) {
       add_case("pair/" + chunk_name + a.name(),
