@@ -1,0 +1,139 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// NCCL alone, nothing of Tessera: a thread for each GPU makes a communicator, one split from it with a symmetric
+// window, gathers something and ends both, again and again. With NCCL 2.28.9 a round ends now and then in "double free
+// or corruption (out)", inside the driver's cuMemUnmap that ncclCommDestroy has called. Not a test: it is built by
+// hand,
+//
+//     nvcc -std=c++20 -arch=native tests/gpu/nccl_teardown.cu -o nccl_teardown -lnccl -lpthread
+//     for i in $(seq 12); do ./nccl_teardown 45 & done; wait    # each counts its rounds until it aborts
+//
+// Further arguments leave something out: `no-window`, `no-gather`, `no-deregister`, `keep` (the split communicator is
+// never ended), `threads` (each end in a thread of its own).
+
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <cuda_runtime.h>
+#include <nccl.h>
+
+namespace {
+
+void require(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  std::printf("%s: %s\n", call, cudaGetErrorString(status));
+  std::exit(1);
+}
+void require(ncclResult_t status, const char* call) {
+  if (status == ncclSuccess || status == ncclInProgress) return;
+  std::printf("%s: %s\n", call, ncclGetErrorString(status));
+  std::exit(1);
+}
+
+// Communicators that do not block are asked until they are done.
+void settle(ncclComm_t comm) {
+  ncclResult_t state = ncclInProgress;
+  while (state == ncclInProgress) {
+    require(ncclCommGetAsyncError(comm, &state), "ncclCommGetAsyncError");
+    std::this_thread::yield();
+  }
+  require(state, "a communicator's state");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> options(argv + 1, argv + argc);
+  const auto given = [&](const char* name) {
+    for (const std::string& option : options) {
+      if (option == name) return true;
+    }
+    return false;
+  };
+  const int seconds = options.empty() ? 45 : std::atoi(options[0].c_str());
+  int size = 0;
+  require(cudaGetDeviceCount(&size), "cudaGetDeviceCount");
+  const bool windows = !given("no-window"), gathers = !given("no-gather"), deregisters = !given("no-deregister");
+  const bool keeps = given("keep"), in_threads = given("threads");
+  constexpr std::size_t window_bytes = 64 << 20, part_bytes = 4096;
+
+  const auto begin = std::chrono::steady_clock::now();
+  std::barrier all(size);
+  ncclUniqueId id;
+  std::atomic<int> rounds = 0;
+  std::atomic<bool> goes_on = true;
+  const auto run = [&](int rank) {
+    require(cudaSetDevice(rank), "cudaSetDevice");
+    const auto end = [&](ncclComm_t comm) {
+      require(ncclCommFinalize(comm), "ncclCommFinalize");
+      settle(comm);
+      const auto destroy = [comm, rank] {
+        require(cudaSetDevice(rank), "cudaSetDevice");
+        require(ncclCommDestroy(comm), "ncclCommDestroy");
+      };
+      if (in_threads)
+        std::thread(destroy).join();
+      else
+        destroy();
+    };
+    while (true) {
+      if (rank == 0) {
+        require(ncclGetUniqueId(&id), "ncclGetUniqueId");
+        goes_on = std::chrono::steady_clock::now() - begin < std::chrono::seconds(seconds);
+        if (goes_on) std::fprintf(stderr, "round %d\n", ++rounds);
+      }
+      all.arrive_and_wait();
+      if (!goes_on) return;
+      ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+      config.blocking = 0;
+      ncclComm_t over = nullptr, own = nullptr;
+      require(ncclCommInitRankConfig(&over, size, id, rank, &config), "ncclCommInitRankConfig");
+      settle(over);
+      cudaStream_t stream = nullptr;
+      std::byte* parts = nullptr;
+      require(cudaStreamCreate(&stream), "cudaStreamCreate");
+      require(cudaMalloc(reinterpret_cast<void**>(&parts), part_bytes * static_cast<std::size_t>(size + 1)),
+              "cudaMalloc");
+      const auto gather = [&] {
+        if (!gathers) return;
+        require(ncclAllGather(parts, parts + part_bytes, part_bytes, ncclChar, over, stream), "ncclAllGather");
+        settle(over);
+        require(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+      };
+      gather();
+      void* memory = nullptr;
+      ncclWindow_t window = nullptr;
+      if (windows) {
+        require(ncclCommSplit(over, 0, rank, &own, &config), "ncclCommSplit");
+        settle(over);
+        settle(own);
+        require(ncclMemAlloc(&memory, window_bytes), "ncclMemAlloc");
+        require(ncclCommWindowRegister(own, memory, window_bytes, &window, NCCL_WIN_COLL_SYMMETRIC),
+                "ncclCommWindowRegister");
+        settle(own);
+      }
+      gather();
+      if (windows) {
+        if (deregisters) require(ncclCommWindowDeregister(own, window), "ncclCommWindowDeregister");
+        if (!keeps) end(own);
+        require(ncclMemFree(memory), "ncclMemFree");
+      }
+      end(over);
+      require(cudaFree(parts), "cudaFree");
+      require(cudaStreamDestroy(stream), "cudaStreamDestroy");
+      all.arrive_and_wait();
+    }
+  };
+  std::vector<std::thread> ranks;
+  for (int rank = 0; rank < size; ++rank) ranks.emplace_back(run, rank);
+  for (std::thread& rank : ranks) rank.join();
+  std::printf("%d rounds without an abort\n", rounds.load());
+}
