@@ -3,6 +3,10 @@
 
 // Grouped products on sm_90a, all kernels of them. Without such a GPU it says so and exits with 77.
 
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
@@ -65,6 +69,14 @@ struct counting : hopper {
 // More shared memory than a product's block leaves of a multiprocessor.
 constexpr int visitor_bytes = 64 * 1024;
 __global__ void visitor_kernel() {}
+// One that stays.
+__global__ void staying_kernel(std::uint64_t ns) {
+  std::uint64_t begin = 0, now = 0;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - begin < ns);
+}
 
 }  // namespace
 
@@ -104,6 +116,45 @@ TEST_CASE_TEMPLATE("products whose blocks, or clusters, ask for their tiles", ba
   check_up_projection<backend>();
   check_gradient_in_place<backend>();
   check_weight_gradients<backend>();
+}
+
+TEST_CASE("where other streams' kernels are expected, tiles do not wait for blocks that cannot begin") {
+  constexpr std::int64_t rows = 16384, N = 4096, K = 4096;
+  constexpr int room = 8;
+  buffer<bfloat16> a(std::vector<bfloat16>(rows * K)), b(std::vector<bfloat16>(N * K)), c(poison<bfloat16>(rows * N));
+  const buffer<std::int32_t> offsets({0, rows}), counter({0, 0});
+  require(cudaFuncSetAttribute(staying_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, visitor_bytes),
+          "cudaFuncSetAttribute");
+  cudaStream_t own, other;
+  cudaEvent_t begin, end;
+  for (cudaStream_t* stream : {&own, &other})
+    require(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  for (cudaEvent_t* event : {&begin, &end}) require(cudaEventCreate(event), "cudaEventCreate");
+  // @return the product's time, beside a kernel that stays on some multiprocessors for several times as long.
+  const auto product_ms = [&](bool shared, std::uint64_t stays_ns) {
+    hp::device d = hp::device::current();
+    d.tile_counter = counter.device;
+    d.shared = shared;
+    staying_kernel<<<room, 32, visitor_bytes, other>>>(stays_ns);
+    require(cudaGetLastError(), "staying_kernel");
+    std::this_thread::sleep_for(std::chrono::milliseconds(stays_ns > 0 ? 2 : 0));  // until it stands
+    require(cudaEventRecord(begin, own), "cudaEventRecord");
+    hp::variable_m<contiguous::k, gathered::none>(own, d, {offsets.device, 1, rows}, N, K, {a.device, K, nullptr},
+                                                  {b.device, N * K, K, 1}, nullptr, bf16_matrix(c.device, rows, N),
+                                                  ts::write::overwrite, hp::launch_options{});
+    require(cudaEventRecord(end, own), "cudaEventRecord");
+    require(cudaDeviceSynchronize(), "the product");
+    float ms = 0;
+    require(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+    return ms;
+  };
+  for (const bool shared : {false, true}) product_ms(shared, 0);  // kernels are loaded when they first run
+  const float alone = product_ms(false, 0);
+  constexpr std::uint64_t stays_ns = 20'000'000;
+  CHECK(product_ms(false, stays_ns) > 10);
+  CHECK(product_ms(true, stays_ns) < 3 * alone);
+  for (cudaEvent_t event : {begin, end}) require(cudaEventDestroy(event), "cudaEventDestroy");
+  for (cudaStream_t stream : {own, other}) require(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
 
 TEST_CASE("what a product leaves free stays free for other streams, whatever its own stream has next") {

@@ -34,18 +34,21 @@ using layer_over = ts::moe_layer<ts::router<ts::score::softmax, ts::select::top_
 
 constexpr int E = 8;
 constexpr std::int64_t d = 128, n = 64, max_rows = 200;
-inline constexpr ts::shape sizes{.num_experts = E,
-                                 .top_k = 2,
-                                 .hidden = static_cast<int>(d),
-                                 .intermediate = static_cast<int>(n),
-                                 .max_tokens = max_rows,
-                                 .num_shared_experts = 1};
-
-// How rows travel, and whether they are kept.
+// How rows travel, whether they are kept, and whether there are shared experts.
 struct travel {
   ts::saved_rows rows = ts::saved_rows::received;
   ts::transport::automatic transport = {};
+  int num_shared_experts = 1;
 };
+
+inline ts::shape sizes_of(const travel& how) {
+  return {.num_experts = E,
+          .top_k = 2,
+          .hidden = static_cast<int>(d),
+          .intermediate = static_cast<int>(n),
+          .max_tokens = max_rows,
+          .num_shared_experts = how.num_shared_experts};
+}
 
 // Every routing has room.
 template <class Comm>
@@ -145,8 +148,9 @@ class layer_memory {
 template <class Comm>
 struct one_layer {
   using layer_type = layer_over<Comm>;
-  one_layer(Comm& c, unsigned seed, const typename layer_type::options& options)
+  one_layer(Comm& c, unsigned seed, const ts::shape& sizes, const typename layer_type::options& options)
       : comm(c),
+        has_shared(sizes.num_shared_experts > 0),
         placement(E, c.size()),
         bytes(layer_type::sizes(sizes, placement, c.rank(), options)),
         state(bytes.state_bytes),
@@ -174,17 +178,20 @@ struct one_layer {
         {all.begin() + static_cast<std::ptrdiff_t>(first), all.begin() + static_cast<std::ptrdiff_t>(first + count)});
   }
   typename layer_type::weights weights() const {
-    return {.gate = {gate.data(), E, d},
-            .experts = {.up = up.data(), .down = down.data()},
-            .shared = {.up = shared_up.data(), .down = shared_down.data()}};
+    return {
+        .gate = {gate.data(), E, d},
+        .experts = {.up = up.data(), .down = down.data()},
+        .shared = {.up = has_shared ? shared_up.data() : nullptr, .down = has_shared ? shared_down.data() : nullptr}};
   }
   typename layer_type::gradients gradients() const {
     return {.gate = gate_gradient.data(),
             .experts = {.up = up_gradient.data(), .down = down_gradient.data()},
-            .shared = {.up = shared_up_gradient.data(), .down = shared_down_gradient.data()}};
+            .shared = {.up = has_shared ? shared_up_gradient.data() : nullptr,
+                       .down = has_shared ? shared_down_gradient.data() : nullptr}};
   }
 
   Comm& comm;
+  bool has_shared;
   ts::layout::block placement;
   ts::layer_sizes bytes;
   buffer<std::byte> state;
@@ -209,8 +216,11 @@ struct problem {
   std::unique_ptr<buffer<S>> x[2], y[2], dy[2], dx[2];
   int rank;
 
-  problem(Comm& comm, const typename layer_type::options& options)
-      : first(comm, 10, options), last(comm, 20, options), memory(comm), rank(comm.rank()) {
+  problem(Comm& comm, const travel& how)
+      : first(comm, 10, sizes_of(how), options_of<Comm>(how)),
+        last(comm, 20, sizes_of(how), options_of<Comm>(how)),
+        memory(comm),
+        rank(comm.rank()) {
     for (int m = 0; m < 2; ++m) {
       const auto count = static_cast<std::size_t>(rows_of(m, rank) * d);
       const auto seed = static_cast<unsigned>(100 + 10 * rank + m);
@@ -230,6 +240,7 @@ struct problem {
     for (const one_layer<Comm>* l : {&first, &last}) {
       for (const auto* g :
            {&l->gate_gradient, &l->up_gradient, &l->down_gradient, &l->shared_up_gradient, &l->shared_down_gradient}) {
+        if (!l->has_shared && (g == &l->shared_up_gradient || g == &l->shared_down_gradient)) continue;
         const auto values = g->get();
         r.gradients.insert(r.gradients.end(), values.begin(), values.end());
       }
@@ -268,7 +279,7 @@ template <class Comm>
 result one_by_one(
     Comm& comm, const meeting& meet = [] {}, const travel& policy = {}) {
   if constexpr (requires { comm.release_all(); }) comm.release_all();
-  problem<Comm> p(comm, options_of<Comm>(policy));
+  problem<Comm> p(comm, policy);
   half_mixer mixer;
   const cudaStream_t stream = device_test::make_stream();
   const ts::layer_sizes& bytes = p.first.bytes;
@@ -332,7 +343,7 @@ result through_chunk(
   using layer_type = layer_over<Comm>;
   using chunk_type = pl::moe_chunk<layer_type, half_mixer>;
   if constexpr (requires { comm.release_all(); }) comm.release_all();
-  problem<Comm> p(comm, options_of<Comm>(policy));
+  problem<Comm> p(comm, policy);
   half_mixer mixer{p.rank, delay_ns};
   const auto gradients0 = p.first.gradients(), gradients1 = p.last.gradients();
   const std::vector<pl::moe_block<layer_type, half_mixer>> blocks{

@@ -68,6 +68,18 @@ void check_chunks(int slots, int slot) {
     run(bounded, how::graph_of_pair, 50000);
     run(ahead, how::graph_of_pair, 50000);
     check_same(through_chunk(comm, ahead, how::pair, 20000, meet, {.rows = ts::saved_rows::resend}), expected);
+    meet();
+
+    // without shared experts combine adds the residual itself
+    const travel routed{.num_shared_experts = 0};
+    const result without = one_by_one(comm, meet, routed);
+    check_plausible(without, rank);
+    for (const how mode : {how::pair, how::together, how::graph_of_pair}) {
+      for (pl::device_lanes* lanes : {&bounded, &ahead}) {
+        check_same(through_chunk(comm, *lanes, mode, 50000, meet, routed), without);
+        meet();
+      }
+    }
   });
 }
 

@@ -29,6 +29,14 @@ TEST_CASE("a chunk in device memory has the bits of its layers, alone and as an 
   check_same(through_chunk(comm, ahead, how::pair), expected);
   pl::device_lanes bounded({.communication_sms = 8, .head_start = std::chrono::nanoseconds(0)});
   check_same(through_chunk(comm, bounded, how::pair), expected);
+
+  // without shared experts combine adds the residual itself
+  const auto alone = [] {};
+  const travel routed{.num_shared_experts = 0};
+  const result without = one_by_one(comm, alone, routed);
+  check_plausible(without, 0);
+  for (const how mode : {how::pair, how::together, how::graph_of_pair})
+    check_same(through_chunk(comm, ahead, mode, 30000, alone, routed), without);
 }
 
 }  // namespace

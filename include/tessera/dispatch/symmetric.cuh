@@ -426,8 +426,10 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
 
 /// What `return_pair_values` finds at home.
 enum class pair_values_home : std::uint8_t {
-  any,     ///< It puts zeros there first.
-  zeroed,  ///< Zeros, put there since the last one: then its kernel is launched while the one ahead of it still runs.
+  any,     ///< It puts zeros there first, ahead of its kernel.
+  zeroed,  ///< Zeros in all of `[max_tokens, K]`, put there on this stream (or one that it waits for) behind whoever
+           ///< read the last values: then nothing stands between its kernel and the one ahead, beside whose end it is
+           ///< launched.
 };
 
 /// Brings one number per expert row home to its pair: gradients of routing weights. Pairs that were not sent, or were

@@ -61,7 +61,7 @@ struct row_groups {
 struct launch_options {
   static constexpr bool ping_pong = false;  ///< Whether ping-pong kernels are compiled.
 
-  int sm_budget = 0;                     ///< Most multiprocessors to use; 0: all.
+  int sm_budget = 0;                     ///< Most multiprocessors to use; 0: all. Fewer: as `device::leaves_room`.
   std::int32_t* tile_counter = nullptr;  ///< Two words of device memory, zero before the first launch and left zero by
                                          ///< each, no two launches at a time: tiles are handed out as blocks ask for
                                          ///< them. Null: in turn. The results are the same bits.

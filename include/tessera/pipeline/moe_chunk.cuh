@@ -86,7 +86,7 @@ requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
   with_forward(call, [&](auto&& steps) {
     steps.experts(call.lane.stream, call.lane.share);
-    steps.shared(call.lane.stream, call.lane.share);
+    steps.shared(call.lane.stream, {call.lane.share.shares, 0});  // not the first products
   });
 }
 
@@ -121,7 +121,7 @@ requires device_communicator<typename Layer::communicator_type>
 void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
   with_backward(call, [&](auto&& steps) {
     steps.experts(call.lane.stream, call.lane.share);
-    steps.shared(call.lane.stream, call.lane.share);
+    steps.shared(call.lane.stream, {call.lane.share.shares, 0});  // not the first products
   });
 }
 

@@ -26,9 +26,9 @@ namespace pipeline {
 /// than one slot of `comm::symmetric`, and may share it. Over it, the chunk's saved, deferred and workspace memory come
 /// from its `allocate`, and `max_rows` is the same on all ranks.
 ///
-/// Budgets of multiprocessors: in the communication lane, the blocks that move rows; in the compute lane, the first
-/// product of a phase, whose blocks would otherwise stand where communication that begins with it needs room. Later
-/// products take every multiprocessor that is free.
+/// Budgets of multiprocessors: in the communication lane, the blocks that move rows; in the compute lane, of phases
+/// without a head start, the first product, whose blocks would otherwise stand where communication that begins with it
+/// needs room. Later products take every multiprocessor that is free.
 /// @tparam Layer A `moe_layer` over a communicator of device memory. @tparam Mixer What comes before the experts.
 template <class Layer, class Mixer>
 requires device_communicator<typename Layer::communicator_type>

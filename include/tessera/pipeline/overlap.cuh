@@ -51,7 +51,8 @@ struct device_lanes_options {
   /// (`overlap_node::communication`), so that the blocks of that one stand first: then its first product has all
   /// multiprocessors that they leave, and those too when they end. It pays where computation takes several times as
   /// long as communication. 0, for where they take about as long: that product keeps to the multiprocessors beside the
-  /// budget of communication, whose kernels find the others free whenever they come. Later products have no limit.
+  /// budget of communication, whose kernels find the others free whenever they come. Later products have no limit. 0 to
+  /// 1 ms; without a budget there is none.
   std::chrono::nanoseconds head_start = std::chrono::microseconds(4);
 };
 
@@ -65,8 +66,8 @@ class device_lanes {
   using space = tessera::space::device;     ///< Where the work is.
   static constexpr bool concurrent = true;  ///< Two phases at a time.
 
-  /// Makes the stream. @param options Budgets. @throws invalid_argument for a budget the device does not have,
-  /// cuda_error if the runtime fails.
+  /// Makes the stream. @param options Budgets. @throws invalid_argument for a budget the device does not have or a
+  /// head start out of range, cuda_error if the runtime fails.
   explicit device_lanes(const device_lanes_options& options = {}) {
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
@@ -143,7 +144,8 @@ class device_lanes {
   device_stream communication_stream() const noexcept { return communication_; }
   /// Multiprocessors of the communication lane, 0: no limit.
   int communication_sms() const noexcept { return communication_sms_; }
-  /// Multiprocessors of a phase of the compute lane that communication may begin with, 0: no limit.
+  /// Multiprocessors beside those, which the first product of a phase that communication begins with keeps to if there
+  /// is no head start; 0: no limit.
   int compute_sms() const noexcept { return compute_sms_; }
 
  private:

@@ -93,10 +93,10 @@ inline void count_communication(overlap_order& order) {
   }
 }
 
-/// Which computation both combines run under.
+/// Where the gradients of the experts' weights stand.
 enum class overlap_style : std::uint8_t {
-  attention,  ///< Attention: the order of DeepSeek-V3's Figure 4.
-  weights,    ///< The gradients of the experts' weights: for blocks whose attention is short, or elsewhere.
+  attention,  ///< Behind those of their inputs: the order of DeepSeek-V3's Figure 4, where attention hides combines.
+  weights,    ///< Beside combines: for blocks whose attention is short, or elsewhere.
 };
 
 /// Makes an order phase by phase, each after the latest of the kind that it needs, of the same batch.

@@ -71,6 +71,13 @@ void check_spread(const shape& s, const typename Layer::options& chosen, typenam
   }
 }
 
+// The residual, without the sizes that a caller may have given to one without data.
+template <class Layer>
+matrix_view<const typename Layer::storage> residual_of(const typename Layer::inputs& in) {
+  if (in.residual.data == nullptr) return {};
+  return in.residual;
+}
+
 template <class Layer>
 void check_forward(const Layer& layer, const typename Layer::inputs& in, const typename Layer::weights& params,
                    const matrix_view<typename Layer::storage>& y) {

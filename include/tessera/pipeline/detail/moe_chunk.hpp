@@ -268,7 +268,7 @@ void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
   const auto scratch = p.forward_scratch(forward_scratch_);
   const shape& s = b.layer->dims();
   tessera::detail::layer_combine<Layer>(call.lane.stream, b.layer->comm(), p.plan, p.saved, scratch,
-                                        inputs_of(call).residual, output(call));
+                                        view(residual_, call.item.rows), output(call));
 
   const auto& state = b.layer->state();
   const auto counts = const_balance_counts(scratch.counts, s.num_experts);

@@ -20,7 +20,7 @@ void layer_forward(device_stream stream, const Layer& layer, pass mode, const ty
                    const typename Layer::weights& params, matrix_view<typename Layer::storage> y, saved_memory saved,
                    workspace_memory workspace) {
   check_forward(layer, in, params, y);
-  check_exchange(layer, {saved.data, workspace.data}, in.x, in.residual, y);
+  check_exchange(layer, {saved.data, workspace.data}, in.x, residual_of<Layer>(in), y);
   layer_forward_steps<Layer> steps(layer, layer.comm(), mode, in, params, saved, workspace);
   layer_side<Layer> side(layer, layer.comm());
   steps.route(stream);

@@ -16,8 +16,8 @@
 
 // The steps of a device layer: in order on one stream they are the layer's calls, spread over two streams the phases of
 // an overlapped chunk. An object carves the memory of a call, which costs a few additions, and may be made anew for
-// every step; steps enqueue and return. `sms` bounds the first product of a step, for kernels of another stream that
-// begin with it; 0: no bound.
+// every step; steps enqueue and return. `sms` bounds the first product of `route` and `gate`, for kernels of another
+// stream that begin with it, 0: no bound; `share` says the same of those of experts, and more.
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -125,7 +125,7 @@ class layer_forward_steps {
   }
   // Rows home: y = their sums, and what `shared` has left; without shared experts, the residual.
   void combine(device_stream stream, matrix_view<S> y) {
-    matrix_view<const S> plus = in_.residual;
+    matrix_view<const S> plus = residual_of<Layer>(in_);
     if (plan_.has_shared()) plus = {scratch_.shared_out, x_.rows, plan_.sizes.hidden};
     exchange_.on(stream).combine(saved_, matrix_view<const A>(chosen().weights), plan_.weights_on == weight_on::output,
                                  matrix_view<const S>(pairs()), window_.returned, plus, y);
@@ -298,7 +298,8 @@ class layer_weight_steps {
     if constexpr (Layer::may_have_shared) {
       if (plan_.has_shared())
         plan_.shared.backward_weights(stream, chunks(stream), x_, dy_, output_weights<A>(), saved_.shared,
-                                      deferred_.shared, grads.shared, mode, deferred_.shared_scratch);
+                                      deferred_.shared, grads.shared, mode,
+                                      with_share(deferred_.shared_scratch, {share.shares, 0}));
     }
   }
   void gate(device_stream stream, const gradients& grads, write mode) const {
