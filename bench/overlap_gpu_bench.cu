@@ -409,13 +409,20 @@ std::vector<arrangement> arrangements(bool all_of_them) {
   std::vector<arrangement> all;
   for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
     all.push_back({transport, weights, {.communication_sms = 24}});
-  if (!all_of_them) return all;
-  for (const int sms : {8, 16, 32, 40, 48}) {
-    for (const char* transport : {"all_to_all", "copies_there", "copy_engines"})
-      all.push_back({transport, weights, {.communication_sms = sms}});
-  }
-  for (const int sms : {16, 24, 32, 40, 48})
+  const auto add = [&](const char* transport, int sms) {
+    all.push_back({transport, weights, {.communication_sms = sms}});
+  };
+  const auto add_bounded = [&](int sms) {
     all.push_back({"all_to_all", weights, {.communication_sms = sms, .head_start = std::chrono::nanoseconds(0)}});
+  };
+  add("all_to_all", 40);
+  add_bounded(32);
+  if (!all_of_them) return all;
+  for (const int sms : {8, 16, 32, 48}) {
+    for (const char* transport : {"all_to_all", "copies_there", "copy_engines"}) add(transport, sms);
+  }
+  for (const char* transport : {"copies_there", "copy_engines"}) add(transport, 40);
+  for (const int sms : {16, 24, 40, 48}) add_bounded(sms);
   for (const int sms : {24, 32}) all.push_back({"all_to_all", attention, {.communication_sms = sms}});
   // Sums wait for the end of a product and have all SMs then.
   all.push_back({"one_chunk", weights, {}});

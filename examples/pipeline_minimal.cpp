@@ -159,11 +159,15 @@ void train(ts::comm::threads& world) {
   }
 
   const std::vector<std::int64_t> rows(micro_batches, tokens);
-  for (int step = 0; step < steps; ++step) {
-    loss = 0;
+  const auto train_step = [&] {
     executor.run({}, std::span<stage* const>(list), rows);  // every micro-batch forward and backward
     for (stage_experts& e : experts) e.descend();
-    //! [pipeline]
+  };
+  //! [pipeline]
+
+  for (int step = 0; step < steps; ++step) {
+    loss = 0;
+    train_step();
     if (step % 10 != 0 || pipe.rank() != 0 || group.rank() != 0) continue;  // the V has both ends on rank 0
     std::printf("step %2d: loss %.4f\n", step, loss);
     if (step == 0) first_loss = loss;

@@ -11,6 +11,7 @@
 #include <doctest/doctest.h>
 
 #include "../support/grouped_products.cuh"
+#include "../support/stay.cuh"
 
 namespace {
 
@@ -69,14 +70,6 @@ struct counting : hopper {
 // More shared memory than a product's block leaves of a multiprocessor.
 constexpr int visitor_bytes = 64 * 1024;
 __global__ void visitor_kernel() {}
-// One that stays.
-__global__ void staying_kernel(std::uint64_t ns) {
-  std::uint64_t begin = 0, now = 0;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
-  do {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  } while (now - begin < ns);
-}
 
 }  // namespace
 
@@ -123,7 +116,7 @@ TEST_CASE("where other streams' kernels are expected, tiles do not wait for bloc
   constexpr int room = 8;
   buffer<bfloat16> a(std::vector<bfloat16>(rows * K)), b(std::vector<bfloat16>(N * K)), c(poison<bfloat16>(rows * N));
   const buffer<std::int32_t> offsets({0, rows}), counter({0, 0});
-  require(cudaFuncSetAttribute(staying_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, visitor_bytes),
+  require(cudaFuncSetAttribute(stay_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, visitor_bytes),
           "cudaFuncSetAttribute");
   cudaStream_t own, other;
   cudaEvent_t begin, end;
@@ -135,8 +128,8 @@ TEST_CASE("where other streams' kernels are expected, tiles do not wait for bloc
     hp::device d = hp::device::current();
     d.tile_counter = counter.device;
     d.shared = shared;
-    staying_kernel<<<room, 32, visitor_bytes, other>>>(stays_ns);
-    require(cudaGetLastError(), "staying_kernel");
+    stay_kernel<<<room, 32, visitor_bytes, other>>>(stays_ns);
+    require(cudaGetLastError(), "stay_kernel");
     std::this_thread::sleep_for(std::chrono::milliseconds(stays_ns > 0 ? 2 : 0));  // until it stands
     require(cudaEventRecord(begin, own), "cudaEventRecord");
     hp::variable_m<contiguous::k, gathered::none>(own, d, {offsets.device, 1, rows}, N, K, {a.device, K, nullptr},

@@ -282,6 +282,15 @@ inline bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
 }
 
+// That evaluation gives the bits of an earlier pass.
+template <class Layer>
+void check_eval(rank_layer<Layer>& layer, const outcome& earlier) {
+  layer.poison();
+  layer.step(ts::pass::eval);
+  layer.sync();
+  CHECK(same_bits(layer.results().y, earlier.y));
+}
+
 // That two ways gave the same bits.
 inline void check_same(const outcome& a, const outcome& b) {
   CHECK(same_bits(a.y, b.y));

@@ -109,10 +109,7 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
     CHECK(same_bits(again.dx, parts[r].dx));
     CHECK(again.up == parts[r].up);
     CHECK(again.gate == parts[r].gate);
-    layer.poison();
-    layer.step(ts::pass::eval);
-    layer.sync();
-    CHECK(same_bits(layer.results().y, parts[r].y));
+    check_eval(layer, parts[r]);
     layer.end_step();
     layer.sync();
     parts[r].load = layer.results().load;
@@ -163,10 +160,7 @@ TEST_CASE("between GPUs a residual is added to the outputs, with shared experts 
       layer.step(ts::pass::train);
       layer.sync();
       parts[r] = layer.results();
-      layer.poison();
-      layer.step(ts::pass::eval);
-      layer.sync();
-      CHECK(same_bits(layer.results().y, parts[r].y));
+      check_eval(layer, parts[r]);
       t.barrier({});
     }));
     return join(parts);
@@ -323,10 +317,7 @@ TEST_CASE("with combine::ordered every number of GPUs computes the bits of one")
       layer.step(ts::pass::recompute);  // memory that has been used
       layer.sync();
       parts[r] = layer.results();
-      layer.poison();
-      layer.step(ts::pass::eval);
-      layer.sync();
-      CHECK(same_bits(layer.results().y, parts[r].y));
+      check_eval(layer, parts[r]);
       t.barrier({});
     }));
     const outcome got = join(parts);

@@ -19,6 +19,7 @@
 #include <tessera/pipeline/moe_chunk.cuh>
 #include <tessera/pipeline/overlap.cuh>
 
+#include "../support/stay.cuh"
 #include "device_fixture.cuh"
 
 namespace chunk_test {
@@ -34,6 +35,7 @@ using layer_over = ts::moe_layer<ts::router<ts::score::softmax, ts::select::top_
 
 constexpr int E = 8;
 constexpr std::int64_t d = 128, n = 64, max_rows = 200;
+
 // How rows travel, whether they are kept, and whether there are shared experts.
 struct travel {
   ts::saved_rows rows = ts::saved_rows::received;
@@ -75,25 +77,17 @@ inline void scale(ts::device_stream stream, const S* x, float a, const S* y, flo
   device_test::require(cudaGetLastError(), "scale_kernel");
 }
 
-// Ranks that are late, each at another place.
-static __global__ void delay_kernel(unsigned long long ns) {
-  unsigned long long start = 0, now = 0;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-  do {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  } while (now - start < ns);
-}
-
 // h = x, u = x / 2; or h = -x where there are no experts.
 struct half_mixer {
   int rank = 0;
   unsigned long long delay_ns = 0;
   unsigned calls = 0;
 
+  // Ranks are late, each at another place.
   void delay(ts::device_stream stream) {
     if (delay_ns == 0) return;
-    delay_kernel<<<1, 1, 0, stream.get()>>>((++calls * 7u + static_cast<unsigned>(rank) * 3u) % 5u * delay_ns);
-    device_test::require(cudaGetLastError(), "delay_kernel");
+    stay_kernel<<<1, 1, 0, stream.get()>>>((++calls * 7u + static_cast<unsigned>(rank) * 3u) % 5u * delay_ns);
+    device_test::require(cudaGetLastError(), "stay_kernel");
   }
   void forward(ts::device_stream stream, const pl::work_item& item, ts::matrix_view<const S> x, ts::matrix_view<S> h,
                ts::matrix_view<S> u) {

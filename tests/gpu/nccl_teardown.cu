@@ -3,8 +3,9 @@
 
 // NCCL alone, nothing of Tessera: a thread for each GPU makes a communicator, one split from it with a symmetric
 // window, gathers something and ends both, again and again. With NCCL 2.28.9 a round ends now and then in "double free
-// or corruption (out)", inside the driver's cuMemUnmap that ncclCommDestroy has called. Not a test: it is built by
-// hand,
+// or corruption (out)", inside the driver's cuMemUnmap that ncclCommDestroy has called: counted on 2 H200 by a shorter
+// form of this program, with windows in 4 of 550 rounds, 2 of 302 and none of 353, without in none of 146. Not a test:
+// it is built by hand,
 //
 //     nvcc -std=c++20 -arch=native tests/gpu/nccl_teardown.cu -o nccl_teardown -lnccl -lpthread
 //     for i in $(seq 12); do ./nccl_teardown 45 & done; wait    # each counts its rounds until it aborts

@@ -31,6 +31,7 @@
 #include <tessera/shard/shard.hpp>
 
 #include "../support/comm_checks.hpp"
+#include "../support/stay.cuh"
 
 namespace {
 
@@ -569,15 +570,6 @@ TEST_CASE("a captured step is the same as steps that are enqueued one by one, on
   }));
 }
 
-// Computes nothing for a time, on a few multiprocessors.
-__global__ void spin_kernel(long long ns) {
-  unsigned long long begin = 0, now = 0;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
-  do {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  } while (now - begin < static_cast<unsigned long long>(ns));
-}
-
 TEST_CASE("gathers and reductions in the background run beside the computation") {
   const int ranks = (std::min)(num_gpus(), 2);
   double ms[2] = {}, norm_us = 0;
@@ -603,10 +595,10 @@ TEST_CASE("gathers and reductions in the background run beside the computation")
       for (int run = 0; run < 6; ++run) {
         t.barrier({});
         device_test::require(cudaEventRecord(events[0], stream), "cudaEventRecord");
-        model.forward(stream, [&](int) { spin_kernel<<<8, 32, 0, stream>>>(600000); });
+        model.forward(stream, [&](int) { stay_kernel<<<8, 32, 0, stream>>>(600000); });
         model.backward(stream, [&](int g) {
           static_cast<void>(model.full_gradient(g, 0));
-          spin_kernel<<<8, 32, 0, stream>>>(600000);
+          stay_kernel<<<8, 32, 0, stream>>>(600000);
         });
         model.join(stream);
         device_test::require(cudaEventRecord(events[1], stream), "cudaEventRecord");
