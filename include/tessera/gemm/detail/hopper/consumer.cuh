@@ -134,6 +134,16 @@ __device__ __forceinline__ void sum_tile(float (&sums)[Shape::blocks][Shape::acc
   release_stage(r, previous);
 }
 
+/// Keeps the warpgroups together before and after a tile of `variable_k` of which one has all rows. That one zeroes
+/// what both read in other tiles, which barriers in shared memory order already, but tools do not follow these.
+/// @param steps As in `zero_tail`.
+template <class Shape>
+__device__ __forceinline__ void meet_at_half(const tile& t, bool steps) {
+  if constexpr (Shape::kind == product::variable_k) {
+    if (steps && t.m_end - t.m <= chunk_rows) named_barrier(1, 256);
+  }
+}
+
 /// Passes a tile's stages and `steps` steps of its epilogue on: they hold nothing for this warpgroup. Its warps stay
 /// together, as matrix instructions would keep them: a warp that fell two rounds of the ring behind could not tell the
 /// rounds apart.
@@ -221,25 +231,25 @@ __device__ void consume(const P& p, const rings<Shape>& r, int which, std::uint3
     } else {
       const int first_row = t.m + which * chunk_rows;
       const auto offset_a = static_cast<std::uint32_t>(which) * chunk_bytes;
+      const bool steps = steps_now<Shape, Epilogue>(p);
+      meet_at_half<Shape>(t, steps);
       if (first_row < t.m_end) {
         if constexpr (may_step<Shape, Epilogue>) {
           const int row = warp_row(first_row);
           auto rows = Epilogue::begin(p.epilogue, row, t.m_end);
-          const bool steps = steps_now<Shape, Epilogue>(p);
           sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, steps, late);
-          if (steps) {
-            write_steps<Shape, Epilogue>(p, sums[0], rows, t, row, output, r, at, late);
-            continue;
-          }
+          if (steps) write_steps<Shape, Epilogue>(p, sums[0], rows, t, row, output, r, at, late);
         } else {
           sum_tile<Shape, Accumulation, Epilogue, 1>(sums, r, at, t, offset_a, 0, false, late);
         }
-        if constexpr (Epilogue::steps != takes_steps::always)
-          write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output);
+        if constexpr (Epilogue::steps != takes_steps::always) {
+          if (!steps) write_tile<Shape, Epilogue, 1>(p, sums, t, first_row, output);
+        }
       } else {
         release_late<Shape, Epilogue>(r, late);
         pass_on(r, at, t, epilogue_steps<Shape, Epilogue>(p, t));
       }
+      meet_at_half<Shape>(t, steps);
     }
   }
   tma_store_wait();  // shared memory ends with the block
