@@ -89,7 +89,12 @@ class projections {
         weight_(s.projected * s.d, 61, 1 / std::sqrt(static_cast<float>(s.d))),
         narrow_(s.T * s.projected),
         wide_(s.T * s.d),
-        gradient_(s.projected * s.d) {}
+        gradient_(s.projected * s.d) {
+    // Kernels are loaded when they first run, which waits for the device: not while it waits for another one.
+    there_and_back(cudaStreamLegacy, wide_.data());
+    of_weights(cudaStreamLegacy, wide_.data());
+    require(cudaDeviceSynchronize(), "attention's projections");
+  }
 
   void there_and_back(cudaStream_t stream, const bfloat16* x) const {
     const int T = static_cast<int>(shape_.T), d = static_cast<int>(shape_.d), w = static_cast<int>(shape_.projected);
