@@ -172,16 +172,23 @@ int main() {
   expect(one.ms >= 0.95 * sum_ms, "one stream took " + std::to_string(one.ms) + " ms, less than its phases");
 
   const int budget = sms > 20 ? 20 : sms / 2;
-  pl::device_lanes lanes({.communication_sms = budget, .head_start = std::chrono::nanoseconds(0)});
-  expect(lanes.communication_sms() == budget && lanes.compute_sms() == sms - budget, "the budgets are not the device");
+  constexpr int dispatch_budget = 6;
+  pl::device_lanes lanes(
+      {.communication_sms = budget, .dispatch_sms = dispatch_budget, .head_start = std::chrono::nanoseconds(0)});
+  const auto budget_of = [&](bool sends) { return sends ? dispatch_budget : budget; };
+  for (const bool sends : {false, true})
+    expect(lanes.communication_sms(sends) == budget_of(sends) && lanes.compute_sms(sends) == sms - budget_of(sends),
+           "the budgets are not the device");
   run_pair(lanes, stream, records);
   const run_result two = run_pair(lanes, stream, records);
   expect_order(two, "two streams");
   const pl::overlap_order order = pl::make_overlap_order(layers, layers);
   for (const pl::overlap_node& node : order.nodes) {
-    const int computes_on = node.communication > 0 ? sms - budget : blocks_without_limit;
-    expect(two.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? budget : computes_on),
-           std::string(pl::symbol_of(node.what)) + " did not get its budget");
+    const int computes_on = node.communication > 0 ? sms - budget_of(node.sends) : blocks_without_limit;
+    const int communicates_on = budget_of(pl::sends_rows(node.what));
+    expect(
+        two.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? communicates_on : computes_on),
+        std::string(pl::symbol_of(node.what)) + " did not get its budget");
   }
   const double hidden = (sum_ms - two.ms) / (1e-6 * layers * 4.0 * communication_ns);
   std::printf("phases in sum %.3f ms, one stream %.3f ms, two streams %.3f ms: %.0f %% of the communication hidden\n",
@@ -189,7 +196,7 @@ int main() {
   expect(two.ms < 0.75 * sum_ms, "the pair took " + std::to_string(two.ms) + " ms of " + std::to_string(sum_ms));
 
   // With a head start computation has no budget.
-  pl::device_lanes ahead({.communication_sms = budget});
+  pl::device_lanes ahead({.communication_sms = budget, .dispatch_sms = 0});
   const run_result given = run_pair(ahead, stream, records);
   expect_order(given, "with a head start");
   for (const pl::overlap_node& node : order.nodes) {
@@ -200,7 +207,7 @@ int main() {
     const bool beside = !communicates && node.communication > 0;
     expect(given.of(node).share.shares == !communicates && given.of(node).share.first_sms == (beside ? sms : 0) &&
                two.of(node).share.shares == !communicates &&
-               two.of(node).share.first_sms == (beside ? sms - budget : 0),
+               two.of(node).share.first_sms == (beside ? sms - budget_of(node.sends) : 0),
            name + " was not told how it shares the device");
   }
 
@@ -243,6 +250,13 @@ int main() {
     }
     expect(refused, "a budget of " + std::to_string(wrong) + " multiprocessors was taken");
   }
+  bool refused = false;
+  try {
+    pl::device_lanes none({.communication_sms = budget, .dispatch_sms = -1});
+  } catch (const ts::invalid_argument&) {
+    refused = true;
+  }
+  expect(refused, "a dispatch of -1 multiprocessors was taken");
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);

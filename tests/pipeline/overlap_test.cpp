@@ -153,16 +153,19 @@ TEST_CASE("an order says how much communication begins with which computation") 
     std::string text;
     for (const pl::overlap_node& node : pl::make_overlap_order(2, 2, style).nodes) {
       if (node.communication > 0)
-        text += pl::symbol_of(node.what) + std::to_string(node.layer) + ":" + std::to_string(node.communication) + " ";
+        text += pl::symbol_of(node.what) + std::to_string(node.layer) + ":" + std::to_string(node.communication) +
+                (node.sends ? " sends, " : " sums, ");
     }
     return text;
   };
   // COMBINE(B)1; DISPATCH(F)0; DISPATCH(B)1; COMBINE(F)0; COMBINE(B)0; and so on
   CHECK(text_of(pl::overlap_style::attention) ==
-        "ATTN(F)0:1 MLP(B)1:1 MLP(W)1:1 ATTN(B)1:1 ATTN(W)1:1 MLP(B)0:1 MLP(W)0:1 ATTN(B)0:1 ");
+        "ATTN(F)0:1 sends, MLP(B)1:1 sends, MLP(W)1:1 sums, ATTN(B)1:1 sums, ATTN(W)1:1 sends, MLP(B)0:1 sends, "
+        "MLP(W)0:1 sums, ATTN(B)0:1 sums, ");
   // the same but for the place of MLP(W)
   CHECK(text_of(pl::overlap_style::weights) ==
-        "ATTN(F)0:1 MLP(B)1:1 MLP(F)0:1 ATTN(B)1:1 MLP(W)1:1 MLP(B)0:1 MLP(F)1:1 ATTN(B)0:1 ");
+        "ATTN(F)0:1 sends, MLP(B)1:1 sends, MLP(F)0:1 sums, ATTN(B)1:1 sums, MLP(W)1:1 sends, MLP(B)0:1 sends, "
+        "MLP(F)1:1 sums, ATTN(B)0:1 sums, ");
 }
 
 TEST_CASE("an order has every phase of every layer once, each after what it needs") {

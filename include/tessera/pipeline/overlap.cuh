@@ -5,6 +5,7 @@
 /// @file
 /// The lanes of an overlapped pair on a device: two streams, events between them, and a budget of multiprocessors.
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -47,6 +48,9 @@ struct device_lanes_options {
   /// lane is limited. The lanes only hand the budgets on (`lane`): a kernel keeps to its budget by the number of blocks
   /// it is launched with.
   int communication_sms = 0;
+  /// Of those, how many are for phases that send rows as they are (`sends_rows`): links are full with that many, while
+  /// sums want more. 0, or not less than `communication_sms`: all.
+  int dispatch_sms = 16;
   /// How long a phase of the compute lane waits where a phase of the communication lane begins with it
   /// (`overlap_node::communication`), so that the blocks of that one stand first: then its first product has all
   /// multiprocessors that they leave, and those too when they end. It pays where computation takes several times as
@@ -79,10 +83,12 @@ class device_lanes {
                                                          << sms - 1);
     TESSERA_EXPECTS(options.head_start.count() >= 0 && options.head_start <= std::chrono::milliseconds(1),
                     "device_lanes: head_start = " << options.head_start.count() << " ns, expected 0 to 1 ms");
+    TESSERA_EXPECTS(options.dispatch_sms >= 0,
+                    "device_lanes: dispatch_sms = " << options.dispatch_sms << ", it must not be negative");
     head_start_ = options.head_start;
     communication_sms_ = options.communication_sms;
+    dispatch_sms_ = options.dispatch_sms == 0 ? communication_sms_ : std::min(options.dispatch_sms, communication_sms_);
     device_sms_ = sms;
-    compute_sms_ = options.communication_sms == 0 ? 0 : sms - options.communication_sms;
     int lowest = 0;
     int highest = 0;
     check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
@@ -121,12 +127,12 @@ class device_lanes {
             check(cudaStreamWaitEvent(own, events_[after], 0), "cudaStreamWaitEvent");
         }
         if (communicates) {
-          execute(node, lane<tessera::space::device>{own, communication_sms_});
+          execute(node, lane<tessera::space::device>{own, communication_sms(sends_rows(node.what))});
         } else {
           const bool beside = node.communication > 0 && communication_sms_ > 0;
           const bool ahead = beside && head_start_.count() > 0;
           if (ahead) tessera::pipeline::detail::wait_on_device(own, head_start_);
-          const int budget = beside && !ahead ? compute_sms_ : 0;
+          const int budget = beside && !ahead ? compute_sms(node.sends) : 0;
           execute(node, lane<tessera::space::device>{own, budget, {true, ahead ? device_sms_ : budget}});
         }
         check(cudaEventRecord(events_[i], own), "cudaEventRecord");
@@ -142,11 +148,13 @@ class device_lanes {
 
   /// The stream of the communication lane.
   device_stream communication_stream() const noexcept { return communication_; }
-  /// Multiprocessors of the communication lane, 0: no limit.
-  int communication_sms() const noexcept { return communication_sms_; }
+  /// Multiprocessors of a phase of the communication lane, 0: no limit. @param sends Whether it sends rows.
+  int communication_sms(bool sends = false) const noexcept { return sends ? dispatch_sms_ : communication_sms_; }
   /// Multiprocessors beside those, which the first product of a phase that communication begins with keeps to if there
-  /// is no head start; 0: no limit.
-  int compute_sms() const noexcept { return compute_sms_; }
+  /// is no head start; 0: no limit. @param sends Whether that communication sends rows.
+  int compute_sms(bool sends = false) const noexcept {
+    return communication_sms_ == 0 ? 0 : device_sms_ - communication_sms(sends);
+  }
 
  private:
   static void check(cudaError_t status, const char* call) {
@@ -166,7 +174,7 @@ class device_lanes {
   std::vector<cudaEvent_t> events_;  // one per phase, and two
   std::chrono::nanoseconds head_start_{0};
   int communication_sms_ = 0;
-  int compute_sms_ = 0;
+  int dispatch_sms_ = 0;
   int device_sms_ = 0;
 };
 

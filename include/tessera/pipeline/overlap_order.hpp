@@ -45,6 +45,10 @@ constexpr bool is_communication(phase p) {
          p == phase::backward_dispatch;
 }
 
+/// Whether a phase communicates by sending rows as they are, which few multiprocessors do as fast as links take them;
+/// the others that communicate make sums.
+constexpr bool sends_rows(phase p) { return p == phase::forward_dispatch || p == phase::backward_combine; }
+
 /// Whether a phase belongs to the forward.
 constexpr bool is_forward(phase p) { return p <= phase::forward_combine; }
 
@@ -64,7 +68,8 @@ struct overlap_node {
   /// Of a phase that computes: how many phases of the communication lane may begin while it runs, if none takes longer
   /// than what it is under. The first of them begins when this one does.
   int communication = 0;
-  int batch = 0;  ///< Which, where two batches go the same way (`make_two_forward_order`).
+  int batch = 0;       ///< Which, where two batches go the same way (`make_two_forward_order`).
+  bool sends = false;  ///< Of a phase that computes: whether the one of those that begins with it sends rows.
 
   /// The same node.
   constexpr bool operator==(const overlap_node&) const = default;
@@ -79,17 +84,19 @@ struct overlap_order {
   bool operator==(const overlap_order&) const = default;
 };
 
-/// Fills in `overlap_node::communication`: a phase that communicates begins with the computation behind the one that it
-/// waits for, and not before the phase ahead of it in its lane. @param order The phases.
+/// Fills in `overlap_node::communication` and `sends`: a phase that communicates begins with the computation behind the
+/// one that it waits for, and not before the phase ahead of it in its lane. @param order The phases.
 inline void count_communication(overlap_order& order) {
   int earliest = 0;  // node
-  for (overlap_node& node : order.nodes) node.communication = 0;
+  for (overlap_node& node : order.nodes) node.communication = 0, node.sends = false;
   for (const overlap_node& node : order.nodes) {
     if (!is_communication(node.what)) continue;
     earliest = std::max(earliest, node.after + 1);
     const auto found = std::find_if(order.nodes.begin() + earliest, order.nodes.end(),
                                     [](const overlap_node& other) { return !is_communication(other.what); });
-    if (found != order.nodes.end()) ++found->communication;
+    if (found == order.nodes.end()) continue;
+    if (found->communication == 0) found->sends = sends_rows(node.what);
+    ++found->communication;
   }
 }
 
@@ -114,7 +121,7 @@ class order_builder {
     auto& last = last_[static_cast<std::size_t>(batch)];
     const int after = depends ? last[static_cast<std::size_t>(needs)] : -1;
     last[static_cast<std::size_t>(what)] = static_cast<int>(order_.nodes.size());
-    order_.nodes.push_back({what, layer, after, 0, batch});
+    order_.nodes.push_back({what, layer, after, 0, batch, false});
   }
   /// The order, whose phases know what communication begins with them; the last call.
   overlap_order take() {
