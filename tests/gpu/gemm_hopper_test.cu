@@ -159,7 +159,8 @@ TEST_CASE("where other streams' kernels are expected, tiles do not wait for bloc
   constexpr std::uint64_t stays_ns = 10'000'000;
   const float waits = product_ms(false, stays_ns), shares = product_ms(true, stays_ns);
   MESSAGE("late blocks keep their first tiles: ", waits, " ms, ask for them: ", shares, " ms");
-  CHECK(shares < 0.8f * waits);
+  // 0.77 on H100 and H200, where 1 would mean that late blocks did not ask
+  CHECK(shares < 0.9f * waits);
   for (cudaEvent_t event : {begin, end}) require(cudaEventDestroy(event), "cudaEventDestroy");
   for (cudaStream_t stream : {own, other}) require(cudaStreamDestroy(stream), "cudaStreamDestroy");
 }
