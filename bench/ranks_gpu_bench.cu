@@ -16,6 +16,7 @@
 
 #include <tessera/comm/symmetric.cuh>
 #include <tessera/comm/threads.hpp>
+#include <tessera/dispatch/expanded.cuh>
 #include <tessera/dispatch/host_sized.cuh>
 #include <tessera/dispatch/transport.cuh>
 #include <tessera/layout/block.hpp>
@@ -122,6 +123,17 @@ struct exchange_case {
     ts::exchange_routing_end(stream, comm);
     ts::dispatch_end(stream, comm, received, how);
   }
+  // Rows in the order of experts, as they come, or by a kernel behind them.
+  void dispatch_expanded(cudaStream_t stream) {
+    begin_lists(stream);
+    ts::dispatch_expanded_begin(stream, comm, handle, tokens(), received, expert_rows());
+    ts::dispatch_expanded_end(stream, comm);
+  }
+  void dispatch_and_expand(cudaStream_t stream) {
+    dispatch(stream);
+    ts::expand_rows(stream, ts::matrix_view<const bfloat16>(received), handle.expert_row_of, shape.K, expert_rows());
+  }
+  ts::matrix_view<bfloat16> expert_rows() const { return {pairs.data(), bounds.max_pairs, shape.d}; }
   ts::matrix_view<const bfloat16> tokens() const { return {x.data(), shape.T, shape.d}; }
   void combine(cudaStream_t stream, ts::combine_source source) {
     if (shape.ordered) {
@@ -157,7 +169,7 @@ struct exchange_case {
   std::int64_t rows_to_others = 0;
 };
 
-enum class operation { dispatch, rows, combine_rows, combine_sums, pair, lists };
+enum class operation { dispatch, rows, combine_rows, combine_sums, pair, lists, expanded, then_expanded };
 
 void measure_exchange(benchmark::State& state, const exchange_shape& s, operation op, int sms,
                       const ts::transport::automatic& how) {
@@ -175,6 +187,7 @@ void measure_exchange(benchmark::State& state, const exchange_shape& s, operatio
       wire = op == operation::pair ? there + home : (goes_home ? home : there);
       logical = static_cast<double>(c->rows_sent) * row_bytes * (op == operation::pair ? 2 : 1);
       memory = static_cast<double>(c->window_used);
+      if (op == operation::expanded) memory += static_cast<double>(c->pairs.size() * 2);
     }
     return rank_work{[c](cudaStream_t stream) { c->dispatch(stream); },
                      [c, op](cudaStream_t stream) {
@@ -184,6 +197,8 @@ void measure_exchange(benchmark::State& state, const exchange_shape& s, operatio
                        }
                        if (op == operation::dispatch || op == operation::pair) c->dispatch(stream);
                        if (op == operation::rows) c->rows(stream);
+                       if (op == operation::expanded) c->dispatch_expanded(stream);
+                       if (op == operation::then_expanded) c->dispatch_and_expand(stream);
                        if (op == operation::combine_rows || op == operation::pair)
                          c->combine(stream, ts::combine_source::expert_rows);
                        if (op == operation::combine_sums) c->combine(stream, ts::combine_source::summed_rows);
@@ -193,7 +208,7 @@ void measure_exchange(benchmark::State& state, const exchange_shape& s, operatio
   if (op == operation::lists) return;
   state.counters["wire_gb_per_s"] = wire / us * 1e-3;
   state.counters["logical_gb_per_s"] = logical / us * 1e-3;
-  state.counters["window_bytes"] = memory;
+  state.counters[op == operation::expanded ? "memory_bytes" : "window_bytes"] = memory;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +418,11 @@ int main(int argc, char** argv) {
     exchange("combine_expert_rows", at(T), operation::combine_rows, 0);
     exchange("combine_summed_rows", at(T), operation::combine_sums, 0);
     exchange("pair", at(T), operation::pair, 0);
+  }
+  // For engines with products of their own; what arrives is bounded by twice an even share.
+  for (const std::int64_t T : {128, 1024, 4096}) {
+    exchange("dispatch_expanded", at(T), operation::expanded, 0);
+    exchange("dispatch_then_expanded", at(T), operation::then_expanded, 0);
   }
   for (const std::int64_t T : {128, 4096}) {
     exchange("combine_ordered", {T, 7168, 256, 8, true, {}}, operation::combine_rows, 0);

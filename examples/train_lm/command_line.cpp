@@ -36,7 +36,7 @@ std::optional<settings> read_command_line(int argc, char** argv, int processes, 
       "  train_lm --ranks 4 --balance none loss bias\n"
       "  mpirun -n 4 train_lm --data my/folder/of/text\n"
       "With --combine ordered the same seed gives the same loss, bit for bit, for every number of ranks and every "
-      "mesh.\n"
+      "mesh,\nof pipelines with one rank at each place.\n"
       "\nA run that was killed goes on from its last checkpoint, on more or fewer ranks and with another mesh:\n"
       "  train_lm --mesh dp_shard=4,ep=2 --checkpoint saved\n"
       "  train_lm --mesh dp_replicate=2,dp_shard=1 --checkpoint saved --resume\n"

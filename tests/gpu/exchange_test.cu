@@ -17,6 +17,7 @@
 #include <vector>
 
 #include <tessera/core/dtype.hpp>
+#include <tessera/dispatch/expanded.cuh>
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/layout/block.hpp>
 #include <tessera/layout/round_robin.hpp>
@@ -74,6 +75,7 @@ struct rank_memory {
   bf16* plus;
   bf16* pairs;
   bf16* summed;
+  bf16* expanded;
   bf16* y;
   float* values;
   std::uint32_t* barrier;
@@ -115,6 +117,7 @@ struct rank_memory {
     plus = rank.take<bf16>(tokens * c.hidden);
     pairs = rank.take<bf16>(bounds.max_pairs * c.hidden);
     summed = rank.take<bf16>(rows * c.hidden);
+    expanded = rank.take<bf16>((bounds.max_pairs + 1) * c.hidden);
     y = rank.take<bf16>(tokens * c.hidden);
     values = rank.take<float>(bounds.max_pairs);
     require(cudaMemsetAsync(barrier, 0, sizeof(*barrier), rank.stream().get()), "cudaMemsetAsync");
@@ -169,6 +172,37 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
       found.add(rank.rank(), "row of token " + std::to_string(t) + " of rank " + std::to_string(s));
       break;
     }
+  }
+
+  // the same rows in the order of experts, as they come: with lists that are under way, and with those of before
+  const ts::matrix_view<bf16> expanded{m.expanded, m.bounds.max_pairs, c.hidden};
+  for (const bool lists_too : {true, false}) {
+    const auto poison = [&](bf16* where, std::int64_t rows_there) {
+      require(
+          cudaMemsetAsync(where, 0xff, static_cast<std::size_t>(rows_there * c.hidden) * sizeof(bf16), stream.get()),
+          "cudaMemsetAsync");
+    };
+    poison(m.received, rows);
+    poison(m.expanded, m.bounds.max_pairs + 1);
+    if (lists_too) ts::exchange_routing_begin(stream, rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
+    ts::dispatch_expanded_begin(stream, rank, m.handle, ts::matrix_view<const bf16>{m.x, tokens, c.hidden}, received,
+                                expanded);
+    ts::dispatch_expanded_end(stream, rank);
+    const auto width = static_cast<std::size_t>(c.hidden);
+    const auto got = get(rank, m.expanded, static_cast<std::size_t>(m.bounds.max_pairs + 1) * width);
+    for (std::size_t row = 0; row < count; ++row) {
+      const std::size_t s = static_cast<std::size_t>(own.gather[row] / c.max_tokens);
+      const std::size_t t = static_cast<std::size_t>(own.gather[row] % c.max_tokens);
+      if (std::memcmp(got.data() + row * width, data.x[s].data() + t * width, width * sizeof(bf16)) != 0) {
+        found.add(rank.rank(), "expanded row " + std::to_string(row) + " of token " + std::to_string(t) + " of rank " +
+                                   std::to_string(s));
+        break;
+      }
+    }
+    const std::vector<bf16> untouched(got.begin() + static_cast<std::ptrdiff_t>(count * width), got.end());
+    const std::vector<unsigned char> poisoned(untouched.size() * sizeof(bf16), 0xff);
+    if (std::memcmp(untouched.data(), poisoned.data(), poisoned.size()) != 0)
+      found.add(rank.rank(), "expanded rows beyond the last");
   }
 
   const auto check_sums = [&](const char* what, bool weighted, bool summed, bool with_plus) {
@@ -422,6 +456,14 @@ TEST_CASE("arrays that are not of the handle's sizes are refused with both numbe
   const ts::matrix_view<bf16> fitting{m.returned, 60, c.hidden};
   refused("received has room for 29 tokens of a rank, the handle is of max_tokens = 30",
           [&] { ts::dispatch_begin(stream, rank, m.handle, x, fewer); });
+  const auto expand = [&](ts::matrix_view<bf16> received, ts::matrix_view<bf16> expanded) {
+    ts::dispatch_expanded_begin(stream, rank, m.handle, x, received, expanded);
+  };
+  refused("received has room for 29 tokens of a rank, the handle is of max_tokens = 30", [&] {
+    expand(fewer, {m.expanded, m.bounds.max_pairs, c.hidden});
+  });
+  refused("expanded rows", [&] { expand({m.received, 60, c.hidden}, {m.expanded, m.bounds.max_pairs, 56}); });
+  refused("expanded rows", [&] { expand({m.received, 60, c.hidden}, {m.expanded + 1, 10, c.hidden}); });
   const auto combine = [&](ts::matrix_view<bf16> returned, int top_k) {
     ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs,
                      returned, top_k, nothing, y);
@@ -495,43 +537,52 @@ TEST_CASE("pairs beyond the bound are a failure of all ranks that names the one 
 }
 
 TEST_CASE("a rank that does not come is an error of the others within the timeout, and operations end") {
-  peer_ranks ranks(3, window_bytes);
-  const ts::layout::block layout(8, 3);
-  routing_case c{{30, 28, 20}, 30, 64, 8, 4, routing_kind::uniform};
-  const ts::dispatch_options options;
-  const world_data data(c, 5);
-  ranks.run([&](peer_rank& rank) {
-    rank.timeout_ns = 300'000'000;
-    rank_memory m(rank, c, options, layout.num_slots(rank.rank()));
-    const auto me = static_cast<std::size_t>(rank.rank());
-    put(rank, m.ids, data.ids[me]);
-    put(rank, m.weights, data.weights[me]);
-    put(rank, m.x, data.x[me]);
-    if (rank.rank() == 1) return;
-    const auto rows = m.bounds.addressed_rows();
-    const ts::routing<float> chosen{{m.ids, c.tokens[me], c.top_k}, {m.weights, c.tokens[me], c.top_k}};
-    const ts::matrix_view<bf16> received{m.received, rows, c.hidden};
-    ts::exchange_routing_begin(rank.stream(), rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
-    ts::dispatch_begin(rank.stream(), rank, m.handle, ts::matrix_view<const bf16>{m.x, c.tokens[me], c.hidden},
-                       received);
-    ts::exchange_routing_end(rank.stream(), rank);
-    ts::dispatch_end(rank.stream(), rank, received);
-    ts::combine_rows(rank.stream(), rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows,
-                     ts::matrix_view<const bf16>{m.pairs, m.bounds.max_pairs, c.hidden},
-                     ts::matrix_view<bf16>{m.returned, rows, c.hidden}, c.top_k, ts::matrix_view<const bf16>{},
-                     ts::matrix_view<bf16>{m.y, c.tokens[me], c.hidden});
-    require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
-    const auto offsets =
-        get(rank, m.handle.expert_offsets, static_cast<std::size_t>(layout.num_slots(rank.rank())) + 1);
-    for (const std::int32_t offset : offsets) CHECK(offset == 0);
-  });
-  for (const int r : {0, 2}) {
-    const auto failure = ranks[r].failure();
-    CHECK(failure.state != 0);
-    CHECK(failure.rank == r);
-    CHECK(failure.peer == 1);
-    CHECK(failure.channel == ts::comm::symmetric_channel::tables);  // rows wait a little longer
-    CHECK(failure.step == ts::comm::symmetric_step::entry);
+  for (const bool expands : {false, true}) {
+    CAPTURE(expands);
+    peer_ranks ranks(3, window_bytes);
+    const ts::layout::block layout(8, 3);
+    routing_case c{{30, 28, 20}, 30, 64, 8, 4, routing_kind::uniform};
+    const ts::dispatch_options options;
+    const world_data data(c, 5);
+    ranks.run([&](peer_rank& rank) {
+      rank.timeout_ns = 300'000'000;
+      rank_memory m(rank, c, options, layout.num_slots(rank.rank()));
+      const auto me = static_cast<std::size_t>(rank.rank());
+      put(rank, m.ids, data.ids[me]);
+      put(rank, m.weights, data.weights[me]);
+      put(rank, m.x, data.x[me]);
+      if (rank.rank() == 1) return;
+      const auto rows = m.bounds.addressed_rows();
+      const ts::routing<float> chosen{{m.ids, c.tokens[me], c.top_k}, {m.weights, c.tokens[me], c.top_k}};
+      const ts::matrix_view<bf16> received{m.received, rows, c.hidden};
+      ts::exchange_routing_begin(rank.stream(), rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
+      const ts::matrix_view<const bf16> x{m.x, c.tokens[me], c.hidden};
+      if (expands) {
+        ts::dispatch_expanded_begin(rank.stream(), rank, m.handle, x, received,
+                                    ts::matrix_view<bf16>{m.expanded, m.bounds.max_pairs, c.hidden});
+        ts::dispatch_expanded_end(rank.stream(), rank);
+      } else {
+        ts::dispatch_begin(rank.stream(), rank, m.handle, x, received);
+        ts::exchange_routing_end(rank.stream(), rank);
+        ts::dispatch_end(rank.stream(), rank, received);
+      }
+      ts::combine_rows(rank.stream(), rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows,
+                       ts::matrix_view<const bf16>{m.pairs, m.bounds.max_pairs, c.hidden},
+                       ts::matrix_view<bf16>{m.returned, rows, c.hidden}, c.top_k, ts::matrix_view<const bf16>{},
+                       ts::matrix_view<bf16>{m.y, c.tokens[me], c.hidden});
+      require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
+      const auto offsets =
+          get(rank, m.handle.expert_offsets, static_cast<std::size_t>(layout.num_slots(rank.rank())) + 1);
+      for (const std::int32_t offset : offsets) CHECK(offset == 0);
+    });
+    for (const int r : {0, 2}) {
+      const auto failure = ranks[r].failure();
+      CHECK(failure.state != 0);
+      CHECK(failure.rank == r);
+      CHECK(failure.peer == 1);
+      CHECK(failure.channel == ts::comm::symmetric_channel::tables);  // rows wait a little longer
+      CHECK(failure.step == ts::comm::symmetric_step::entry);
+    }
+    CHECK(ranks[1].failure().state == 0);
   }
-  CHECK(ranks[1].failure().state == 0);
 }

@@ -30,7 +30,7 @@ class peer_ranks;
 /// A failure in words, or nothing where there is none.
 inline std::string text_of(const tessera::comm::symmetric_failure& f) {
   if (f.state == 0) return {};
-  constexpr const char* channels[] = {"tables", "rows", "sums", "values"};
+  constexpr const char* channels[] = {"tables", "rows", "sums", "values", "parts"};
   constexpr const char* steps[] = {"entry", "arrival", "chunk", "overflow"};
   return "rank " + std::to_string(f.rank) + " failed over rank " + std::to_string(f.peer) + ": " +
          channels[static_cast<int>(f.channel)] + ", " + steps[static_cast<int>(f.step)] + ", generation " +
@@ -70,6 +70,7 @@ class peer_rank {
     v.entered = words + c * 2 * max_symmetric_ranks;
     v.arrived = v.entered + max_symmetric_ranks;
     v.chunks = words + num_symmetric_channels * 2 * max_symmetric_ranks;
+    if (channel == symmetric_channel::parts) v.chunks += max_symmetric_ranks * max_symmetric_chunks;
     v.generation = local_ + c * 8;
     v.tickets = v.generation + 4;
     v.failure = reinterpret_cast<symmetric_failure*>(local_ + 64);
@@ -97,7 +98,7 @@ class peer_rank {
     return f;
   }
 
-  static constexpr std::size_t flag_bytes = 256 * 1024;
+  static constexpr std::size_t flag_bytes = 512 * 1024;
   std::size_t window_bytes = 0;
   std::uint64_t timeout_ns = 10'000'000'000ull;
 

@@ -99,6 +99,8 @@ inline void symmetric::check_operations() const {
         return "combine of rows";
       case symmetric_channel::values:
         return "return of values";
+      case symmetric_channel::parts:
+        return "expansion of rows";
     }
     return "operation";
   }();

@@ -27,8 +27,9 @@ enum class symmetric_channel : int {
   rows,    ///< Rows on their way to the owners of experts.
   sums,    ///< Rows on their way home.
   values,  ///< Numbers on their way home, one per pair.
+  parts,   ///< Parts of the rows on their way to owners, which are put in the order of experts as they come.
 };
-inline constexpr int num_symmetric_channels = 4;  ///< Of a slot.
+inline constexpr int num_symmetric_channels = 5;  ///< Of a slot.
 
 /// What a kernel was doing when it found that it could not go on.
 enum class symmetric_step : std::int32_t {
@@ -57,7 +58,8 @@ struct symmetric_view {
   std::byte* peer[max_symmetric_ranks] = {};              ///< Start of each rank's window; `peer[rank]` is its own.
   std::uint32_t* entered = nullptr;  ///< `[size]` in the window: the operation that each rank's stream has come to.
   std::uint32_t* arrived = nullptr;  ///< `[size]` in the window: the operation whose data of each rank is all there.
-  std::uint32_t* chunks = nullptr;   ///< `[size, max_symmetric_chunks]` in the window: the same for parts; `sums` only.
+  /// `[size, max_symmetric_chunks]` in the window: the same for parts of it; of `sums` and `parts`.
+  std::uint32_t* chunks = nullptr;
   std::uint32_t* generation = nullptr;        ///< One, local: operations that this rank has finished.
   std::uint32_t* tickets = nullptr;           ///< Four, local: count blocks; 0 between operations.
   symmetric_failure* failure = nullptr;       ///< Local: of the whole communicator.

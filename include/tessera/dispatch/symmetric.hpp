@@ -106,7 +106,8 @@ struct returned_rows {
 /// between two (bench/README.md).
 struct symmetric_sms {
   int rows;   ///< Of `dispatch_begin` and `combine_pairs`.
-  int lists;  ///< Of `exchange_routing`, beside `rows`, or in their place before or after them.
+  int lists;  ///< Of `exchange_routing`, beside `rows`, or in their place before or after them; then of what puts rows
+              ///< in the order of experts.
   int sums;   ///< Of `combine_rows`.
 
   /// @param budget SMs the engine gives to dispatch and combine, 0 for the library's choice, which shares the device

@@ -44,13 +44,13 @@ constexpr std::size_t to_alignment(std::size_t bytes) {
 }
 
 /// Words at the start of a window: those of the hosts' barrier; then per slot those of entry and arrival of each
-/// channel, and those of chunks.
+/// channel, and those of the chunks of two.
 struct flag_layout {
   static constexpr std::size_t barrier_words = 32;  // a line of 128 bytes
   static constexpr std::size_t pair_words = 2 * comm::max_symmetric_ranks;
-  static constexpr std::size_t slot_words =
-      comm::num_symmetric_channels * pair_words +
+  static constexpr std::size_t chunk_words =
       static_cast<std::size_t>(comm::max_symmetric_ranks) * comm::max_symmetric_chunks;
+  static constexpr std::size_t slot_words = comm::num_symmetric_channels * pair_words + 2 * chunk_words;
   static constexpr std::size_t bytes(int slots) {
     return to_alignment((barrier_words + static_cast<std::size_t>(slots) * slot_words) * sizeof(std::uint32_t));
   }
@@ -214,8 +214,9 @@ class shared_window {
         reinterpret_cast<std::uint32_t*>(base_) + flag_layout::barrier_words + s * flag_layout::slot_words;
     v.entered = words + c * flag_layout::pair_words;
     v.arrived = v.entered + comm::max_symmetric_ranks;
-    v.chunks = channel == comm::symmetric_channel::sums ? words + comm::num_symmetric_channels * flag_layout::pair_words
-                                                        : nullptr;
+    auto* const chunks = words + comm::num_symmetric_channels * flag_layout::pair_words;
+    if (channel == comm::symmetric_channel::sums) v.chunks = chunks;
+    if (channel == comm::symmetric_channel::parts) v.chunks = chunks + flag_layout::chunk_words;
     v.generation = counts() + (s * comm::num_symmetric_channels + c) * words_per_channel;
     v.tickets = v.generation + 4;
     v.failure = &held_->local->of_operations;

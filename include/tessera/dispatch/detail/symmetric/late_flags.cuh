@@ -4,9 +4,8 @@
 
 #include <cstdint>
 
-#include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
-#include <tessera/dispatch/detail/symmetric/sums_units.cuh>
+#include <tessera/router/detail/device/warp.cuh>
 
 // Flags of units that have been sent, posted by a warp of their own.
 
@@ -39,22 +38,13 @@ struct flag_mail {
   }
 };
 
-// Tells the home of a unit that it is there, which this thread knows.
-__device__ __forceinline__ void post_unit(const comm::symmetric_view& view, std::uint32_t generation, int unit) {
-  const int peers = view.size - 1;
-  const int chunk = unit / peers;
-  post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + chunk,
-               peer_of_send(view, unit - chunk * peers)),
-       generation);
-}
-
 // Hands over the flag of a unit when some pieces have been sent after it, which is when its own have been written. One
-// thread's.
+// thread's. @tparam Post `post(unit)` tells those whom it concerns that a unit is there, which this thread knows.
+template <class Post>
 class late_post {
  public:
   static constexpr int lag = 3;
-  __device__ late_post(const comm::symmetric_view& view, std::uint32_t generation, flag_mail mail, int warp)
-      : view_(view), generation_(generation), mail_(mail), warp_(warp) {}
+  __device__ late_post(flag_mail mail, int warp, Post post) : mail_(mail), warp_(warp), post_(post) {}
   // After each piece's commit.
   __device__ void sent() {
     ++groups_;
@@ -72,7 +62,7 @@ class late_post {
   __device__ void last() {
     if (waiting_ != 0) {
       bulk::wait_written<0>();
-      post_unit(view_, generation_, static_cast<int>(waiting_ - 1));
+      post_(static_cast<int>(waiting_ - 1));
     }
     mail_.send(warp_, flag_mail::done);
   }
@@ -88,24 +78,24 @@ class late_post {
     waiting_ = 0;
   }
 
-  const comm::symmetric_view& view_;
-  std::uint32_t generation_;
   flag_mail mail_;
   int warp_;
+  Post post_;
   std::uint32_t waiting_ = 0;  // the unit before, and 1
   int groups_ = 0;             // committed since then
 };
 
-// A lane for each sending warp.
-inline __device__ void post_role(const comm::symmetric_view& view, std::uint32_t generation, flag_mail mail, int lane) {
-  bool open = lane < send_warps && view.size > 1;
+// A lane for each of `senders` sending warps. @param post As in `late_post`.
+template <class Post>
+__device__ __forceinline__ void post_role(flag_mail mail, int senders, int lane, Post post) {
+  bool open = lane < senders;
   while (__any_sync(full_warp, open)) {
     if (!open) continue;
     const std::uint32_t got = mail.read(lane);
     if (got == flag_mail::done) open = false;
     if (got == 0 || got == flag_mail::done) continue;
     mail.write(lane, 0);
-    post_unit(view, generation, static_cast<int>(got - 1));
+    post(static_cast<int>(got - 1));
   }
 }
 

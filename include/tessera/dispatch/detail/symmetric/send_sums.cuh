@@ -36,6 +36,15 @@ inline constexpr int sums_ring_bytes = sum_slots * sum_piece_bytes;
 inline constexpr int sums_shared_bytes = (send_warps + home_warps) * (sums_ring_bytes + sum_slots * 8) +
                                          send_warps * (sum_buffers * sum_piece_bytes + 4) + bulk::line;
 
+// Tells the home of a unit that it is there, which this thread knows.
+__device__ __forceinline__ void post_unit(const comm::symmetric_view& view, std::uint32_t generation, int unit) {
+  const int peers = view.size - 1;
+  const int chunk = unit / peers;
+  post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + chunk,
+               peer_of_send(view, unit - chunk * peers)),
+       generation);
+}
+
 // Makes all sums of a role that this warp gets. `row_of(at)` is the token's row of `expert_row_of`; `complete(item,
 // any)` adds the plain rows, `any` says whether a pair of the token belongs to this rank (though perhaps its row was
 // dropped), and answers whether the token has a sum; `finish(item, begin, sum)` gets every piece of it; `leave(at)` is
@@ -125,7 +134,7 @@ __device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std:
   const int hidden = static_cast<int>(task.y.cols);
   const int peers = view.size - 1;
   unit_walk walk(task.plan, peers, task.max_tokens, view.tickets + 1, first, warps, lane);
-  late_post flags(view, generation, mail, warp);
+  late_post flags(mail, warp, [&](int unit) { post_unit(view, generation, unit); });
   int buffer = 0;
   bool entered = false, usable = true;
   add_up<false>(
@@ -239,7 +248,7 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
   const int grid = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
   if (warp == send_warps + home_warps) {
-    post_role(view, generation, mail, lane);
+    post_role(mail, view.size > 1 ? send_warps : 0, lane, [&](int unit) { post_unit(view, generation, unit); });
   } else {
     int home = grid * home_warps;  // helps
     if (warp >= send_warps) {

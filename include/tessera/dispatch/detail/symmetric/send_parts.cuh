@@ -1,0 +1,211 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include <tessera/comm/detail/symmetric/flags.cuh>
+#include <tessera/core/detail/launch.cuh>
+#include <tessera/dispatch/detail/symmetric/bulk.cuh>
+#include <tessera/dispatch/detail/symmetric/late_flags.cuh>
+#include <tessera/dispatch/detail/symmetric/send_rows.cuh>
+#include <tessera/gemm/detail/hopper/ptx.cuh>
+#include <tessera/router/detail/device/warp.cuh>
+
+// Rows from home to the owners of their experts, as send_rows_kernel sends them, for those who use rows as they come: a
+// part, a few tokens in a row, has a flag of its own, which a warp of each block posts when all of it has been written.
+
+// A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1407
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+// Tokens of a rank that share a flag, the same on all ranks. A warp sends them one after the other, and its last ones
+// when others have none left: long parts would keep all waiting, and each flag takes a release.
+inline constexpr int most_told_parts = 1024;
+static_assert(most_told_parts <= comm::max_symmetric_chunks);
+constexpr int tokens_of_part(std::int64_t max_tokens) {
+  return max_tokens <= most_told_parts ? 1 : static_cast<int>((max_tokens + most_told_parts - 1) / most_told_parts);
+}
+
+struct send_parts_task : send_task {
+  comm::symmetric_view parts;  // the channel whose flags and generation parts have
+  int part_tokens;
+};
+
+// Shared memory of a block: that of send_rows_kernel, and a word for what each warp tells the one that posts flags.
+inline int send_parts_shared_bytes(const send_plan& plan) { return plan.shared_bytes() + 4 * plan.warps; }
+
+// The items that a warp takes: all pieces of a part in a row. One part of its own first, then the next that nobody has,
+// because SMs do not reach the links equally fast, and all would wait for the slowest. One thread's.
+class part_order {
+ public:
+  // @param first Number of this warp among `warps`.
+  __device__ part_order(const send_parts_task& task, std::int64_t first, std::int64_t warps)
+      : tickets_(task.view.tickets + 1), items_(task.part_tokens * task.pieces), warps_(warps), asked_(first) {}
+
+  // The next item; from the first on that is not below the number of items there are no others.
+  __device__ std::int64_t next() {
+    if (left_ == 0) {
+      item_ = asked_ * items_;
+      left_ = items_;
+      asked_ = warps_ + atomicAdd(tickets_, 1u);  // a part ahead, so that nobody waits for the answer
+    }
+    --left_;
+    return item_++;
+  }
+  __device__ int part_of(std::int64_t item) const { return static_cast<int>(item / items_); }
+  // Whether a part of `count` items in all ends with `item`.
+  __device__ bool ends_with(std::int64_t item, std::int64_t count) const {
+    return (item + 1) % items_ == 0 || item + 1 == count;
+  }
+
+ private:
+  std::uint32_t* tickets_;
+  int items_;  // of a part
+  std::int64_t warps_;
+  std::int64_t asked_;  // the part after this one
+  std::int64_t item_ = 0;
+  int left_ = 0;  // of this part
+};
+
+// Tells all ranks that a part of this rank's rows is there, which this thread knows.
+__device__ __forceinline__ void post_part(const comm::symmetric_view& view, std::uint32_t generation, int part) {
+  for (int r = 0; r < view.size; ++r)
+    post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + part, r), generation);
+}
+
+// Ends the operation of parts for the kernel that sends them or for the one that uses them: whichever is the second
+// one, so that its number is the same for all blocks of both. One thread of the kernel's last block.
+__device__ __forceinline__ void finish_half(const comm::symmetric_view& view, std::uint32_t generation) {
+  if (atomicAdd(view.tickets + 3, 1u) == 0) return;
+  __threadfence();
+  finish(view, generation);
+}
+
+static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
+    send_parts_kernel(const __grid_constant__ send_parts_task task) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const comm::symmetric_view& view = task.view;
+  const int warps = static_cast<int>(blockDim.x) / warp_size - 1;  // and one that posts
+  const int warp = static_cast<int>(threadIdx.x) / warp_size;
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  const bool sends = lane == 0 && warp < warps;
+
+  // Rings as in send_rows_kernel.
+  const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
+  const std::uint32_t ring = start + static_cast<std::uint32_t>(warp * send_stages * task.stage_bytes);
+  const std::uint32_t all_barriers = start + static_cast<std::uint32_t>(warps * send_stages * task.stage_bytes);
+  const std::uint32_t barriers = all_barriers + static_cast<std::uint32_t>(warp * send_stages * 8);
+  const flag_mail mail{all_barriers + static_cast<std::uint32_t>(warps * send_stages * 8)};
+  if (sends) {
+    for (int i = 0; i < send_stages; ++i) hopper::barrier_init(barriers + static_cast<std::uint32_t>(8 * i), 1);
+    hopper::barrier_init_fence();
+    mail.write(warp, 0);  // read behind a barrier of the block
+  }
+  __syncwarp();
+  await_stream();  // what is read behind it, is read by plain loads, which the compiler leaves there
+  const std::uint32_t generation = next_generation(view);
+  const std::uint32_t told = next_generation(task.parts);
+  if (block_failed(view)) return;
+  if (blockIdx.x == 0 && warp == 0) announce(view, generation);
+
+  const std::int64_t items = task.num_rows * task.pieces;
+  const auto bytes_of = [&](int piece) {
+    const int left = task.row_bytes - piece * task.piece_bytes;
+    return left < task.piece_bytes ? left : task.piece_bytes;
+  };
+  const auto load = [&](std::int64_t item, int stage) {
+    if (item >= items) return;
+    const std::int64_t token = item / task.pieces;
+    const int piece = static_cast<int>(item - token * task.pieces);
+    const std::uint32_t barrier = barriers + static_cast<std::uint32_t>(8 * stage);
+    const int bytes = bytes_of(piece);
+    hopper::barrier_arrive_expect(barrier, static_cast<std::uint32_t>(bytes));
+    bulk::load(ring + static_cast<std::uint32_t>(stage * task.stage_bytes),
+               task.rows + token * task.row_stride + piece * task.piece_bytes, bytes, barrier);
+  };
+  const auto destinations_of = [&](std::int64_t item) {
+    return item < items ? task.destinations[item / task.pieces] : 0u;
+  };
+
+  constexpr int ahead = send_stages - 2;
+  static_assert(ahead == 2, "two items are under way: the next and the one after");
+  part_order order(task, static_cast<std::int64_t>(warp) * gridDim.x + blockIdx.x,
+                   static_cast<std::int64_t>(gridDim.x) * warps);
+  std::int64_t item = items;
+  std::int64_t next = items;
+  std::int64_t after = items;
+  std::uint32_t mask = 0;
+  std::uint32_t next_mask = 0;
+  if (sends) {
+    item = order.next();
+    next = order.next();
+    after = order.next();
+    load(item, 0);
+    load(next, 1);
+    mask = destinations_of(item);
+    next_mask = destinations_of(next);
+  }
+  if (!all_entered(view, generation)) {
+    // what was loaded must have landed before the block's shared memory is given away
+    if (item < items) hopper::barrier_wait(barriers, 0);
+    if (next < items) hopper::barrier_wait(barriers + 8, 0);
+    return;
+  }
+
+  const auto post_told = [&](int part) { post_part(task.parts, told, part); };
+  if (sends) {
+    late_post flags(mail, warp, post_told);
+    for (int round = 0; item < items; ++round) {
+      const std::int64_t loaded = after;
+      if (loaded < items) {
+        after = order.next();
+        bulk::wait_read<1>();  // the piece before last has left its place
+        load(loaded, (round + ahead) % send_stages);
+      }
+      const std::uint32_t loaded_mask = destinations_of(loaded);
+      const int stage = round % send_stages;
+      hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * stage),
+                           static_cast<std::uint32_t>(round / send_stages) & 1u);
+      const std::int64_t token = item / task.pieces;
+      const int piece = static_cast<int>(item - token * task.pieces);
+      std::byte* const own = task.received + (view.rank * task.max_tokens + token) * task.received_stride +
+                             static_cast<std::int64_t>(piece) * task.piece_bytes;
+      // every rank and token starts with another destination, so that no link is asked by all at once
+      int r = static_cast<int>((token + view.rank) % view.size);
+      for (int i = 0; i < view.size; ++i) {
+        if (((mask >> r) & 1u) != 0) {
+          bulk::store(at_peer(view, own, r), ring + static_cast<std::uint32_t>(stage * task.stage_bytes),
+                      bytes_of(piece));
+        }
+        r = r + 1 == view.size ? 0 : r + 1;
+      }
+      bulk::commit();
+      flags.sent();
+      if (order.ends_with(item, items)) flags.unit(order.part_of(item));
+      item = next;
+      mask = next_mask;
+      next = loaded;
+      next_mask = loaded_mask;
+    }
+    flags.last();
+    bulk::wait_written<0>();
+  } else if (warp == warps) {
+    post_role(mail, warps, lane, post_told);
+  }
+  if (leave(view, generation) && threadIdx.x == 0) finish_half(task.parts, told);
+#else
+  static_cast<void>(task);
+#endif
+}
+
+}  // namespace detail::symmetric
+
+TESSERA_NAMESPACE_END
+
+#pragma nv_diagnostic pop

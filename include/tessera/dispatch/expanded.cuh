@@ -1,0 +1,109 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+/// @file
+/// Dispatch between GPUs for engines with products of their own, which want the rows of each expert next to each other:
+/// the operations of `dispatch/symmetric.cuh`, and beside the rows a kernel that puts those that have come in the order
+/// of experts. What is said there of waits, failures and graphs holds here too. Behind other transports, or where rows
+/// are not wanted as they come, `expand_rows(stream, received, handle.expert_row_of, K, expanded)` of
+/// `dispatch/dispatch.cuh` does the same once `dispatch_end` has waited for all.
+///
+///     exchange_routing_begin(stream, comm, layout, bounds, options, chosen, handle, workspace);
+///     dispatch_expanded_begin(stream, comm, handle, x, received, expanded);
+///     dispatch_expanded_end(stream, comm);      // and the lists are there
+///     ...                                       // products of groups `handle.expert_offsets` of `expanded`
+///     combine_rows(stream, comm, handle, combine_weights::routing, combine_source::expert_rows, outputs, ...);
+
+#include <cstdint>
+
+#include <tessera/dispatch/detail/symmetric/expand_parts.cuh>
+#include <tessera/dispatch/detail/symmetric/send_parts.cuh>
+#include <tessera/dispatch/symmetric.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+
+/// Sends each token once to every rank that owns one of its experts, as `dispatch_begin` does, and stores what arrives
+/// to each of its pairs' rows, on the communicator's side stream: behind `exchange_routing_begin`, or with the lists of
+/// an earlier one. Enqueues, does not synchronise.
+/// @param stream   Where the work is enqueued.
+/// @param comm     R ranks; rows take its budget of SMs, or 64, and what puts them in order as many as lists.
+/// @param handle   From `dispatch_handle::layout_device`; its lists may be under way.
+/// @param x        `[T, d]`; d, the rows' distance and the address are multiples of 16 bytes.
+/// @param received `[R * max_tokens, d]` in the window, packed: scratch that peers write.
+/// @param expanded `[>= received_pairs, d]`: bounds.max_pairs rows are enough; local memory, rows' distance and address
+/// multiples of 16 bytes. Rows from `expert_offsets[num_local_experts]` on are not written.
+/// @throws invalid_argument if shapes or memory do not fit.
+template <peer_communicator Comm, class A, class S>
+void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
+                             matrix_view<S> received, matrix_view<S> expanded) {
+  using namespace detail::symmetric;
+  const std::int64_t max_tokens = expect_dispatch(comm, x, received);
+  expect_tokens(handle, max_tokens, "received");
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  TESSERA_EXPECTS(handle.top_k >= 1 && handle.top_k <= detail::warp_size,
+                  "top_k = " << handle.top_k << ", expected 1 to 32");
+  expect_matrix(expanded, -1, x.cols, "expanded rows");
+  expect_bulk_rows(expanded, "expanded rows");
+  const int num_sms = expect_sm90("dispatch");
+  const auto sms = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots());
+  const auto plan = send_plan::make(static_cast<int>(x.cols * static_cast<std::int64_t>(sizeof(S))));
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
+
+  const device_stream side = comm.side_stream();
+  detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
+  detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+
+  send_parts_task send{};
+  static_cast<send_task&>(send) = {rows_view(comm),
+                                   reinterpret_cast<const std::byte*>(x.data),
+                                   bytes(x.stride),
+                                   x.rows,
+                                   handle.destinations,
+                                   true,
+                                   reinterpret_cast<std::byte*>(received.data),
+                                   bytes(received.stride),
+                                   max_tokens,
+                                   static_cast<int>(bytes(x.cols)),
+                                   plan.piece_bytes,
+                                   plan.pieces,
+                                   plan.stage_bytes(),
+                                   false};
+  send.parts = comm.view(comm::symmetric_channel::parts);
+  send.part_tokens = tokens_of_part(max_tokens);
+  const int send_bytes = send_parts_shared_bytes(plan);
+  allow_shared_memory(send_parts_kernel, send_bytes);
+  detail::launch_early(stream, "send_parts_kernel", send_parts_kernel, dim3(static_cast<unsigned>(sms.rows)),
+                       static_cast<unsigned>((plan.warps + 1) * detail::warp_size),
+                       static_cast<std::size_t>(send_bytes), send);
+
+  expand_task expand{};
+  expand.view = send.parts;
+  expand.view.timeout_ns += expand.view.timeout_ns / 4;  // of a rank that does not come rows are to say so
+  expand.received = send.received;
+  expand.max_tokens = max_tokens;
+  expand.expert_row_of = handle.expert_row_of;
+  expand.top_k = handle.top_k;
+  expand.expanded = reinterpret_cast<std::byte*>(expanded.data);
+  expand.expanded_stride = bytes(expanded.stride);
+  expand.part_tokens = send.part_tokens;
+  expand.row_bytes = send.row_bytes;
+  expand.piece_bytes = plan.piece_bytes;
+  expand.pieces = plan.pieces;
+  expand.stage_bytes = plan.stage_bytes();
+  allow_shared_memory(expand_parts_kernel, plan.shared_bytes());
+  // One block takes a multiprocessor's shared memory: beside them there is room for those that send.
+  expand_parts_kernel<<<static_cast<unsigned>(sms.lists), static_cast<unsigned>(plan.warps * detail::warp_size),
+                        static_cast<std::size_t>(plan.shared_bytes()), side.get()>>>(expand);
+  detail::check_cuda(cudaGetLastError(), "expand_parts_kernel");
+  detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");
+}
+
+/// Lets the stream wait for the rows of all ranks and for the lists. @param stream Of the begin, or one that comes
+/// after it. @param comm As there.
+template <peer_communicator Comm>
+void dispatch_expanded_end(device_stream stream, Comm& comm) {
+  exchange_routing_end(stream, comm);
+}
+
+TESSERA_NAMESPACE_END
