@@ -482,5 +482,5 @@ int main(int argc, char** argv) {
     const std::string name = "phases/" + chunk_name + "one_stream";
     add_case(name, [=](benchmark::State& state) { measure_phases<serial>(state, s, num_layers, one_stream, name); });
   }
-  return run_on_gpu(argc, argv);
+  return run_on_ranks(argc, argv);
 }

@@ -2,23 +2,83 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What the benchmarks of several GPUs share: a communicator and a thread for each, and medians of the slowest.
+// What the benchmarks of several GPUs share: a communicator for each, and medians of the slowest. GPUs are those of
+// this process, with a thread each, or under mpirun one of each process.
 
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <tessera/comm/symmetric.cuh>
 #include <tessera/comm/threads.hpp>
+#if defined(TESSERA_HAS_MPI)
+#include <tessera/comm/mpi.hpp>
+#endif
 
 #include "gpu_timing.cuh"
 
 namespace tessera_bench {
 
 inline constexpr std::size_t window_bytes = std::size_t{20} << 30;
+
+// The processes of mpirun, if it runs this program and that knows MPI; else none.
+class mpi_processes {
+ public:
+  static mpi_processes& all() {
+    static mpi_processes processes;
+    return processes;
+  }
+  int rank() const { return rank_; }
+  int size() const { return size_; }      // 0: none
+  int device() const { return device_; }  // its number among those of its host
+
+  // Of all ranks, in their order.
+  std::vector<double> join(const std::vector<double>& own) {
+    std::vector<double> joined(own.size() * static_cast<std::size_t>(size_));
+#if defined(TESSERA_HAS_MPI)
+    world_->all_gather({}, own.data(), joined.data(), static_cast<std::int64_t>(own.size()));
+#endif
+    return joined;
+  }
+  std::unique_ptr<tessera::comm::symmetric> make_comm(
+      [[maybe_unused]] const tessera::comm::symmetric_options& options) {
+#if defined(TESSERA_HAS_MPI)
+    return std::make_unique<tessera::comm::symmetric>(tessera::comm::symmetric::create(*world_, options));
+#else
+    return nullptr;
+#endif
+  }
+
+ private:
+  mpi_processes() {
+#if defined(TESSERA_HAS_MPI)
+    if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr && std::getenv("PMI_SIZE") == nullptr) return;
+    session_ = std::make_unique<tessera::comm::mpi_session>();
+    world_ = std::make_unique<tessera::comm::mpi>(MPI_COMM_WORLD,
+                                                  tessera::comm::mpi_options{.timeout = std::chrono::minutes(2)});
+    rank_ = world_->rank();
+    size_ = world_->size();
+    MPI_Comm host = MPI_COMM_NULL;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
+    MPI_Comm_rank(host, &device_);
+    MPI_Comm_free(&host);
+#endif
+  }
+#if defined(TESSERA_HAS_MPI)
+  std::unique_ptr<tessera::comm::mpi_session> session_;
+  std::unique_ptr<tessera::comm::mpi> world_;
+#endif
+  int rank_ = 0;
+  int size_ = 0;
+  int device_ = 0;
+};
 
 // The communicator of each GPU, made once.
 class gpu_ranks {
@@ -27,16 +87,18 @@ class gpu_ranks {
     static gpu_ranks ranks;
     return ranks;
   }
-  int size() const { return static_cast<int>(comms_.size()); }
+  int size() const { return count(); }
   // GPUs, without making anything; 0 where there are none.
   static int count() {
+    if (mpi_processes::all().size() > 0) return mpi_processes::all().size();
     int devices = 0;
     return cudaGetDeviceCount(&devices) == cudaSuccess ? devices : 0;
   }
 
-  // Calls `f(comm, stream)` on every rank, each in a thread of its own.
+  // Calls `f(comm)` on every rank of this process, each in a thread of its own if there are several.
   template <class F>
   void run(F f) {
+    if (mpi_processes::all().size() > 0) return f(*comms_[0]);
     tessera::comm::threads::run(size(),
                                 [&](tessera::comm::threads& t) {
                                   require(cudaSetDevice(t.rank()), "cudaSetDevice");
@@ -47,16 +109,19 @@ class gpu_ranks {
 
  private:
   gpu_ranks() {
-    int devices = 0;
-    require(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
-    comms_.resize(static_cast<std::size_t>(devices));
+    const int ranks = count();
+    tessera::comm::symmetric_options options;
+    options.window_bytes = window_bytes;
+    options.copy_streams = std::clamp(ranks, 2, 8);
+    if (mpi_processes::all().size() > 0) {
+      comms_.push_back(mpi_processes::all().make_comm(options));
+      return;
+    }
+    comms_.resize(static_cast<std::size_t>(ranks));
     tessera::comm::threads::run(
-        devices,
+        ranks,
         [&](tessera::comm::threads& t) {
           require(cudaSetDevice(t.rank()), "cudaSetDevice");
-          tessera::comm::symmetric_options options;
-          options.window_bytes = window_bytes;
-          options.copy_streams = std::clamp(devices, 2, 8);
           comms_[static_cast<std::size_t>(t.rank())] =
               std::make_unique<tessera::comm::symmetric>(tessera::comm::symmetric::create(t, options));
         },
@@ -126,12 +191,35 @@ double slowest_median_us(int times, Make make) {
     if (timed != nullptr) cudaGraphExecDestroy(timed);
     cudaStreamDestroy(stream);
   });
+  if (mpi_processes::all().size() > 0) {
+    const std::vector<double> own = us[static_cast<std::size_t>(mpi_processes::all().rank())];
+    const std::vector<double> joined = mpi_processes::all().join(own);
+    for (std::size_t r = 0; r < us.size(); ++r) {
+      const auto begin = joined.begin() + static_cast<std::ptrdiff_t>(r * own.size());
+      us[r].assign(begin, begin + static_cast<std::ptrdiff_t>(own.size()));
+    }
+  }
   std::vector<double> slowest(us[0].size());
   for (const auto& rank : us) {
     for (std::size_t i = 0; i < slowest.size(); ++i) slowest[i] = std::max(slowest[i], rank[i]);
   }
   std::nth_element(slowest.begin(), slowest.begin() + static_cast<std::ptrdiff_t>(slowest.size() / 2), slowest.end());
   return slowest[slowest.size() / 2];
+}
+
+// `run_on_gpu` on every rank; of several processes the first one reports.
+inline int run_on_ranks(int argc, char** argv) {
+  const mpi_processes& processes = mpi_processes::all();
+  if (processes.size() > 0) {
+    const bool has_gpu = cudaSetDevice(processes.device()) == cudaSuccess;
+    benchmark::AddCustomContext("processes", std::to_string(processes.size()));
+    if (has_gpu && processes.rank() > 0) {
+      const auto writes = [](const char* argument) { return std::strncmp(argument, "--benchmark_out", 15) == 0; };
+      argc = static_cast<int>(std::remove_if(argv + 1, argv + argc, writes) - argv);
+      if (std::freopen("/dev/null", "w", stdout) == nullptr) return 1;
+    }
+  }
+  return run_on_gpu(argc, argv);
 }
 
 }  // namespace tessera_bench

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Dispatch, combine and the layer over the GPUs of this machine, one thread a GPU. A figure is the median over repeats
+// Dispatch, combine and the layer over the GPUs of this machine, one thread a GPU, or under mpirun one process a GPU. A
+// figure is the median over repeats
 // of the slowest rank's time, from events around a graph of several operations in a row, without the host between
 // them; ranks are aligned before. `wire` counts the bytes that one rank sends to others, `logical` those that it would
 // send with its own part among them. NCCL's collectives and peer copies move the same rows for comparison.
@@ -39,6 +40,7 @@ struct exchange_shape {
   int E, K;
   bool ordered = false;          // rows are added with combine::ordered
   ts::dispatch_options options;  // such as a capacity
+  bool in_place = false;         // rows come home to where others have arrived
 };
 
 // One rank's memory, with uniform random routing.
@@ -97,7 +99,8 @@ struct exchange_case {
     const std::int64_t rows = bounds.addressed_rows();
     workspace.tables = ts::routing_tables<float>::layout(b, bounds);
     received = {b.take<bfloat16>("received", rows * shape.d), rows, shape.d};
-    returned = {b.take<bfloat16>("returned", shape.ordered ? 0 : rows * shape.d), rows, shape.d};
+    returned = {b.take<bfloat16>("returned", shape.ordered || shape.in_place ? 0 : rows * shape.d), rows, shape.d};
+    if (shape.in_place) returned = received;
     if (shape.ordered) {
       returned_pairs = ts::returned_rows<bfloat16>::layout(b, bounds, shape.d, ts::combine::ordered{});
     }
@@ -419,6 +422,7 @@ int main(int argc, char** argv) {
     exchange("combine_summed_rows", at(T), operation::combine_sums, 0);
     exchange("pair", at(T), operation::pair, 0);
   }
+  exchange("pair_in_place", {4096, 7168, 256, 8, false, {}, true}, operation::pair, 0);
   // For engines with products of their own; what arrives is bounded by twice an even share.
   for (const std::int64_t T : {128, 1024, 4096}) {
     exchange("dispatch_expanded", at(T), operation::expanded, 0);
@@ -501,5 +505,5 @@ int main(int argc, char** argv) {
                [=](benchmark::State& state) { measure_layer(state, s, backward); });
     }
   }
-  return run_on_gpu(argc, argv);
+  return run_on_ranks(argc, argv);
 }

@@ -234,6 +234,9 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
   ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs, returned,
                    c.top_k, nothing, y);
   check_sums("plain sum", false, false, false);
+  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
+                   received, c.top_k, plus, y);
+  check_sums("weighted sum where rows had arrived", true, false, true);
 
   // pairs that are added at home, in the order of k
   const auto check_pairs = [&](const char* what, bool weighted, bool with_plus) {

@@ -335,7 +335,8 @@ enum class combine_source {
 /// @param weights  Whether expert rows are multiplied by their routing weights; not used for summed rows.
 /// @param source   What `rows` are.
 /// @param rows     See `combine_source`; d, the rows' distance and the address are multiples of 16 bytes.
-/// @param returned `[R * max_tokens, d]` in the window, packed: scratch that peers write.
+/// @param returned `[R * max_tokens, d]` in the window, packed: scratch that peers write, from when this stream comes
+/// here. Unless it is `rows`, it may be what rows were dispatched to, on all ranks or on none.
 /// @param top_k    K, at most 32.
 /// @param plus     `[T, d]` added in the end, such as outputs of shared experts; without data nothing is added.
 /// @param y        `[T, d]`, overwritten.
