@@ -8,12 +8,12 @@
 #include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/core/detail/launch.cuh>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
+#include <tessera/dispatch/detail/symmetric/piece_ring.cuh>
 #include <tessera/dispatch/detail/symmetric/send_parts.cuh>
-#include <tessera/gemm/detail/hopper/ptx.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Rows that arrive, put in the order of experts while others are under way: a row is read once, as soon as its part has
-// come, and stored to each of its pairs' places. Rings of pieces as in send_rows_kernel.
+// come, and stored to each of its pairs' places.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
 #pragma nv_diagnostic push
@@ -147,14 +147,7 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const std::uint32_t generation = next_generation(view);
 
-  const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
-  const std::uint32_t ring = start + static_cast<std::uint32_t>(warp * send_stages * task.stage_bytes);
-  const std::uint32_t barriers =
-      start + static_cast<std::uint32_t>(warps * send_stages * task.stage_bytes + warp * send_stages * 8);
-  if (lane == 0) {
-    for (int i = 0; i < send_stages; ++i) hopper::barrier_init(barriers + static_cast<std::uint32_t>(8 * i), 1);
-    hopper::barrier_init_fence();
-  }
+  const piece_ring ring(shared_bytes, warps, warp, task.stage_bytes, lane == 0);
   __syncwarp();
 
   arrival_walk walk(task, generation, lane);
@@ -162,26 +155,19 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   // Lanes store what goes to their pairs, each in groups of its own.
   const auto fetch = [&](arrived_piece& piece) {
     if (!walk.next(piece)) return false;
-    const int stage = loaded++ % send_stages;
     bulk::wait_read<send_stages - 2>();  // two pieces are stored between one in this stage and this
     __syncwarp();
-    if (lane == 0) {
-      const std::uint32_t barrier = barriers + static_cast<std::uint32_t>(8 * stage);
-      hopper::barrier_arrive_expect(barrier, static_cast<std::uint32_t>(piece.bytes));
-      bulk::load(ring + static_cast<std::uint32_t>(stage * task.stage_bytes), piece.from, piece.bytes, barrier);
-    }
+    if (lane == 0) ring.load(loaded, piece.from, piece.bytes);
+    ++loaded;
     return true;
   };
   arrived_piece piece{}, next{};
   bool has_piece = fetch(piece);
   bool has_next = has_piece && fetch(next);
   for (int stored = 0; has_piece; ++stored) {
-    const int stage = stored % send_stages;
-    hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * stage),
-                         static_cast<std::uint32_t>(stored / send_stages) & 1u);
+    ring.wait(stored);
     if (piece.place >= 0)
-      bulk::store(task.expanded + piece.place * task.expanded_stride + piece.begin,
-                  ring + static_cast<std::uint32_t>(stage * task.stage_bytes), piece.bytes);
+      bulk::store(task.expanded + piece.place * task.expanded_stride + piece.begin, ring.piece(stored), piece.bytes);
     bulk::commit();
     piece = next;
     has_piece = has_next;

@@ -8,8 +8,8 @@
 #include <tessera/core/detail/launch.cuh>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
 #include <tessera/dispatch/detail/symmetric/late_flags.cuh>
+#include <tessera/dispatch/detail/symmetric/piece_ring.cuh>
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
-#include <tessera/gemm/detail/hopper/ptx.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Rows from home to the owners of their experts, as send_rows_kernel sends them, for those who use rows as they come: a
@@ -96,17 +96,9 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const bool sends = lane == 0 && warp < warps;
 
-  // Rings as in send_rows_kernel.
-  const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
-  const std::uint32_t ring = start + static_cast<std::uint32_t>(warp * send_stages * task.stage_bytes);
-  const std::uint32_t all_barriers = start + static_cast<std::uint32_t>(warps * send_stages * task.stage_bytes);
-  const std::uint32_t barriers = all_barriers + static_cast<std::uint32_t>(warp * send_stages * 8);
-  const flag_mail mail{all_barriers + static_cast<std::uint32_t>(warps * send_stages * 8)};
-  if (sends) {
-    for (int i = 0; i < send_stages; ++i) hopper::barrier_init(barriers + static_cast<std::uint32_t>(8 * i), 1);
-    hopper::barrier_init_fence();
-    mail.write(warp, 0);  // read behind a barrier of the block
-  }
+  const piece_ring ring(shared_bytes, warps, warp, task.stage_bytes, sends);
+  const flag_mail mail{ring.end()};
+  if (sends) mail.write(warp, 0);  // read behind a barrier of the block
   __syncwarp();
   await_stream();  // what is read behind it, is read by plain loads, which the compiler leaves there
   const std::uint32_t generation = next_generation(view);
@@ -119,15 +111,11 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
     const int left = task.row_bytes - piece * task.piece_bytes;
     return left < task.piece_bytes ? left : task.piece_bytes;
   };
-  const auto load = [&](std::int64_t item, int stage) {
+  const auto load = [&](std::int64_t item, int index) {
     if (item >= items) return;
     const std::int64_t token = item / task.pieces;
     const int piece = static_cast<int>(item - token * task.pieces);
-    const std::uint32_t barrier = barriers + static_cast<std::uint32_t>(8 * stage);
-    const int bytes = bytes_of(piece);
-    hopper::barrier_arrive_expect(barrier, static_cast<std::uint32_t>(bytes));
-    bulk::load(ring + static_cast<std::uint32_t>(stage * task.stage_bytes),
-               task.rows + token * task.row_stride + piece * task.piece_bytes, bytes, barrier);
+    ring.load(index, task.rows + token * task.row_stride + piece * task.piece_bytes, bytes_of(piece));
   };
   const auto destinations_of = [&](std::int64_t item) {
     return item < items ? task.destinations[item / task.pieces] : 0u;
@@ -153,25 +141,23 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
   }
   if (!all_entered(view, generation)) {
     // what was loaded must have landed before the block's shared memory is given away
-    if (item < items) hopper::barrier_wait(barriers, 0);
-    if (next < items) hopper::barrier_wait(barriers + 8, 0);
+    if (item < items) ring.wait(0);
+    if (next < items) ring.wait(1);
     return;
   }
 
   const auto post_told = [&](int part) { post_part(task.parts, told, part); };
   if (sends) {
     late_post flags(mail, warp, post_told);
-    for (int round = 0; item < items; ++round) {
+    for (int index = 0; item < items; ++index) {
       const std::int64_t loaded = after;
       if (loaded < items) {
         after = order.next();
         bulk::wait_read<1>();  // the piece before last has left its place
-        load(loaded, (round + ahead) % send_stages);
+        load(loaded, index + ahead);
       }
       const std::uint32_t loaded_mask = destinations_of(loaded);
-      const int stage = round % send_stages;
-      hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * stage),
-                           static_cast<std::uint32_t>(round / send_stages) & 1u);
+      ring.wait(index);
       const std::int64_t token = item / task.pieces;
       const int piece = static_cast<int>(item - token * task.pieces);
       std::byte* const own = task.received + (view.rank * task.max_tokens + token) * task.received_stride +
@@ -179,10 +165,7 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
       // every rank and token starts with another destination, so that no link is asked by all at once
       int r = static_cast<int>((token + view.rank) % view.size);
       for (int i = 0; i < view.size; ++i) {
-        if (((mask >> r) & 1u) != 0) {
-          bulk::store(at_peer(view, own, r), ring + static_cast<std::uint32_t>(stage * task.stage_bytes),
-                      bytes_of(piece));
-        }
+        if (((mask >> r) & 1u) != 0) bulk::store(at_peer(view, own, r), ring.piece(index), bytes_of(piece));
         r = r + 1 == view.size ? 0 : r + 1;
       }
       bulk::commit();
