@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
+#include <tessera/gemm/detail/hopper/ptx.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Flags of units that have been sent, posted by a warp of their own.
@@ -19,23 +20,15 @@ struct flag_mail {
   static constexpr std::uint32_t done = 0xffffffffu;
   std::uint32_t address;  // of a word of shared memory for each sending warp
 
-  __device__ std::uint32_t read(int warp) const {
-    std::uint32_t value;
-    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
-                 : "=r"(value)
-                 : "r"(address + static_cast<std::uint32_t>(4 * warp))
-                 : "memory");
-    return value;
-  }
-  __device__ void write(int warp, std::uint32_t value) const {
-    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address + static_cast<std::uint32_t>(4 * warp)),
-                 "r"(value)
-                 : "memory");
-  }
+  __device__ std::uint32_t read(int warp) const { return hopper::load_acquire_shared(word(warp)); }
+  __device__ void write(int warp, std::uint32_t value) const { hopper::store_release_shared(word(warp), value); }
   __device__ void send(int warp, std::uint32_t value) const {
     while (read(warp) != 0) continue;
     write(warp, value);
   }
+
+ private:
+  __device__ std::uint32_t word(int warp) const { return address + static_cast<std::uint32_t>(4 * warp); }
 };
 
 // Hands over the flag of a unit when some pieces have been sent after it, which is when its own have been written. One

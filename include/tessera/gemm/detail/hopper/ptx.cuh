@@ -85,6 +85,17 @@ __device__ __forceinline__ void store_remote(std::uint32_t target, std::uint32_t
       : "memory");
 }
 
+/// A word of shared memory by which threads of a block tell each other something: who sees what was stored sees what
+/// the other wrote before, too.
+__device__ __forceinline__ std::uint32_t load_acquire_shared(std::uint32_t address) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release_shared(std::uint32_t address, std::uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 /// Waits for `threads` threads at hardware barrier `id`.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

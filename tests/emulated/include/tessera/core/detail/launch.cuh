@@ -1,0 +1,16 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// In the place of the header of this name: kernels begin when they are launched.
+
+#include <tessera/core/config.hpp>
+
+#include "emulated/block.hpp"
+
+TESSERA_NAMESPACE_BEGIN
+namespace detail {
+inline void await_stream() {}
+inline void let_next_start() {}
+}  // namespace detail
+TESSERA_NAMESPACE_END

@@ -1,0 +1,296 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The kernels that move rows between GPUs, run on the host (block.hpp): lanes in any order, copies as late as waits
+// allow, ranks at the same time. What arrives must be right and complete, and the counters as before.
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <tessera/dispatch/detail/symmetric/expand_parts.cuh>
+#include <tessera/dispatch/detail/symmetric/send_pairs.cuh>
+#include <tessera/dispatch/detail/symmetric/send_parts.cuh>
+#include <tessera/dispatch/detail/symmetric/send_rows.cuh>
+
+TESSERA_NAMESPACE_BEGIN
+namespace detail::symmetric {
+thread_local unsigned char shared_bytes[emulated::shared_bytes_of_a_block];
+}
+TESSERA_NAMESPACE_END
+
+namespace {
+
+namespace ts = tessera;
+using namespace ts::detail::symmetric;
+using ts::comm::symmetric_view;
+
+struct shape {
+  std::vector<int> tokens;  // of each rank
+  int max_tokens;
+  int top_k;
+  int row_bytes;
+  int pieces = 1;       // of a row
+  int part_tokens = 1;  // of a flag
+  int blocks = 2;
+
+  int ranks() const { return static_cast<int>(tokens.size()); }
+  std::int64_t rows() const { return static_cast<std::int64_t>(ranks()) * max_tokens; }
+};
+
+constexpr int warps = 2;  // with rings
+constexpr int channels = 2;
+
+// Windows and counters of all ranks, and a routing.
+struct world {
+  world(const shape& s, std::uint32_t seed) : of(s), random(seed) {
+    plan.pieces = s.pieces;
+    plan.piece_bytes = (s.row_bytes / 16 + s.pieces - 1) / s.pieces * 16;
+    plan.warps = warps;
+    const auto pairs = static_cast<std::size_t>(s.max_tokens) * static_cast<std::size_t>(s.top_k);
+    // room for all ranks' rows, or for all pairs of this rank's tokens with their places
+    const std::size_t places = (pairs * 4 + 15) / 16 * 16;
+    places_at = flag_bytes + std::max(static_cast<std::size_t>(s.rows()), pairs) * row();
+    for (int r = 0; r < s.ranks(); ++r) {
+      windows.emplace_back((places_at + places) / 16 + 1);
+      counters.emplace_back(channels * 8);
+    }
+  }
+  std::size_t row() const { return static_cast<std::size_t>(of.row_bytes); }
+  std::byte* window(int rank) { return reinterpret_cast<std::byte*>(windows[static_cast<std::size_t>(rank)].data()); }
+  std::byte* received(int rank) { return window(rank) + flag_bytes; }
+  symmetric_view view(int rank, int channel) {
+    symmetric_view v;
+    v.rank = rank;
+    v.size = of.ranks();
+    for (int r = 0; r < v.size; ++r) v.peer[r] = window(r);
+    auto* const words = reinterpret_cast<std::uint32_t*>(window(rank));
+    v.entered = words + channel * 16;
+    v.arrived = v.entered + 8;
+    v.chunks = words + channels * 16;
+    v.generation = counters[static_cast<std::size_t>(rank)].data() + channel * 8;
+    v.tickets = v.generation + 4;
+    return v;
+  }
+  // New tokens, and which ranks and rows of experts they go to.
+  void route() {
+    const auto ranks = static_cast<std::size_t>(of.ranks());
+    const auto all = static_cast<std::size_t>(of.rows()) * static_cast<std::size_t>(of.top_k);
+    x.assign(ranks, {});
+    destinations.assign(ranks, std::vector<std::uint32_t>(static_cast<std::size_t>(of.max_tokens), 0));
+    expert_row_of.assign(ranks, std::vector<std::int32_t>(all, -1));
+    gather.assign(ranks, {});
+    for (std::size_t s = 0; s < ranks; ++s) {
+      for (std::size_t i = 0; i < static_cast<std::size_t>(of.max_tokens) * row(); ++i)
+        x[s].push_back(static_cast<unsigned char>(random()));
+      for (int t = 0; t < of.tokens[s]; ++t) {
+        for (int k = 0; k < of.top_k; ++k) {
+          if (random() % 5 == 0) continue;
+          const std::size_t owner = random() % ranks;
+          destinations[s][static_cast<std::size_t>(t)] |= 1u << owner;
+          const auto pair = (static_cast<std::int64_t>(s) * of.max_tokens + t) * of.top_k + k;
+          expert_row_of[owner][static_cast<std::size_t>(pair)] = 0;
+        }
+      }
+    }
+    for (std::size_t r = 0; r < ranks; ++r) {  // in any order, some dropped
+      std::vector<std::size_t> pairs;
+      for (std::size_t p = 0; p < all; ++p)
+        if (expert_row_of[r][p] == 0) pairs.push_back(p);
+      std::shuffle(pairs.begin(), pairs.end(), random);
+      for (const std::size_t p : pairs) {
+        expert_row_of[r][p] = random() % 11 == 0 ? -2 : static_cast<std::int32_t>(gather[r].size());
+        if (expert_row_of[r][p] >= 0) gather[r].push_back(p);
+      }
+    }
+  }
+  const unsigned char* token(std::size_t received_row) const {
+    const auto tokens = static_cast<std::size_t>(of.max_tokens);
+    return x[received_row / tokens].data() + received_row % tokens * row();
+  }
+  send_task sender(int rank) {
+    const auto r = static_cast<std::size_t>(rank);
+    return {view(rank, 0),          reinterpret_cast<const std::byte*>(x[r].data()),
+            of.row_bytes,           of.tokens[r],
+            destinations[r].data(), true,
+            received(rank),         of.row_bytes,
+            of.max_tokens,          of.row_bytes,
+            plan.piece_bytes,       plan.pieces,
+            plan.stage_bytes(),     false};
+  }
+  void expect_finished(std::uint32_t generation, int used_channels) {
+    for (int r = 0; r < of.ranks(); ++r) {
+      for (int c = 0; c < used_channels; ++c) {
+        const symmetric_view v = view(r, c);
+        CHECK(*v.generation == generation);
+        for (int i = 0; i < 4; ++i) CHECK(v.tickets[i] == 0);
+      }
+    }
+  }
+
+  static constexpr std::size_t flag_bytes =
+      (channels * 16 + std::size_t{ts::comm::max_symmetric_ranks} * ts::comm::max_symmetric_chunks) * 4;
+  struct alignas(16) line {
+    std::byte bytes[16];
+  };
+  shape of;
+  std::mt19937 random;
+  send_plan plan{};
+  std::size_t places_at = 0;
+  std::vector<std::vector<line>> windows;
+  std::vector<std::vector<std::uint32_t>> counters;
+  std::vector<std::vector<unsigned char>> x;
+  std::vector<std::vector<std::uint32_t>> destinations;
+  std::vector<std::vector<std::int32_t>> expert_row_of;
+  std::vector<std::vector<std::size_t>> gather;  // of each rank's expert rows: the pair
+};
+
+const shape shapes[] = {
+    {{20, 13}, 24, 4, 96, 1, 4},
+    {{50, 41}, 50, 4, 64, 1, 1},
+    {{31, 37, 22}, 40, 8, 192, 3, 3},
+    {{20, 25}, 25, 32, 48, 1, 5},
+    {{0, 9}, 9, 2, 32},
+    {{0, 0, 0, 0}, 3, 2, 32},
+    {{70, 66}, 70, 2, 4096, 2, 7, 1},
+    {{33, 40}, 40, 3, 160, 1, 64, 3},
+    {{7, 1}, 40, 1, 16, 1, 3},
+    {{17, 9, 23, 12}, 24, 5, 80, 2, 2},
+    {{40}, 40, 6, 64, 1, 4},
+};
+
+template <class Round>
+void for_all_shapes(Round round) {
+  std::uint32_t seed = 1;
+  for (const shape& s : shapes) {
+    CAPTURE(s.max_tokens);
+    CAPTURE(s.row_bytes);
+    world w(s, seed);
+    for (std::uint32_t generation = 1; generation <= 3; ++generation) {
+      w.route();
+      round(w, generation, seed += 1000);
+    }
+  }
+}
+
+// Every byte that is not a token's must be as it was.
+constexpr unsigned char untouched = 0xee;
+
+}  // namespace
+
+TEST_CASE("rows reach the ranks that own one of their experts") {
+  for_all_shapes([](world& w, std::uint32_t generation, std::uint32_t seed) {
+    for (int r = 0; r < w.of.ranks(); ++r)
+      std::memset(w.received(r), untouched, static_cast<std::size_t>(w.of.rows()) * w.row());
+    {
+      emulated::device gpus(seed);
+      for (int r = 0; r < w.of.ranks(); ++r)
+        gpus.launch(send_rows_kernel, w.sender(r), static_cast<unsigned>(w.of.blocks), warps * 32);
+    }
+    w.expect_finished(generation, 1);
+    const std::vector<unsigned char> nothing(w.row(), untouched);
+    int wrong = 0;
+    for (int r = 0; r < w.of.ranks(); ++r) {
+      for (std::size_t row = 0; row < static_cast<std::size_t>(w.of.rows()); ++row) {
+        const std::size_t tokens = static_cast<std::size_t>(w.of.max_tokens);
+        const bool comes = (w.destinations[row / tokens][row % tokens] >> r & 1) != 0;
+        wrong += std::memcmp(w.received(r) + row * w.row(), comes ? w.token(row) : nothing.data(), w.row()) != 0;
+      }
+    }
+    CHECK(wrong == 0);
+  });
+}
+
+TEST_CASE("rows that arrive are put in the order of experts while others are under way") {
+  for_all_shapes([](world& w, std::uint32_t generation, std::uint32_t seed) {
+    std::vector<std::vector<unsigned char>> expanded;
+    for (const auto& rows : w.gather) expanded.emplace_back((rows.size() + 1) * w.row(), untouched);
+    for (int r = 0; r < w.of.ranks(); ++r)
+      std::memset(w.received(r), untouched, static_cast<std::size_t>(w.of.rows()) * w.row());
+    {
+      emulated::device gpus(seed);
+      for (int r = 0; r < w.of.ranks(); ++r) {
+        send_parts_task send{};
+        static_cast<send_task&>(send) = w.sender(r);
+        send.parts = w.view(r, 1);
+        send.part_tokens = w.of.part_tokens;
+        expand_task expand{};
+        expand.view = send.parts;
+        expand.received = send.received;
+        expand.max_tokens = w.of.max_tokens;
+        expand.expert_row_of = w.expert_row_of[static_cast<std::size_t>(r)].data();
+        expand.top_k = w.of.top_k;
+        expand.expanded = reinterpret_cast<std::byte*>(expanded[static_cast<std::size_t>(r)].data());
+        expand.expanded_stride = w.of.row_bytes;
+        expand.part_tokens = w.of.part_tokens;
+        expand.row_bytes = w.of.row_bytes;
+        expand.piece_bytes = w.plan.piece_bytes;
+        expand.pieces = w.plan.pieces;
+        expand.stage_bytes = w.plan.stage_bytes();
+        gpus.launch(expand_parts_kernel, expand, static_cast<unsigned>(w.of.blocks), warps * 32);
+        gpus.launch(send_parts_kernel, send, static_cast<unsigned>(w.of.blocks), (warps + 1) * 32);
+      }
+    }
+    w.expect_finished(generation, 2);
+    int wrong = 0;
+    for (std::size_t r = 0; r < expanded.size(); ++r) {
+      for (std::size_t row = 0; row < w.gather[r].size(); ++row) {
+        const std::size_t from = w.gather[r][row] / static_cast<std::size_t>(w.of.top_k);
+        wrong += std::memcmp(expanded[r].data() + row * w.row(), w.token(from), w.row()) != 0;
+      }
+      wrong += std::count(expanded[r].end() - w.of.row_bytes, expanded[r].end(), untouched) != w.of.row_bytes;
+    }
+    CHECK(wrong == 0);
+  });
+}
+
+TEST_CASE("expert rows come home to their pairs' places") {
+  for_all_shapes([](world& w, std::uint32_t generation, std::uint32_t seed) {
+    std::vector<std::vector<unsigned char>> outputs;
+    for (const auto& rows : w.gather) {
+      auto& of_rank = outputs.emplace_back();
+      for (std::size_t i = 0; i < rows.size() * w.row(); ++i) of_rank.push_back(static_cast<unsigned char>(w.random()));
+    }
+    const std::int64_t pairs = static_cast<std::int64_t>(w.of.max_tokens) * w.of.top_k;
+    const auto places_of = [&](int rank) { return reinterpret_cast<std::int32_t*>(w.window(rank) + w.places_at); };
+    for (int r = 0; r < w.of.ranks(); ++r) std::fill_n(places_of(r), pairs, -1);
+    {
+      emulated::device gpus(seed);
+      for (int r = 0; r < w.of.ranks(); ++r) {
+        const auto own = static_cast<std::size_t>(r);
+        const pairs_task task{w.view(r, 0),
+                              reinterpret_cast<const std::byte*>(outputs[own].data()),
+                              w.of.row_bytes,
+                              w.expert_row_of[own].data(),
+                              w.received(r),
+                              places_of(r),
+                              pairs,
+                              w.of.row_bytes,
+                              w.plan.piece_bytes,
+                              w.plan.pieces,
+                              w.plan.stage_bytes()};
+        gpus.launch(send_pairs_kernel, task, static_cast<unsigned>(w.of.blocks), warps * 32);
+      }
+    }
+    w.expect_finished(generation, 1);
+    int wrong = 0, sent = 0;
+    for (std::size_t r = 0; r < outputs.size(); ++r) {
+      for (std::size_t row = 0; row < w.gather[r].size(); ++row, ++sent) {
+        const auto home = static_cast<int>(w.gather[r][row] / static_cast<std::size_t>(pairs));
+        const std::size_t place = w.gather[r][row] % static_cast<std::size_t>(pairs);
+        wrong += places_of(home)[place] != static_cast<std::int32_t>(place);
+        wrong += std::memcmp(w.received(home) + place * w.row(), outputs[r].data() + row * w.row(), w.row()) != 0;
+      }
+    }
+    for (int r = 0; r < w.of.ranks(); ++r)
+      sent -= static_cast<int>(std::count_if(places_of(r), places_of(r) + pairs, [](auto p) { return p >= 0; }));
+    CHECK(wrong == 0);
+    CHECK(sent == 0);
+  });
+}
