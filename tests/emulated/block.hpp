@@ -77,7 +77,7 @@ class block {
     for (unsigned t = 0; t < threads; ++t) {
       lane& l = lanes_[t];
       l.thread = t;
-      l.stack.resize(64 * 1024);
+      l.stack.resize(32 * 1024);
       getcontext(&l.context);
       l.context.uc_stack.ss_sp = l.stack.data();
       l.context.uc_stack.ss_size = l.stack.size();
@@ -183,9 +183,14 @@ struct index {
 
 }  // namespace emulated
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 // The language of kernels.
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __noinline__
@@ -218,7 +223,7 @@ T __shfl_sync(unsigned, T value, int source) {
   b.current().told = 0;
   std::memcpy(&b.current().told, &value, sizeof(T));
   b.meet_warp();
-  const std::uint64_t told = b.told(static_cast<unsigned>(source));
+  const std::uint64_t told = b.told(static_cast<unsigned>(source) % emulated::warp_lanes);
   b.meet_warp();
   T result;
   std::memcpy(&result, &told, sizeof(T));

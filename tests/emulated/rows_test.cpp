@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The kernels that move rows between GPUs, run on the host (block.hpp): lanes in any order, copies as late as waits
-// allow, ranks at the same time. What arrives must be right and complete, and the counters as before.
+// The kernels that move rows between GPUs and add them up, run on the host (block.hpp): lanes in any order, copies as
+// late as waits allow, ranks at the same time. What arrives must be right and complete, and the counters as before.
 
 #include <doctest/doctest.h>
 
@@ -18,6 +18,7 @@
 #include <tessera/dispatch/detail/symmetric/send_pairs.cuh>
 #include <tessera/dispatch/detail/symmetric/send_parts.cuh>
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
+#include <tessera/dispatch/detail/symmetric/send_sums.cuh>
 
 TESSERA_NAMESPACE_BEGIN
 namespace detail::symmetric {
@@ -163,6 +164,8 @@ const shape shapes[] = {
     {{7, 1}, 40, 1, 16, 1, 3},
     {{17, 9, 23, 12}, 24, 5, 80, 2, 2},
     {{40}, 40, 6, 64, 1, 4},
+    {{9, 7}, 9, 3, 12304, 2, 2},
+    {{60, 55}, 60, 3, 8192, 1, 4, 1},
 };
 
 template <class Round>
@@ -292,5 +295,71 @@ TEST_CASE("expert rows come home to their pairs' places") {
       sent -= static_cast<int>(std::count_if(places_of(r), places_of(r) + pairs, [](auto p) { return p >= 0; }));
     CHECK(wrong == 0);
     CHECK(sent == 0);
+  });
+}
+
+TEST_CASE("sums of expert rows, and of sums that owners have made, come home") {
+  for_all_shapes([](world& w, std::uint32_t generation, std::uint32_t seed) {
+    // Whole numbers: every order of adding them gives the same.
+    const auto ranks = static_cast<std::size_t>(w.of.ranks());
+    const auto tokens = static_cast<std::size_t>(w.of.max_tokens), columns = w.row() / sizeof(float);
+    const bool summed = generation == 2;
+    std::vector<std::vector<float>> rows(ranks), weights(ranks), plus(ranks), y(ranks), expected(ranks);
+    const auto number = [&] { return static_cast<float>(w.random() % 64); };
+    for (std::size_t r = 0; r < ranks; ++r) {
+      const std::size_t count = summed ? ranks * tokens : w.gather[r].size();
+      for (std::size_t i = 0; i < count * columns; ++i) rows[r].push_back(number());
+      for (std::size_t i = 0; i < w.gather[r].size(); ++i) weights[r].push_back(static_cast<float>(1 + w.random() % 3));
+      for (std::size_t i = 0; i < tokens * columns; ++i) plus[r].push_back(number());
+      y[r].assign(tokens * columns, -1);
+      expected[r] = plus[r];
+    }
+    for (std::size_t r = 0; r < ranks; ++r) {
+      const auto add = [&](std::size_t arrived, const float* row, float weight) {
+        float* const to = expected[arrived / tokens].data() + arrived % tokens * columns;
+        for (std::size_t j = 0; j < columns; ++j) to[j] += weight * row[j];
+      };
+      for (std::size_t i = 0; i < w.gather[r].size() && !summed; ++i)
+        add(w.gather[r][i] / static_cast<std::size_t>(w.of.top_k), rows[r].data() + i * columns, weights[r][i]);
+      for (std::size_t arrived = 0; arrived < ranks * tokens && summed; ++arrived) {
+        const bool comes = (w.destinations[arrived / tokens][arrived % tokens] >> r & 1) != 0;
+        if (comes) add(arrived, rows[r].data() + arrived * columns, 1);
+      }
+    }
+    // What nobody sends is no number.
+    for (int r = 0; r < w.of.ranks(); ++r)
+      std::memset(w.received(r), 0xff, static_cast<std::size_t>(w.of.rows()) * w.row());
+    const auto row_bytes = static_cast<std::int64_t>(w.of.row_bytes);
+    const auto plan = sums_plan::make(w.of.max_tokens, row_bytes, w.of.ranks() - 1);
+    {
+      emulated::device gpus(seed);
+      for (int rank = 0; rank < w.of.ranks(); ++rank) {
+        const auto r = static_cast<std::size_t>(rank);
+        const auto width = static_cast<std::int64_t>(columns);
+        sums_task<float, float, float> task{};
+        task.view = w.view(rank, 0);
+        task.pairs = {rows[r].data(), static_cast<std::int64_t>(rows[r].size() / columns), width};
+        task.expert_row_of = w.expert_row_of[r].data();
+        task.weights = summed ? nullptr : weights[r].data();
+        task.returned = reinterpret_cast<float*>(w.received(rank));
+        task.destinations = w.destinations[r].data();
+        task.num_tokens = w.of.tokens[r];
+        task.max_tokens = w.of.max_tokens;
+        task.top_k = w.of.top_k;
+        task.plan = plan;
+        task.home_plan = plan.at_home(row_bytes);
+        task.summed = summed;
+        task.plus = {plus[r].data(), w.of.tokens[r], width};
+        task.y = {y[r].data(), w.of.tokens[r], width};
+        gpus.launch(send_sums_kernel<float, float, float>, task, static_cast<unsigned>(w.of.blocks), sums_threads);
+      }
+    }
+    w.expect_finished(generation, 1);
+    int wrong = 0;
+    for (std::size_t r = 0; r < ranks; ++r) {
+      const auto own = static_cast<std::size_t>(w.of.tokens[r]) * columns;
+      for (std::size_t i = 0; i < tokens * columns; ++i) wrong += y[r][i] != (i < own ? expected[r][i] : -1.0f);
+    }
+    CHECK(wrong == 0);
   });
 }

@@ -17,8 +17,8 @@ extern thread_local __align__(16) unsigned char shared_bytes[];  // of a block
 
 namespace detail::hopper {
 
-inline std::uint32_t shared_address(const unsigned char* p) {
-  return static_cast<std::uint32_t>(p - symmetric::shared_bytes);
+inline std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - symmetric::shared_bytes);
 }
 inline void barrier_init(std::uint32_t address, int) {
   emulated::block::own()->barrier(address) = emulated::transaction_barrier{};
