@@ -211,7 +211,13 @@ double slowest_median_us(int times, Make make) {
 inline int run_on_ranks(int argc, char** argv) {
   const mpi_processes& processes = mpi_processes::all();
   if (processes.size() > 0) {
-    const bool has_gpu = cudaSetDevice(processes.device()) == cudaSuccess;
+    int devices = 0;
+    const bool has_gpu = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+    if (has_gpu && processes.device() >= devices) {
+      std::printf("skipped: process %d has no GPU of its own, its host has %d\n", processes.rank(), devices);
+      return 77;
+    }
+    if (has_gpu) require(cudaSetDevice(processes.device()), "cudaSetDevice");
     benchmark::AddCustomContext("processes", std::to_string(processes.size()));
     if (has_gpu && processes.rank() > 0) {
       const auto writes = [](const char* argument) { return std::strncmp(argument, "--benchmark_out", 15) == 0; };

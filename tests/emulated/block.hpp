@@ -249,5 +249,9 @@ template <class T>
 T atomicAdd(T* to, T value) {
   return std::atomic_ref<T>(*to).fetch_add(value);
 }
+inline std::uint32_t atomicCAS(std::uint32_t* to, std::uint32_t expected, std::uint32_t value) {
+  std::atomic_ref<std::uint32_t>(*to).compare_exchange_strong(expected, value);
+  return expected;
+}
 using std::max;
 using std::min;

@@ -62,6 +62,7 @@ struct world {
       windows.emplace_back((places_at + places) / 16 + 1);
       counters.emplace_back(channels * 8);
     }
+    failures.resize(windows.size());
   }
   std::size_t row() const { return static_cast<std::size_t>(of.row_bytes); }
   std::byte* window(int rank) { return reinterpret_cast<std::byte*>(windows[static_cast<std::size_t>(rank)].data()); }
@@ -77,6 +78,8 @@ struct world {
     v.chunks = words + channels * 16;
     v.generation = counters[static_cast<std::size_t>(rank)].data() + channel * 8;
     v.tickets = v.generation + 4;
+    v.failure = &failures[static_cast<std::size_t>(rank)];
+    v.timeout_ns = 30'000'000'000;
     return v;
   }
   // New tokens, and which ranks and rows of experts they go to.
@@ -125,8 +128,31 @@ struct world {
             plan.piece_bytes,       plan.pieces,
             plan.stage_bytes(),     false};
   }
+  send_parts_task parts_sender(int rank) {
+    send_parts_task task{};
+    static_cast<send_task&>(task) = sender(rank);
+    task.parts = view(rank, 1);
+    task.part_tokens = of.part_tokens;
+    return task;
+  }
+  expand_task expander(int rank, std::vector<unsigned char>& expanded) {
+    expand_task task{};
+    task.view = view(rank, 1);
+    task.received = received(rank);
+    task.max_tokens = of.max_tokens;
+    task.expert_row_of = expert_row_of[static_cast<std::size_t>(rank)].data();
+    task.top_k = of.top_k;
+    task.expanded = reinterpret_cast<std::byte*>(expanded.data());
+    task.expanded_stride = task.row_bytes = of.row_bytes;
+    task.part_tokens = of.part_tokens;
+    task.piece_bytes = plan.piece_bytes;
+    task.pieces = plan.pieces;
+    task.stage_bytes = plan.stage_bytes();
+    return task;
+  }
   void expect_finished(std::uint32_t generation, int used_channels) {
     for (int r = 0; r < of.ranks(); ++r) {
+      CHECK(failures[static_cast<std::size_t>(r)].state == 0);
       for (int c = 0; c < used_channels; ++c) {
         const symmetric_view v = view(r, c);
         CHECK(*v.generation == generation);
@@ -146,6 +172,7 @@ struct world {
   std::size_t places_at = 0;
   std::vector<std::vector<line>> windows;
   std::vector<std::vector<std::uint32_t>> counters;
+  std::vector<ts::comm::symmetric_failure> failures;
   std::vector<std::vector<unsigned char>> x;
   std::vector<std::vector<std::uint32_t>> destinations;
   std::vector<std::vector<std::int32_t>> expert_row_of;
@@ -219,25 +246,9 @@ TEST_CASE("rows that arrive are put in the order of experts while others are und
     {
       emulated::device gpus(seed);
       for (int r = 0; r < w.of.ranks(); ++r) {
-        send_parts_task send{};
-        static_cast<send_task&>(send) = w.sender(r);
-        send.parts = w.view(r, 1);
-        send.part_tokens = w.of.part_tokens;
-        expand_task expand{};
-        expand.view = send.parts;
-        expand.received = send.received;
-        expand.max_tokens = w.of.max_tokens;
-        expand.expert_row_of = w.expert_row_of[static_cast<std::size_t>(r)].data();
-        expand.top_k = w.of.top_k;
-        expand.expanded = reinterpret_cast<std::byte*>(expanded[static_cast<std::size_t>(r)].data());
-        expand.expanded_stride = w.of.row_bytes;
-        expand.part_tokens = w.of.part_tokens;
-        expand.row_bytes = w.of.row_bytes;
-        expand.piece_bytes = w.plan.piece_bytes;
-        expand.pieces = w.plan.pieces;
-        expand.stage_bytes = w.plan.stage_bytes();
-        gpus.launch(expand_parts_kernel, expand, static_cast<unsigned>(w.of.blocks), warps * 32);
-        gpus.launch(send_parts_kernel, send, static_cast<unsigned>(w.of.blocks), (warps + 1) * 32);
+        const auto blocks = static_cast<unsigned>(w.of.blocks);
+        gpus.launch(expand_parts_kernel, w.expander(r, expanded[static_cast<std::size_t>(r)]), blocks, warps * 32);
+        gpus.launch(send_parts_kernel, w.parts_sender(r), blocks, (warps + 1) * 32);
       }
     }
     w.expect_finished(generation, 2);
@@ -362,4 +373,27 @@ TEST_CASE("sums of expert rows, and of sums that owners have made, come home") {
     }
     CHECK(wrong == 0);
   });
+}
+
+TEST_CASE("a rank that does not come is a failure of the others that names it, and their kernels end") {
+  world w({{20, 13, 17}, 24, 4, 96, 1, 4}, 7);
+  w.route();
+  std::vector<std::vector<unsigned char>> expanded;
+  for (const auto& rows : w.gather) expanded.emplace_back((rows.size() + 1) * w.row());
+  {
+    emulated::device gpus(8);
+    for (const int r : {0, 2}) {
+      send_parts_task send = w.parts_sender(r);
+      send.view.timeout_ns = 20'000'000;  // before parts are given up: rows are to say who is missing
+      gpus.launch(expand_parts_kernel, w.expander(r, expanded[static_cast<std::size_t>(r)]), 2, warps * 32);
+      gpus.launch(send_parts_kernel, send, 2, (warps + 1) * 32);
+    }
+  }
+  for (const int r : {0, 2}) {
+    const ts::comm::symmetric_failure& failure = w.failures[static_cast<std::size_t>(r)];
+    CHECK(failure.state == 2);
+    CHECK(failure.rank == r);
+    CHECK(failure.peer == 1);
+    CHECK(failure.step == ts::comm::symmetric_step::entry);
+  }
 }

@@ -5,8 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include <cuda_runtime.h>
-
+#include <tessera/comm/detail/symmetric/words.cuh>
 #include <tessera/comm/symmetric_view.hpp>
 
 // Flags between GPUs. An operation of a channel has a number, its generation; numbers only grow, so a flag is never
@@ -34,25 +33,9 @@ __device__ __forceinline__ T* at_peer(const symmetric_view& view, T* own, int pe
   return reinterpret_cast<T*>(view.peer[peer] + offset);
 }
 
-/// Everything that this thread wrote, or knows to have been written, is seen by who sees the flag.
-__device__ __forceinline__ void post(std::uint32_t* flag, std::uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-__device__ __forceinline__ std::uint32_t peek(const std::uint32_t* flag) {
-  std::uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
-
 /// Whether a flag stands at `generation` or later. Numbers wrap around.
 __device__ __forceinline__ bool reached(std::uint32_t value, std::uint32_t generation) {
   return static_cast<std::int32_t>(value - generation) >= 0;
-}
-
-__device__ __forceinline__ std::uint64_t nanoseconds() {
-  std::uint64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
 }
 
 /// Whether a kernel of this rank has seen a failure.
@@ -132,9 +115,7 @@ __device__ __forceinline__ bool all_entered(const symmetric_view& view, std::uin
 /// Counts the blocks that are done; one thread of each calls, behind a barrier of its block. What all blocks wrote is
 /// known to the last. @return true in the last one, where the count is 0 again.
 __device__ __forceinline__ bool last_block(const symmetric_view& view) {
-  std::uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(view.tickets) : "memory");
-  if (before + 1 != gridDim.x) return false;
+  if (count_up(view.tickets) + 1 != gridDim.x) return false;
   *view.tickets = 0;
   return true;
 }

@@ -78,10 +78,10 @@ class late_post {
   int groups_ = 0;             // committed since then
 };
 
-// A lane for each of `senders` sending warps. @param post As in `late_post`.
+// A lane for each of `senders` sending warps. @param any Whether they send. @param post As in `late_post`.
 template <class Post>
-__device__ __forceinline__ void post_role(flag_mail mail, int senders, int lane, Post post) {
-  bool open = lane < senders;
+__device__ __forceinline__ void post_role(flag_mail mail, int senders, bool any, int lane, Post post) {
+  bool open = lane < senders && any;
   while (__any_sync(full_warp, open)) {
     if (!open) continue;
     const std::uint32_t got = mail.read(lane);

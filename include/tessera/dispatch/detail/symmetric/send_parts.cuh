@@ -179,7 +179,7 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
     flags.last();
     bulk::wait_written<0>();
   } else if (warp == warps) {
-    post_role(mail, warps, lane, post_told);
+    post_role(mail, warps, true, lane, post_told);
   }
   if (leave(view, generation) && threadIdx.x == 0) finish_half(task.parts, told);
 #else

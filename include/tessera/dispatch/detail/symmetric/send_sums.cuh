@@ -248,7 +248,7 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
   const int grid = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
   if (warp == send_warps + home_warps) {
-    post_role(mail, view.size > 1 ? send_warps : 0, lane, [&](int unit) { post_unit(view, generation, unit); });
+    post_role(mail, send_warps, view.size > 1, lane, [&](int unit) { post_unit(view, generation, unit); });
   } else {
     int home = grid * home_warps;  // helps
     if (warp >= send_warps) {

@@ -1,0 +1,27 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// In the place of the header of this name.
+
+#include <tessera/core/config.hpp>
+
+#include "emulated/block.hpp"
+
+TESSERA_NAMESPACE_BEGIN
+
+namespace detail::symmetric {
+
+inline void post(std::uint32_t* flag, std::uint32_t value) { std::atomic_ref<std::uint32_t>(*flag).store(value); }
+inline std::uint32_t peek(const std::uint32_t* flag) {
+  emulated::block::own()->yield();  // who asks again and again lets others run
+  return std::atomic_ref<std::uint32_t>(*const_cast<std::uint32_t*>(flag)).load();
+}
+inline std::uint32_t count_up(std::uint32_t* count) { return atomicAdd(count, 1u); }
+inline std::uint64_t nanoseconds() {
+  return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
+}
+
+}  // namespace detail::symmetric
+
+TESSERA_NAMESPACE_END
