@@ -51,8 +51,7 @@ constexpr int channels = 2;
 // Windows and counters of all ranks, and a routing.
 struct world {
   world(const shape& s, std::uint32_t seed) : of(s), random(seed) {
-    plan.pieces = s.pieces;
-    plan.piece_bytes = (s.row_bytes / 16 + s.pieces - 1) / s.pieces * 16;
+    plan = send_plan::divide(s.row_bytes, s.pieces);
     plan.warps = warps;
     const auto pairs = static_cast<std::size_t>(s.max_tokens) * static_cast<std::size_t>(s.top_k);
     // room for all ranks' rows, or for all pairs of this rank's tokens with their places
@@ -120,13 +119,17 @@ struct world {
   }
   send_task sender(int rank) {
     const auto r = static_cast<std::size_t>(rank);
-    return {view(rank, 0),          reinterpret_cast<const std::byte*>(x[r].data()),
-            of.row_bytes,           of.tokens[r],
-            destinations[r].data(), true,
-            received(rank),         of.row_bytes,
-            of.max_tokens,          of.row_bytes,
-            plan.piece_bytes,       plan.pieces,
-            plan.stage_bytes(),     false};
+    return {view(rank, 0),
+            reinterpret_cast<const std::byte*>(x[r].data()),
+            of.row_bytes,
+            of.tokens[r],
+            destinations[r].data(),
+            true,
+            received(rank),
+            of.row_bytes,
+            of.max_tokens,
+            plan,
+            false};
   }
   send_parts_task parts_sender(int rank) {
     send_parts_task task{};
@@ -143,11 +146,9 @@ struct world {
     task.expert_row_of = expert_row_of[static_cast<std::size_t>(rank)].data();
     task.top_k = of.top_k;
     task.expanded = reinterpret_cast<std::byte*>(expanded.data());
-    task.expanded_stride = task.row_bytes = of.row_bytes;
+    task.expanded_stride = of.row_bytes;
     task.part_tokens = of.part_tokens;
-    task.piece_bytes = plan.piece_bytes;
-    task.pieces = plan.pieces;
-    task.stage_bytes = plan.stage_bytes();
+    task.plan = plan;
     return task;
   }
   void expect_finished(std::uint32_t generation, int used_channels) {
@@ -278,17 +279,10 @@ TEST_CASE("expert rows come home to their pairs' places") {
       emulated::device gpus(seed);
       for (int r = 0; r < w.of.ranks(); ++r) {
         const auto own = static_cast<std::size_t>(r);
-        const pairs_task task{w.view(r, 0),
-                              reinterpret_cast<const std::byte*>(outputs[own].data()),
-                              w.of.row_bytes,
-                              w.expert_row_of[own].data(),
-                              w.received(r),
-                              places_of(r),
-                              pairs,
-                              w.of.row_bytes,
-                              w.plan.piece_bytes,
-                              w.plan.pieces,
-                              w.plan.stage_bytes()};
+        const pairs_task task{w.view(r, 0),   reinterpret_cast<const std::byte*>(outputs[own].data()),
+                              w.of.row_bytes, w.expert_row_of[own].data(),
+                              w.received(r),  places_of(r),
+                              pairs,          w.plan};
         gpus.launch(send_pairs_kernel, task, static_cast<unsigned>(w.of.blocks), warps * 32);
       }
     }

@@ -47,8 +47,8 @@ void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_ha
   expect_bulk_rows(expanded, "expanded rows");
   const int num_sms = expect_sm90("dispatch");
   const auto sms = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots());
-  const auto plan = send_plan::make(static_cast<int>(x.cols * static_cast<std::int64_t>(sizeof(S))));
   const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
+  const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
 
   const device_stream side = comm.side_stream();
   detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
@@ -64,10 +64,7 @@ void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_ha
                                    reinterpret_cast<std::byte*>(received.data),
                                    bytes(received.stride),
                                    max_tokens,
-                                   static_cast<int>(bytes(x.cols)),
-                                   plan.piece_bytes,
-                                   plan.pieces,
-                                   plan.stage_bytes(),
+                                   plan,
                                    false};
   send.parts = comm.view(comm::symmetric_channel::parts);
   send.part_tokens = tokens_of_part(max_tokens);
@@ -87,10 +84,7 @@ void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_ha
   expand.expanded = reinterpret_cast<std::byte*>(expanded.data);
   expand.expanded_stride = bytes(expanded.stride);
   expand.part_tokens = send.part_tokens;
-  expand.row_bytes = send.row_bytes;
-  expand.piece_bytes = plan.piece_bytes;
-  expand.pieces = plan.pieces;
-  expand.stage_bytes = plan.stage_bytes();
+  expand.plan = plan;
   allow_shared_memory(expand_parts_kernel, plan.shared_bytes());
   // One block takes a multiprocessor's shared memory: beside them there is room for those that send.
   expand_parts_kernel<<<static_cast<unsigned>(sms.lists), static_cast<unsigned>(plan.warps * detail::warp_size),

@@ -122,8 +122,7 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
                  matrix_view<const S> x, matrix_view<S> received) {
   const int num_sms = expect_sm90("dispatch");
   const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
-  const auto row_bytes = static_cast<int>(bytes(x.cols));
-  const auto plan = send_plan::make(row_bytes);
+  const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
   const send_task task{rows_view(comm),
                        reinterpret_cast<const std::byte*>(x.data),
                        bytes(x.stride),
@@ -133,10 +132,7 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
                        reinterpret_cast<std::byte*>(received.data),
                        bytes(received.stride),
                        received.rows / comm.size(),
-                       row_bytes,
-                       plan.piece_bytes,
-                       plan.pieces,
-                       plan.stage_bytes(),
+                       plan,
                        awaits_in_sender(bytes(received.rows * received.stride))};
   allow_shared_memory(send_rows_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
@@ -412,10 +408,7 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
                         reinterpret_cast<std::byte*>(returned.rows),
                         returned.places,
                         pairs_per_rank,
-                        static_cast<int>(row_bytes),
-                        plan.piece_bytes,
-                        plan.pieces,
-                        plan.stage_bytes()};
+                        plan};
   allow_shared_memory(send_pairs_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
   send_pairs_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),

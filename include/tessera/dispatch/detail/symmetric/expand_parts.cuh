@@ -32,10 +32,7 @@ struct expand_task {
   std::byte* expanded;  // rows of experts
   std::int64_t expanded_stride;
   int part_tokens;
-  int row_bytes;
-  int piece_bytes;
-  int pieces;       // of a row
-  int stage_bytes;  // room of a piece in shared memory
+  send_plan plan;
 };
 
 // A piece of a row, and where it goes.
@@ -67,11 +64,11 @@ class arrival_walk {
       if (!look_up()) return false;
     }
     const int token = (__ffs(static_cast<int>(left_)) - 1) / task_.top_k;  // of those that were looked up
-    piece.begin = static_cast<std::int64_t>(piece_) * task_.piece_bytes;
-    piece.from = task_.received + (row_ + token) * task_.row_bytes + piece.begin;
-    piece.bytes = min(task_.row_bytes - static_cast<int>(piece.begin), task_.piece_bytes);
+    piece.begin = static_cast<std::int64_t>(piece_) * task_.plan.piece_bytes;
+    piece.from = task_.received + (row_ + token) * task_.plan.row_bytes + piece.begin;
+    piece.bytes = task_.plan.bytes_of(piece_);
     piece.place = lane_ / task_.top_k == token ? place_ : -1;
-    if (++piece_ == task_.pieces) {
+    if (++piece_ == task_.plan.pieces) {
       piece_ = 0;
       const int done = (token + 1) * task_.top_k;  // lanes
       left_ = done < warp_size ? left_ & (full_warp << done) : 0;
@@ -142,12 +139,11 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
   if (block_failed(view)) return;
-  const int warps = static_cast<int>(blockDim.x) / warp_size;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const std::uint32_t generation = next_generation(view);
 
-  const piece_ring ring(shared_bytes, warps, warp, task.stage_bytes, lane == 0);
+  const piece_ring ring(shared_bytes, task.plan, warp, lane == 0);
   __syncwarp();
 
   arrival_walk walk(task, generation, lane);

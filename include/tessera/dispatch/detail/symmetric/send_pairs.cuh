@@ -6,8 +6,7 @@
 
 #include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/dispatch/detail/symmetric/bulk.cuh>
-#include <tessera/dispatch/detail/symmetric/send_rows.cuh>
-#include <tessera/gemm/detail/hopper/ptx.cuh>
+#include <tessera/dispatch/detail/symmetric/piece_ring.cuh>
 #include <tessera/router/detail/device/warp.cuh>
 
 // Expert rows on their way home, one for each pair, to be added up there. A pair's row has the place t * K + k at home,
@@ -30,10 +29,7 @@ struct pairs_task {
   std::byte* returned;                // [pairs_per_rank] rows in the window, packed, as this rank addresses its own
   std::int32_t* places;               // [pairs_per_rank] in the window: the row of each pair that has come
   std::int64_t pairs_per_rank;        // max_tokens * K
-  int row_bytes;
-  int piece_bytes;
-  int pieces;       // of a row
-  int stage_bytes;  // room of a piece in shared memory
+  send_plan plan;
 };
 
 struct row_piece {
@@ -59,11 +55,11 @@ class pair_walk {
     }
     const int source = __ffs(static_cast<int>(left_)) - 1;
     const std::int64_t row = __shfl_sync(full_warp, place_, source);
-    const int begin = piece_ * task_.piece_bytes;
+    const int begin = piece_ * task_.plan.piece_bytes;
     piece.from = task_.rows + row * task_.row_stride + begin;
-    piece.to = at_peer(task_.view, task_.returned + (first_ + source) * task_.row_bytes + begin, home_);
-    piece.bytes = min(task_.row_bytes - begin, task_.piece_bytes);
-    if (++piece_ == task_.pieces) {
+    piece.to = at_peer(task_.view, task_.returned + (first_ + source) * task_.plan.row_bytes + begin, home_);
+    piece.bytes = task_.plan.bytes_of(piece_);
+    if (++piece_ == task_.plan.pieces) {
       piece_ = 0;
       left_ &= left_ - 1;
     }
@@ -107,41 +103,28 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
   if (block_failed(view)) return;
-  const int warps = static_cast<int>(blockDim.x) / warp_size;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const std::uint32_t generation = next_generation(view);
   if (blockIdx.x == 0 && warp == 0) announce(view, generation);
   if (!all_entered(view, generation)) return;
 
-  // Rings as in send_rows_kernel.
-  const std::uint32_t start = bulk::next_line(hopper::shared_address(shared_bytes));
-  const std::uint32_t ring = start + static_cast<std::uint32_t>(warp * send_stages * task.stage_bytes);
-  const std::uint32_t barriers =
-      start + static_cast<std::uint32_t>(warps * send_stages * task.stage_bytes + warp * send_stages * 8);
-  if (lane == 0) {
-    for (int i = 0; i < send_stages; ++i) hopper::barrier_init(barriers + static_cast<std::uint32_t>(8 * i), 1);
-    hopper::barrier_init_fence();
-  }
+  const piece_ring ring(shared_bytes, task.plan, warp, lane == 0);
   __syncwarp();
 
-  constexpr int ahead = send_stages - 2;
   pair_walk walk(task, lane);
   row_piece held{};  // lane i: the piece in stage i
   int loaded = 0;
   int stored = 0;
   for (bool more = true;;) {
-    while (more && loaded < stored + ahead) {
+    while (more && loaded < stored + send_ahead) {
       row_piece piece;
       more = walk.next(piece);
       if (!more) break;
-      const int stage = loaded % send_stages;
-      if (lane == stage) held = piece;
+      if (lane == loaded % send_stages) held = piece;
       if (lane == 0) {
-        bulk::wait_read<send_stages - ahead>();  // what was in this stage has left it
-        const std::uint32_t barrier = barriers + static_cast<std::uint32_t>(8 * stage);
-        hopper::barrier_arrive_expect(barrier, static_cast<std::uint32_t>(piece.bytes));
-        bulk::load(ring + static_cast<std::uint32_t>(stage * task.stage_bytes), piece.from, piece.bytes, barrier);
+        bulk::wait_read<send_stages - send_ahead>();  // what was in this stage has left it
+        ring.load(loaded, piece.from, piece.bytes);
       }
       ++loaded;
     }
@@ -150,9 +133,8 @@ static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL
     const auto to = __shfl_sync(full_warp, reinterpret_cast<unsigned long long>(held.to), stage);
     const int bytes = __shfl_sync(full_warp, held.bytes, stage);
     if (lane == 0) {
-      hopper::barrier_wait(barriers + static_cast<std::uint32_t>(8 * stage),
-                           static_cast<std::uint32_t>(stored / send_stages) & 1u);
-      bulk::store(reinterpret_cast<void*>(to), ring + static_cast<std::uint32_t>(stage * task.stage_bytes), bytes);
+      ring.wait(stored);
+      bulk::store(reinterpret_cast<void*>(to), ring.piece(stored), bytes);
       bulk::commit();
     }
     ++stored;

@@ -39,36 +39,29 @@ struct send_parts_task : send_task {
 // Shared memory of a block: that of send_rows_kernel, and a word for what each warp tells the one that posts flags.
 inline int send_parts_shared_bytes(const send_plan& plan) { return plan.shared_bytes() + 4 * plan.warps; }
 
-// The items that a warp takes: all pieces of a part in a row. One part of its own first, then the next that nobody has,
-// because SMs do not reach the links equally fast, and all would wait for the slowest. One thread's.
+// As `piece_order`, but all pieces of a part in a row, and one part of its own first.
 class part_order {
  public:
   // @param first Number of this warp among `warps`.
   __device__ part_order(const send_parts_task& task, std::int64_t first, std::int64_t warps)
-      : tickets_(task.view.tickets + 1), items_(task.part_tokens * task.pieces), warps_(warps), asked_(first) {}
+      : tickets_(task.view.tickets + 1), pieces_(task.part_tokens * task.plan.pieces), warps_(warps), asked_(first) {}
 
-  // The next item; from the first on that is not below the number of items there are no others.
   __device__ std::int64_t next() {
     if (left_ == 0) {
-      item_ = asked_ * items_;
-      left_ = items_;
+      piece_ = asked_ * pieces_;
+      left_ = pieces_;
       asked_ = warps_ + atomicAdd(tickets_, 1u);  // a part ahead, so that nobody waits for the answer
     }
     --left_;
-    return item_++;
-  }
-  __device__ int part_of(std::int64_t item) const { return static_cast<int>(item / items_); }
-  // Whether a part of `count` items in all ends with `item`.
-  __device__ bool ends_with(std::int64_t item, std::int64_t count) const {
-    return (item + 1) % items_ == 0 || item + 1 == count;
+    return piece_++;
   }
 
  private:
   std::uint32_t* tickets_;
-  int items_;  // of a part
+  int pieces_;  // of a part
   std::int64_t warps_;
   std::int64_t asked_;  // the part after this one
-  std::int64_t item_ = 0;
+  std::int64_t piece_ = 0;
   int left_ = 0;  // of this part
 };
 
@@ -91,12 +84,12 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const comm::symmetric_view& view = task.view;
-  const int warps = static_cast<int>(blockDim.x) / warp_size - 1;  // and one that posts
+  const int warps = task.plan.warps;  // and one that posts
   const int warp = static_cast<int>(threadIdx.x) / warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const bool sends = lane == 0 && warp < warps;
 
-  const piece_ring ring(shared_bytes, warps, warp, task.stage_bytes, sends);
+  const piece_ring ring(shared_bytes, task.plan, warp, sends);
   const flag_mail mail{ring.end()};
   if (sends) mail.write(warp, 0);  // read behind a barrier of the block
   __syncwarp();
@@ -106,76 +99,20 @@ static __launch_bounds__((max_send_warps + 1) * warp_size, 1) TESSERA_KERNEL
   if (block_failed(view)) return;
   if (blockIdx.x == 0 && warp == 0) announce(view, generation);
 
-  const std::int64_t items = task.num_rows * task.pieces;
-  const auto bytes_of = [&](int piece) {
-    const int left = task.row_bytes - piece * task.piece_bytes;
-    return left < task.piece_bytes ? left : task.piece_bytes;
-  };
-  const auto load = [&](std::int64_t item, int index) {
-    if (item >= items) return;
-    const std::int64_t token = item / task.pieces;
-    const int piece = static_cast<int>(item - token * task.pieces);
-    ring.load(index, task.rows + token * task.row_stride + piece * task.piece_bytes, bytes_of(piece));
-  };
-  const auto destinations_of = [&](std::int64_t item) {
-    return item < items ? task.destinations[item / task.pieces] : 0u;
-  };
-
-  constexpr int ahead = send_stages - 2;
-  static_assert(ahead == 2, "two items are under way: the next and the one after");
-  part_order order(task, static_cast<std::int64_t>(warp) * gridDim.x + blockIdx.x,
-                   static_cast<std::int64_t>(gridDim.x) * warps);
-  std::int64_t item = items;
-  std::int64_t next = items;
-  std::int64_t after = items;
-  std::uint32_t mask = 0;
-  std::uint32_t next_mask = 0;
-  if (sends) {
-    item = order.next();
-    next = order.next();
-    after = order.next();
-    load(item, 0);
-    load(next, 1);
-    mask = destinations_of(item);
-    next_mask = destinations_of(next);
-  }
-  if (!all_entered(view, generation)) {
-    // what was loaded must have landed before the block's shared memory is given away
-    if (item < items) ring.wait(0);
-    if (next < items) ring.wait(1);
-    return;
-  }
+  const part_order order(task, static_cast<std::int64_t>(warp) * gridDim.x + blockIdx.x,
+                         static_cast<std::int64_t>(gridDim.x) * warps);
+  piece_sender sender(task, ring, order, sends);
+  if (!all_entered(view, generation)) return sender.abandon();
 
   const auto post_told = [&](int part) { post_part(task.parts, told, part); };
   if (sends) {
     late_post flags(mail, warp, post_told);
-    for (int index = 0; item < items; ++index) {
-      const std::int64_t loaded = after;
-      if (loaded < items) {
-        after = order.next();
-        bulk::wait_read<1>();  // the piece before last has left its place
-        load(loaded, index + ahead);
-      }
-      const std::uint32_t loaded_mask = destinations_of(loaded);
-      ring.wait(index);
-      const std::int64_t token = item / task.pieces;
-      const int piece = static_cast<int>(item - token * task.pieces);
-      std::byte* const own = task.received + (view.rank * task.max_tokens + token) * task.received_stride +
-                             static_cast<std::int64_t>(piece) * task.piece_bytes;
-      // every rank and token starts with another destination, so that no link is asked by all at once
-      int r = static_cast<int>((token + view.rank) % view.size);
-      for (int i = 0; i < view.size; ++i) {
-        if (((mask >> r) & 1u) != 0) bulk::store(at_peer(view, own, r), ring.piece(index), bytes_of(piece));
-        r = r + 1 == view.size ? 0 : r + 1;
-      }
-      bulk::commit();
+    const std::int64_t pieces = task.num_rows * task.plan.pieces;
+    const int of_part = task.part_tokens * task.plan.pieces;
+    sender.send([&](std::int64_t piece) {
       flags.sent();
-      if (order.ends_with(item, items)) flags.unit(order.part_of(item));
-      item = next;
-      mask = next_mask;
-      next = loaded;
-      next_mask = loaded_mask;
-    }
+      if ((piece + 1) % of_part == 0 || piece + 1 == pieces) flags.unit(static_cast<int>(piece / of_part));
+    });
     flags.last();
     bulk::wait_written<0>();
   } else if (warp == warps) {
