@@ -424,8 +424,8 @@ int main(int argc, char** argv) {
   }
   exchange("pair_in_place", {4096, 7168, 256, 8, false, {}, true}, operation::pair, 0);
   // For engines with products of their own; what arrives is bounded by twice an even share.
-  for (const std::int64_t T : {128, 1024, 4096}) {
-    exchange("dispatch_expanded", at(T), operation::expanded, 0);
+  for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
+    exchange("dispatch_expanded", {T, 7168, 256, 8, false, {}, true}, operation::expanded, 0);
     exchange("dispatch_then_expanded", at(T), operation::then_expanded, 0);
   }
   for (const std::int64_t T : {128, 4096}) {

@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -10,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include <tessera/dispatch/symmetric.hpp>
 #include <tessera/dispatch/transport.hpp>
 
 namespace {
@@ -318,4 +320,28 @@ TEST_CASE("the model is worse where few tokens travel") {
     CHECK(ts::combine_time(kind::all_to_all, sizes(f.ranks, 128)).us ==
           doctest::Approx(f.combine_us).epsilon(f.combine_tolerance));
   }
+}
+
+TEST_CASE("operations that wait for other ranks at the same time have room at the same time") {
+  for (const int device_sms : {132, 114, 16}) {
+    for (int slots = 1; slots <= 4; ++slots) {
+      CAPTURE(device_sms);
+      CAPTURE(slots);
+      const auto chosen = ts::symmetric_sms::choose(0, device_sms, slots);
+      CHECK(slots * (chosen.rows + chosen.lists) <= device_sms);
+      CHECK(slots * chosen.sums <= device_sms);
+      const auto expanded = ts::expanded_sms::choose(0, device_sms, slots);
+      CHECK(expanded.rows >= 1);
+      CHECK(expanded.order >= 1);
+      CHECK(slots * (expanded.rows + std::max(expanded.order, chosen.lists)) <= device_sms);
+      for (const int budget : {2, 8}) {  // of each slot
+        const auto given = ts::expanded_sms::choose(budget, device_sms, slots);
+        CHECK(given.rows == std::min(budget, device_sms));
+        CHECK(given.order >= 1);
+        CHECK(given.order <= std::max(device_sms / slots / 2, 1));
+      }
+    }
+  }
+  CHECK(ts::expanded_sms::choose(0, 132, 1).rows == 16);
+  CHECK(ts::expanded_sms::choose(0, 132, 1).order == 116);
 }

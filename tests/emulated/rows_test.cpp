@@ -134,6 +134,7 @@ struct world {
   send_parts_task parts_sender(int rank) {
     send_parts_task task{};
     static_cast<send_task&>(task) = sender(rank);
+    task.sends_own = false;
     task.parts = view(rank, 1);
     task.part_tokens = of.part_tokens;
     return task;
@@ -143,6 +144,8 @@ struct world {
     task.view = view(rank, 1);
     task.received = received(rank);
     task.max_tokens = of.max_tokens;
+    task.own = reinterpret_cast<const std::byte*>(x[static_cast<std::size_t>(rank)].data());
+    task.own_stride = of.row_bytes;
     task.expert_row_of = expert_row_of[static_cast<std::size_t>(rank)].data();
     task.top_k = of.top_k;
     task.expanded = reinterpret_cast<std::byte*>(expanded.data());

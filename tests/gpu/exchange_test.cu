@@ -174,9 +174,11 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
     }
   }
 
-  // the same rows in the order of experts, as they come: with lists that are under way, and with those of before
+  // the same rows in the order of experts, as they come or behind them all: with lists that are under way, and with
+  // those of before
   const ts::matrix_view<bf16> expanded{m.expanded, m.bounds.max_pairs, c.hidden};
-  for (const bool lists_too : {true, false}) {
+  for (const int way : {0, 1, 2, 3}) {
+    const bool lists_too = way % 2 == 0, as_they_come = way < 2;
     const auto poison = [&](bf16* where, std::int64_t rows_there) {
       require(
           cudaMemsetAsync(where, 0xff, static_cast<std::size_t>(rows_there * c.hidden) * sizeof(bf16), stream.get()),
@@ -185,8 +187,8 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
     poison(m.received, rows);
     poison(m.expanded, m.bounds.max_pairs + 1);
     if (lists_too) ts::exchange_routing_begin(stream, rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
-    ts::dispatch_expanded_begin(stream, rank, m.handle, ts::matrix_view<const bf16>{m.x, tokens, c.hidden}, received,
-                                expanded);
+    ts::detail::symmetric::begin_expanded(stream, rank, m.handle, ts::matrix_view<const bf16>{m.x, tokens, c.hidden},
+                                          received, expanded, as_they_come);
     ts::dispatch_expanded_end(stream, rank);
     const auto width = static_cast<std::size_t>(c.hidden);
     const auto got = get(rank, m.expanded, static_cast<std::size_t>(m.bounds.max_pairs + 1) * width);
@@ -540,8 +542,9 @@ TEST_CASE("pairs beyond the bound are a failure of all ranks that names the one 
 }
 
 TEST_CASE("a rank that does not come is an error of the others within the timeout, and operations end") {
-  for (const bool expands : {false, true}) {
-    CAPTURE(expands);
+  enum class kind { rows, expanded, expanded_behind };
+  for (const kind of : {kind::rows, kind::expanded, kind::expanded_behind}) {
+    CAPTURE(static_cast<int>(of));
     peer_ranks ranks(3, window_bytes);
     const ts::layout::block layout(8, 3);
     routing_case c{{30, 28, 20}, 30, 64, 8, 4, routing_kind::uniform};
@@ -560,9 +563,10 @@ TEST_CASE("a rank that does not come is an error of the others within the timeou
       const ts::matrix_view<bf16> received{m.received, rows, c.hidden};
       ts::exchange_routing_begin(rank.stream(), rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
       const ts::matrix_view<const bf16> x{m.x, c.tokens[me], c.hidden};
-      if (expands) {
-        ts::dispatch_expanded_begin(rank.stream(), rank, m.handle, x, received,
-                                    ts::matrix_view<bf16>{m.expanded, m.bounds.max_pairs, c.hidden});
+      if (of != kind::rows) {
+        ts::detail::symmetric::begin_expanded(rank.stream(), rank, m.handle, x, received,
+                                              ts::matrix_view<bf16>{m.expanded, m.bounds.max_pairs, c.hidden},
+                                              of == kind::expanded);
         ts::dispatch_expanded_end(rank.stream(), rank);
       } else {
         ts::dispatch_begin(rank.stream(), rank, m.handle, x, received);

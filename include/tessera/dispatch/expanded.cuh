@@ -23,36 +23,21 @@
 
 TESSERA_NAMESPACE_BEGIN
 
-/// Sends each token once to every rank that owns one of its experts, as `dispatch_begin` does, and stores what arrives
-/// to each of its pairs' rows, on the communicator's side stream: behind `exchange_routing_begin`, or with the lists of
-/// an earlier one. Enqueues, does not synchronise.
-/// @param stream   Where the work is enqueued.
-/// @param comm     R ranks; rows take its budget of SMs, or 64, and what puts them in order as many as lists.
-/// @param handle   From `dispatch_handle::layout_device`; its lists may be under way.
-/// @param x        `[T, d]`; d, the rows' distance and the address are multiples of 16 bytes.
-/// @param received `[R * max_tokens, d]` in the window, packed: scratch that peers write.
-/// @param expanded `[>= received_pairs, d]`: bounds.max_pairs rows are enough; local memory, rows' distance and address
-/// multiples of 16 bytes. Rows from `expert_offsets[num_local_experts]` on are not written.
-/// @throws invalid_argument if shapes or memory do not fit.
-template <peer_communicator Comm, class A, class S>
-void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
-                             matrix_view<S> received, matrix_view<S> expanded) {
-  using namespace detail::symmetric;
-  const std::int64_t max_tokens = expect_dispatch(comm, x, received);
-  expect_tokens(handle, max_tokens, "received");
-  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
-  TESSERA_EXPECTS(handle.top_k >= 1 && handle.top_k <= detail::warp_size,
-                  "top_k = " << handle.top_k << ", expected 1 to 32");
-  expect_matrix(expanded, -1, x.cols, "expanded rows");
-  expect_bulk_rows(expanded, "expanded rows");
-  const int num_sms = expect_sm90("dispatch");
-  const auto sms = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots());
-  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
-  const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
+namespace detail::symmetric {
 
-  const device_stream side = comm.side_stream();
-  detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
-  detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+template <class Comm>
+void let_side_wait(device_stream stream, Comm& comm) {
+  check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
+  check_cuda(cudaStreamWaitEvent(comm.side_stream().get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+}
+
+// Rows with flags of parts on the stream, and beside them, on the side stream, the kernel that waits for those.
+template <class Comm, class A, class S>
+void launch_send_and_expand(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
+                            matrix_view<S> received, matrix_view<S> expanded) {
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
+  const auto sms = expanded_sms::choose(comm.num_sms(), expect_sm90("dispatch"), comm.slots());
+  const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
 
   send_parts_task send{};
   static_cast<send_task&>(send) = {rows_view(comm),
@@ -60,25 +45,26 @@ void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_ha
                                    bytes(x.stride),
                                    x.rows,
                                    handle.destinations,
-                                   true,
+                                   false,
                                    reinterpret_cast<std::byte*>(received.data),
                                    bytes(received.stride),
-                                   max_tokens,
+                                   handle.max_tokens,
                                    plan,
                                    false};
   send.parts = comm.view(comm::symmetric_channel::parts);
-  send.part_tokens = tokens_of_part(max_tokens);
+  send.part_tokens = tokens_of_part(handle.max_tokens);
   const int send_bytes = send_parts_shared_bytes(plan);
   allow_shared_memory(send_parts_kernel, send_bytes);
-  detail::launch_early(stream, "send_parts_kernel", send_parts_kernel, dim3(static_cast<unsigned>(sms.rows)),
-                       static_cast<unsigned>((plan.warps + 1) * detail::warp_size),
-                       static_cast<std::size_t>(send_bytes), send);
+  launch_early(stream, "send_parts_kernel", send_parts_kernel, dim3(static_cast<unsigned>(sms.rows)),
+               static_cast<unsigned>((plan.warps + 1) * warp_size), static_cast<std::size_t>(send_bytes), send);
 
   expand_task expand{};
   expand.view = send.parts;
   expand.view.timeout_ns += expand.view.timeout_ns / 4;  // of a rank that does not come rows are to say so
   expand.received = send.received;
-  expand.max_tokens = max_tokens;
+  expand.max_tokens = handle.max_tokens;
+  expand.own = send.rows;
+  expand.own_stride = send.row_stride;
   expand.expert_row_of = handle.expert_row_of;
   expand.top_k = handle.top_k;
   expand.expanded = reinterpret_cast<std::byte*>(expanded.data);
@@ -87,10 +73,56 @@ void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_ha
   expand.plan = plan;
   allow_shared_memory(expand_parts_kernel, plan.shared_bytes());
   // One block takes a multiprocessor's shared memory: beside them there is room for those that send.
-  expand_parts_kernel<<<static_cast<unsigned>(sms.lists), static_cast<unsigned>(plan.warps * detail::warp_size),
-                        static_cast<std::size_t>(plan.shared_bytes()), side.get()>>>(expand);
-  detail::check_cuda(cudaGetLastError(), "expand_parts_kernel");
-  detail::check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");
+  expand_parts_kernel<<<static_cast<unsigned>(sms.order), static_cast<unsigned>(plan.warps * warp_size),
+                        static_cast<std::size_t>(plan.shared_bytes()), comm.side_stream().get()>>>(expand);
+  check_cuda(cudaGetLastError(), "expand_parts_kernel");
+}
+
+// @param as_they_come Whether rows are put in order while others arrive; else behind them all.
+template <class Comm, class A, class S>
+void begin_expanded(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
+                    matrix_view<S> received, matrix_view<S> expanded, bool as_they_come) {
+  const device_stream side = comm.side_stream();
+  if (as_they_come) {
+    let_side_wait(stream, comm);
+    launch_send_and_expand(stream, comm, handle, x, received, expanded);
+  } else {
+    launch_send(stream, comm, handle.destinations, true, x, received);
+    end_send(stream, comm, received);
+    let_side_wait(stream, comm);
+    expand_rows(side, matrix_view<const S>(received), handle.expert_row_of, handle.top_k, expanded);
+  }
+  check_cuda(cudaEventRecord(comm.join_event(), side.get()), "cudaEventRecord");
+}
+
+}  // namespace detail::symmetric
+
+/// Sends each token once to every other rank that owns one of its experts, as `dispatch_begin` does, and stores what
+/// arrives and this rank's own tokens to each of their pairs' rows, on the communicator's side stream: behind
+/// `exchange_routing_begin`, or with the lists of an earlier one. Enqueues, does not synchronise.
+/// @param stream   Where the work is enqueued.
+/// @param comm     R ranks. Takes SMs as `expanded_sms` says; of up to 8 MiB of received rows as `symmetric_sms::rows`.
+/// @param handle   From `dispatch_handle::layout_device`; its lists may be under way.
+/// @param x        `[T, d]`; d, the rows' distance and the address are multiples of 16 bytes. Kept until
+/// `dispatch_expanded_end`.
+/// @param received `[R * max_tokens, d]` in the window, packed: scratch that peers write. May be the `returned` of
+/// `combine_rows`.
+/// @param expanded `[>= received_pairs, d]`: bounds.max_pairs rows are enough; local memory, rows' distance and address
+/// multiples of 16 bytes. Rows from `expert_offsets[num_local_experts]` on are not written.
+/// @throws invalid_argument if shapes or memory do not fit.
+template <peer_communicator Comm, class A, class S>
+void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,
+                             matrix_view<S> received, matrix_view<S> expanded) {
+  using namespace detail::symmetric;
+  expect_tokens(handle, expect_dispatch(comm, x, received), "received");
+  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
+  TESSERA_EXPECTS(handle.top_k >= 1 && handle.top_k <= detail::warp_size,
+                  "top_k = " << handle.top_k << ", expected 1 to 32");
+  expect_matrix(expanded, -1, x.cols, "expanded rows");
+  expect_bulk_rows(expanded, "expanded rows");
+  // Few rows are all there before flags of parts would be.
+  const bool few = awaits_in_sender(received.rows * received.stride * static_cast<std::int64_t>(sizeof(S)));
+  begin_expanded(stream, comm, handle, x, received, expanded, !few);
 }
 
 /// Lets the stream wait for the rows of all ranks and for the lists. @param stream Of the begin, or one that comes

@@ -13,7 +13,8 @@
 #include <tessera/router/detail/device/warp.cuh>
 
 // Rows that arrive, put in the order of experts while others are under way: a row is read once, as soon as its part has
-// come, and stored to each of its pairs' places.
+// come, and stored to each of its pairs' places. A rank's own rows are read where they are, which fills the time in
+// which others arrive.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
 #pragma nv_diagnostic push
@@ -25,8 +26,10 @@ namespace detail::symmetric {
 
 struct expand_task {
   comm::symmetric_view view;
-  const std::byte* received;  // [R * max_tokens] rows of row_bytes, packed
+  const std::byte* received;  // [R * max_tokens] rows, packed; those of this rank are not read
   std::int64_t max_tokens;
+  const std::byte* own;  // rows of this rank
+  std::int64_t own_stride;
   const std::int32_t* expert_row_of;  // [R * max_tokens, K]; negative: not this rank's, or dropped
   int top_k;
   std::byte* expanded;  // rows of experts
@@ -43,72 +46,58 @@ struct arrived_piece {
   std::int32_t place;  // of this lane's pair; negative: none
 };
 
-// A warp's way through the parts of all ranks, in the order in which they come: as many tokens at a time as have a lane
-// for each pair. Parts without a pair of this rank are not waited for.
+// A warp's way through the tokens of all ranks, in the order in which they come. Tokens without a pair of this rank are
+// not waited for.
 class arrival_walk {
  public:
   __device__ arrival_walk(const expand_task& task, std::uint32_t generation, int lane)
       : task_(task),
         generation_(generation),
         lane_(lane),
-        tokens_at_once_(warp_size / task.top_k),
-        units_(
-            static_cast<std::uint32_t>((task.max_tokens + task.part_tokens - 1) / task.part_tokens * task.view.size)) {
+        tokens_(static_cast<std::uint32_t>(task.max_tokens * task.view.size)),
+        piece_(task.plan.pieces) {
     ask();
   }
 
   // The next piece; false when all have been given out, or after a failure. All lanes call and get the same but for the
   // place.
   __device__ bool next(arrived_piece& piece) {
-    while (left_ == 0) {
-      if (!look_up()) return false;
+    while (piece_ == task_.plan.pieces) {
+      if (!enter()) return false;
     }
-    const int token = (__ffs(static_cast<int>(left_)) - 1) / task_.top_k;  // of those that were looked up
     piece.begin = static_cast<std::int64_t>(piece_) * task_.plan.piece_bytes;
-    piece.from = task_.received + (row_ + token) * task_.plan.row_bytes + piece.begin;
+    piece.from = row_ + piece.begin;
     piece.bytes = task_.plan.bytes_of(piece_);
-    piece.place = lane_ / task_.top_k == token ? place_ : -1;
-    if (++piece_ == task_.plan.pieces) {
-      piece_ = 0;
-      const int done = (token + 1) * task_.top_k;  // lanes
-      left_ = done < warp_size ? left_ & (full_warp << done) : 0;
-    }
+    piece.place = place_;
+    ++piece_;
     return true;
   }
 
  private:
-  // Asks a part ahead, so that nobody waits for the answer.
+  // Asks a token ahead, so that nobody waits for the answer.
   __device__ void ask() {
     if (lane_ == 0) asked_ = atomicAdd(task_.view.tickets + 1, 1u);
   }
+  // False when there is no other, or it does not come.
   __device__ bool enter() {
-    const std::uint32_t unit = __shfl_sync(full_warp, asked_, 0);
-    if (unit >= units_) return false;
+    const std::uint32_t asked = __shfl_sync(full_warp, asked_, 0);
+    if (asked >= tokens_) return false;
     ask();
     const auto size = static_cast<std::uint32_t>(task_.view.size);
-    source_ = static_cast<int>((static_cast<std::uint32_t>(task_.view.rank) + unit) % size);  // one's own rows first
-    part_ = static_cast<int>(unit / size);
-    token_ = static_cast<std::int64_t>(part_) * task_.part_tokens;
-    token_end_ = min(token_ + task_.part_tokens, task_.max_tokens);
-    is_here_ = false;
-    return true;
+    const auto source = static_cast<int>((static_cast<std::uint32_t>(task_.view.rank) + asked) % size);
+    const std::int64_t token = asked / size;
+    const std::int64_t arrived = source * task_.max_tokens + token;
+    place_ = lane_ < task_.top_k ? __ldg(task_.expert_row_of + arrived * task_.top_k + lane_) : -1;
+    if (__all_sync(full_warp, place_ < 0)) return true;
+    const bool is_own = source == task_.view.rank;
+    row_ = is_own ? task_.own + token * task_.own_stride : task_.received + arrived * task_.plan.row_bytes;
+    piece_ = 0;
+    return is_own || await_part(source, static_cast<int>(token / task_.part_tokens));
   }
-  __device__ bool look_up() {
-    if (failed_ || (token_ >= token_end_ && !enter())) return false;
-    const int tokens = static_cast<int>(min(token_end_ - token_, static_cast<std::int64_t>(tokens_at_once_)));
-    row_ = source_ * task_.max_tokens + token_;
-    place_ = lane_ < tokens * task_.top_k ? __ldg(task_.expert_row_of + row_ * task_.top_k + lane_) : -1;
-    left_ = __ballot_sync(full_warp, place_ >= 0);
-    token_ += tokens;
-    if (left_ == 0 || is_here_) return true;
-    is_here_ = await_part();
-    failed_ = !is_here_;
-    return is_here_;
-  }
-  __device__ bool await_part() const {
+  __device__ bool await_part(int source, int part) const {
     bool here = true;
     if (lane_ == 0) {
-      here = await(task_.view, task_.view.chunks + source_ * comm::max_symmetric_chunks + part_, generation_, source_,
+      here = await(task_.view, task_.view.chunks + source * comm::max_symmetric_chunks + part, generation_, source,
                    symmetric_step::chunk);
       bulk::fence_global();  // what the peer wrote is read by the copy engine, which this lane asks
     }
@@ -118,19 +107,11 @@ class arrival_walk {
   const expand_task& task_;
   std::uint32_t generation_;
   int lane_;
-  int tokens_at_once_;
-  std::uint32_t units_;
-  std::uint32_t asked_ = 0;  // in lane 0
-  int source_ = 0;
-  int part_ = 0;
-  std::int64_t token_ = 0;  // of the source: the first that has not been looked up
-  std::int64_t token_end_ = 0;
-  std::int64_t row_ = 0;     // received, of the tokens that have been looked up
-  std::int32_t place_ = -1;  // of this lane's pair of them
-  unsigned left_ = 0;        // lanes whose pairs are still to be stored
-  int piece_ = 0;
-  bool is_here_ = false;  // the part
-  bool failed_ = false;
+  std::uint32_t tokens_;            // of all ranks
+  int piece_;                       // of the row: the next
+  std::uint32_t asked_ = 0;         // in lane 0
+  const std::byte* row_ = nullptr;  // of the token
+  std::int32_t place_ = -1;         // of this lane's pair of it
 };
 
 static __launch_bounds__(max_send_warps* warp_size, 1) TESSERA_KERNEL

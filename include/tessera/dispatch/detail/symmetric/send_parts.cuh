@@ -65,10 +65,11 @@ class part_order {
   int left_ = 0;  // of this part
 };
 
-// Tells all ranks that a part of this rank's rows is there, which this thread knows.
+// Tells other ranks that a part of this rank's rows is there, which this thread knows.
 __device__ __forceinline__ void post_part(const comm::symmetric_view& view, std::uint32_t generation, int part) {
-  for (int r = 0; r < view.size; ++r)
-    post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + part, r), generation);
+  for (int r = 0; r < view.size; ++r) {
+    if (r != view.rank) post(at_peer(view, view.chunks + view.rank * comm::max_symmetric_chunks + part, r), generation);
+  }
 }
 
 // Ends the operation of parts for the kernel that sends them or for the one that uses them: whichever is the second
