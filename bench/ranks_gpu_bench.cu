@@ -423,6 +423,11 @@ int main(int argc, char** argv) {
     exchange("pair", at(T), operation::pair, 0);
   }
   exchange("pair_in_place", {4096, 7168, 256, 8, false, {}, true}, operation::pair, 0);
+  // Rows of Qwen3-30B.
+  const exchange_shape narrow{8192, 2048, 128, 8, false, {}};
+  exchange("dispatch_d2048", narrow, operation::dispatch, 0);
+  exchange("combine_expert_rows_d2048", narrow, operation::combine_rows, 0);
+  exchange("combine_summed_rows_d2048", narrow, operation::combine_sums, 0);
   // For engines with products of their own; what arrives is bounded by twice an even share.
   for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
     exchange("dispatch_expanded", {T, 7168, 256, 8, false, {}, true}, operation::expanded, 0);

@@ -357,6 +357,7 @@ TEST_CASE("sums of expert rows, and of sums that owners have made, come home") {
         task.plan = plan;
         task.home_plan = plan.at_home(row_bytes);
         task.summed = summed;
+        task.senders = 1 + static_cast<int>((generation + r) % send_warps);
         task.plus = {plus[r].data(), w.of.tokens[r], width};
         task.y = {y[r].data(), w.of.tokens[r], width};
         gpus.launch(send_sums_kernel<float, float, float>, task, static_cast<unsigned>(w.of.blocks), sums_threads);
@@ -370,6 +371,32 @@ TEST_CASE("sums of expert rows, and of sums that owners have made, come home") {
     }
     CHECK(wrong == 0);
   });
+}
+
+TEST_CASE("enough warps send sums, and more where few tokens, narrow rows or few blocks leave them little to do") {
+  const auto senders = [](std::int64_t tokens, int row_bytes, int blocks, bool summed, int peers = 1) {
+    return sums_plan::make(tokens, row_bytes, peers).senders(blocks, peers, summed);
+  };
+  CHECK(senders(128, 14336, 132, false) == send_warps);
+  CHECK(senders(128, 14336, 132, true, 3) == send_warps);
+  CHECK(senders(1024, 14336, 132, false) == 3);
+  CHECK(senders(4096, 14336, 132, false) == 2);
+  CHECK(senders(4096, 14336, 96, false) == 3);
+  CHECK(senders(4096, 14336, 32, false) == send_warps - 1);
+  CHECK(senders(4096, 14336, 48, true) == 2);
+  CHECK(senders(4096, 14336, 32, true) == send_warps - 2);
+  CHECK(senders(8192, 4096, 24, true) == send_warps);
+  for (const std::int64_t tokens : {1, 700, 4097, 1 << 20}) {
+    for (const int row_bytes : {16, 4096, 1 << 20}) {
+      for (const int blocks : {1, 2, 7, 64, 132}) {
+        for (const bool summed : {false, true}) {
+          const int warps = senders(tokens, row_bytes, blocks, summed, 3);
+          CHECK(warps >= 2);
+          CHECK(warps <= send_warps);
+        }
+      }
+    }
+  }
 }
 
 TEST_CASE("a rank that does not come is a failure of the others that names it, and their kernels end") {

@@ -371,13 +371,16 @@ TEST_CASE("many tokens, wide rows, many experts for one token, and ranks without
   check_case(ranks, {{1500, 1300, 1111}, 1500, 64, 64, 8, routing_kind::uniform}, wide, by_value(wide), 1);
   check_case(ranks, {{20, 9, 13}, 20, 17 * 1024, 64, 2, routing_kind::uniform}, wide, by_value(wide), 1);
   check_case(ranks, {{50, 0, 31}, 50, 8, 64, 32, routing_kind::uniform}, wide, by_value(wide));
-  const ts::layout::block wide_of_two(16, 2);  // flags for several tokens and for parts of rows
-  peer_ranks pair(2, 2 * window_bytes);
-  check_case(pair, {{1100, 1030}, 1100, 4096, 16, 2, routing_kind::uniform}, wide_of_two, by_value(wide_of_two), 1);
   const ts::layout::block few(2, 3);  // nothing on the last rank
   check_case(ranks, {{50, 40, 31}, 50, 72, 2, 2, routing_kind::uniform}, few, by_value(few));
   const ts::layout::round_robin turns(10, 3);
   check_case(ranks, {{50, 40, 31}, 50, 72, 10, 3, routing_kind::uniform}, turns, by_value(turns));
+}
+
+TEST_CASE("flags for several tokens and for parts of rows") {
+  peer_ranks ranks(2, 2 * window_bytes);
+  const ts::layout::block layout(16, 2);
+  check_case(ranks, {{1100, 1030}, 1100, 4096, 16, 2, routing_kind::uniform}, layout, by_value(layout), 1);
 }
 
 TEST_CASE("an uneven table with replicas") {

@@ -296,7 +296,7 @@ void exchange_routing(device_stream stream, Comm& comm, const Layout& layout, co
 
 /// Sends each token once to every rank that owns one of its experts. Its adjoint is `combine` without weights.
 /// @param stream   Where the work is enqueued.
-/// @param comm     R ranks; its budget of SMs, or 64, are used.
+/// @param comm     R ranks; its budget of SMs, or 16, are used.
 /// @param handle   With `destinations`; forward and backward use the same.
 /// @param x        `[T, d]`; d, the rows' distance and the address are multiples of 16 bytes.
 /// @param received `[R * max_tokens, d]` in the window, packed; rows that nobody sends stay as they are.
@@ -346,6 +346,8 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
   const int num_sms = expect_sm90("combine");
   const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
   const auto plan = sums_plan::make(max_tokens, row_bytes, comm.size() - 1);
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
+  const bool summed = source == combine_source::summed_rows;
   const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
                                   rows,
                                   handle.expert_row_of,
@@ -357,11 +359,11 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   top_k,
                                   plan,
                                   plan.at_home(row_bytes),
-                                  source == combine_source::summed_rows,
+                                  summed,
+                                  plan.senders(blocks, comm.size() - 1, summed),
                                   plus,
                                   y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
   detail::launch_early(stream, "send_sums_kernel", send_sums_kernel<S, A, Out>, dim3(static_cast<unsigned>(blocks)),
                        sums_threads, sums_shared_bytes, task);
 }
@@ -410,7 +412,7 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
                         pairs_per_rank,
                         plan};
   allow_shared_memory(send_pairs_kernel, plan.shared_bytes());
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
+  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).pairs;
   send_pairs_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
                       static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
   detail::check_cuda(cudaGetLastError(), "send_pairs_kernel");

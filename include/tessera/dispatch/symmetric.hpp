@@ -101,11 +101,12 @@ struct returned_rows {
 };
 
 /// SMs that operations take. Their kernels wait for those of other ranks, so all that run at once must find room at
-/// once: the budgets of slots that overlap, each with its lists, add up to no more than the device has. Between
-/// H200 with nothing else running, 16 SMs dispatch at the best rate, and combine takes 32 between four of them and 96
-/// between two (bench/README.md).
+/// once: the budgets of slots that overlap, each with its lists, add up to no more than the device has. Between H200
+/// with nothing else running, 16 SMs send rows at the best rate; with more, few tokens take longer too. Combine takes
+/// 48 to 132 (bench/README.md).
 struct symmetric_sms {
-  int rows;   ///< Of `dispatch_begin` and `combine_pairs`.
+  int rows;   ///< Of `dispatch_begin`.
+  int pairs;  ///< Of `combine_pairs`.
   int lists;  ///< Of `exchange_routing`, beside `rows`, or in their place before or after them.
   int sums;   ///< Of `combine_rows`.
 
@@ -114,24 +115,20 @@ struct symmetric_sms {
   static constexpr symmetric_sms choose(int budget, int device_sms, int slots) {
     const int share = std::max(device_sms / slots, 2);
     const int given = std::min(budget, device_sms);
-    if (budget > 0) return {given, std::min(given, share / 2), given};
-    return {std::min(64, share / 2), share / 2, share};
+    if (budget > 0) return {given, given, std::min(given, share / 2), given};
+    return {std::min(16, share / 2), std::min(64, share / 2), share / 2, share};
   }
 };
 
-/// SMs of `dispatch_expanded_begin`, beside those of lists before it: rows of others alone leave home, for which few
-/// are enough, and the fewer they are, the more of what arrives is still in L2 when it is put in order: between two
-/// H200 16 and 116 take 221 us for 4096 tokens, 32 and 100 take 229 (bench/README.md).
+/// SMs of `dispatch_expanded_begin`, beside those of lists before it.
 struct expanded_sms {
-  int rows;   ///< Of what sends.
+  int rows;   ///< Of what sends: the fewer, the more of what arrives is still in L2 when it is put in order.
   int order;  ///< Of what stores rows to their places, at the same time.
 
   /// Parameters as for `symmetric_sms::choose`.
   static constexpr expanded_sms choose(int budget, int device_sms, int slots) {
     const symmetric_sms given = symmetric_sms::choose(budget, device_sms, slots);
-    if (budget > 0) return {given.rows, given.lists};
-    const int rows = std::min(given.rows, 16);
-    return {rows, given.sums - rows};
+    return {given.rows, budget > 0 ? given.lists : given.sums - given.rows};
   }
 };
 

@@ -35,7 +35,7 @@ struct transport_case {
   int top_k = 1;                ///< K.
   std::int64_t num_tokens = 0;  ///< T of each rank; copies take as many as there is room for, `max_tokens`.
   std::int64_t row_bytes = 0;   ///< Of one token on the wire.
-  int dispatch_sms = 64;        ///< SMs of the kernel that sends rows, as `symmetric_sms::rows`.
+  int dispatch_sms = 16;        ///< SMs of the kernel that sends rows, as `symmetric_sms::rows`.
   int combine_sms = 132;        ///< SMs of the kernel that brings them home, as `symmetric_sms::sums`.
   int chunks = 4;               ///< Chunks of a combine by copy engines.
   int copy_streams = 1;         ///< Streams of copies to peers.
@@ -45,8 +45,7 @@ struct transport_case {
 };
 
 /// Constants of a machine. Defaults: 4 H200 behind NVSwitch, fitted by least squares of relative errors to the figures
-/// in bench/results/gpu_ranks_2.json, gpu_ranks_4.json and, of combine with few SMs, gpu_combine_steps.json;
-/// tests/dispatch/transport_cost_test.cpp compares them.
+/// in bench/results/gpu_ranks_2.json and gpu_ranks_4.json; tests/dispatch/transport_cost_test.cpp compares them.
 struct transport_machine {
   int num_sms = 132;               ///< Of a GPU.
   double store_gb_s = 350;         ///< Out of a GPU by bulk stores, all SMs together.
@@ -54,12 +53,12 @@ struct transport_machine {
   double copy_gb_s = 360;          ///< Out of a GPU by copy engines, one stream of copies.
   double streams_copy_gb_s = 223;  ///< The same by several streams at once, all together.
   double copy_us = 4.1;            ///< Of one more copy behind another.
-  double memory_gb_s = 3530;       ///< Read and written by kernels that add rows up on all SMs.
-  double sm_pair_gb_s = 63.9;      ///< Expert rows that one SM adds up in the kernel that sends sums.
-  double sm_returned_gb_s = 25.9;  ///< Sums that one SM of that kernel sends and adds at home.
+  double memory_gb_s = 3530;       ///< Read and written by kernels that add rows up on all SMs, around copies.
+  double sm_pair_gb_s = 62.2;      ///< Expert rows that one SM adds up in the kernel that sends sums.
+  double sm_returned_gb_s = 29.7;  ///< Sums that one SM of that kernel sends and adds at home.
   double send_us = 5.8;            ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
   double send_us_per_peer = 1.3;   ///< The same for each further rank.
-  double sums_us = 13.3;           ///< Of the kernel that sends sums, beside its bytes.
+  double sums_us = 15;             ///< Of the kernel that sends sums, beside its bytes.
   double copied_send_us = 10.8;    ///< Of copies, beside them: three small kernels and two events.
   double copied_sums_us = 28;      ///< Of copies on the way home and the kernels around them, beside those of a chunk.
   /// A kernel of a chunk. With the figures' 4 chunks only `copied_sums_us` and 12 of these together are known.
@@ -91,11 +90,8 @@ namespace detail {
 
 inline double us_of(double bytes, double gb_per_s) { return bytes / gb_per_s * 1e-3; }
 
-// What is limited by links, memory and SMs at once is slower than by the worst of them, though only where they are
-// close.
-inline double limited_by(double link, double memory, double sms) {
-  return std::sqrt(std::hypot(link * link, memory * memory, sms * sms));
-}
+// What is limited by links and SMs at once is slower than by the worse of them, though only where they are close.
+inline double limited_by(double link, double sms) { return std::sqrt(std::hypot(link * link, sms * sms)); }
 
 // Computation and transfer begin together. The first is stretched by the SMs that the second takes; what follows waits
 // for both.
@@ -166,12 +162,10 @@ inline transport_time combine_time(transport_kind kind, const transport_case& c,
   } else {
     time.wire_bytes = returned;
     const double link = detail::us_of(returned, machine.store_gb_s);
-    // expert rows, sums that arrive, and tokens: read, written and read, written
-    const double memory = detail::us_of(pairs + 2 * returned + rows * row_bytes, machine.memory_gb_s);
     const double sms =
         (detail::us_of(pairs, machine.sm_pair_gb_s) + detail::us_of(returned, machine.sm_returned_gb_s)) /
         std::max(c.combine_sms, 1);
-    time.us = machine.sums_us + detail::limited_by(link, memory, sms);
+    time.us = machine.sums_us + detail::limited_by(link, sms);
     time.sm_us = time.us * std::min(c.combine_sms, machine.num_sms) / machine.num_sms;
   }
   return detail::beside(time, c.compute_us);

@@ -248,14 +248,14 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
   const int grid = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
   if (warp == send_warps + home_warps) {
-    post_role(mail, send_warps, view.size > 1, lane, [&](int unit) { post_unit(view, generation, unit); });
+    post_role(mail, task.senders, view.size > 1, lane, [&](int unit) { post_unit(view, generation, unit); });
   } else {
     int home = grid * home_warps;  // helps
     if (warp >= send_warps) {
       home = (warp - send_warps) * grid + block;
-    } else if (view.size > 1) {
+    } else if (view.size > 1 && warp < task.senders) {
       send_role(task, generation, stream, buffers + warp * sum_buffers * sum_piece_bytes, mail, warp,
-                warp * grid + block, grid * send_warps, lane);
+                warp * grid + block, grid * task.senders, lane);
     }
     home_role(task, generation, stream, home, grid * home_warps, lane);
   }

@@ -49,6 +49,18 @@ struct sums_plan {
   sums_plan at_home(std::int64_t row_bytes) const {
     return of_parts(units / parts, chunk_tokens, up(row_bytes, sum_piece_bytes), 1);
   }
+  // Warps of each of `blocks` that send; the others of `send_warps` help at home from the beginning. Those of all
+  // blocks are enough to fill the links and no more, because what they have under way comes to be complete at the same
+  // time, and home can do nothing with it before: the longer units are, the fewer. Measured with 16 to 132 blocks, 1024
+  // to 8192 tokens, between two GPUs: bench/results/gpu_senders_steps.json.
+  int senders(int blocks, int peers, bool summed) const {
+    if (units * peers <= few_units) return send_warps;
+    const std::int64_t unit_bytes = std::int64_t{chunk_tokens} * part_pieces * sum_piece_bytes;
+    const bool is_long = unit_bytes >= 16 * 1024, is_short = unit_bytes < 8 * 1024;
+    const int warps = is_short ? 400 : is_long && summed ? 112 : 264;
+    const int most = !is_long ? send_warps : summed ? send_warps - 2 : send_warps - 1;
+    return std::clamp((warps + blocks / 2) / blocks, 2, most);
+  }
   // The flag of a unit at home, whose plan is `home`.
   __host__ __device__ int flag_of(const sums_plan& home, int chunk, int part) const {
     return chunk / home.parts * parts + part * home.part_pieces / part_pieces;
@@ -76,6 +88,7 @@ struct sums_task {
   sums_plan plan;
   sums_plan home_plan;
   bool summed;
+  int senders;                // warps of a block that send
   matrix_view<const S> plus;  // [T, d]; no data: nothing
   matrix_view<Out> y;
 
