@@ -20,6 +20,7 @@
 
 #include <tessera/comm/load_kernels.cuh>
 #include <tessera/core/dtype.hpp>
+#include <tessera/dispatch/expanded.cuh>
 #include <tessera/dispatch/symmetric.cuh>
 #include <tessera/layout/block.hpp>
 
@@ -91,6 +92,7 @@ struct chain_arrays {
   float* weights;
   bf16* x;
   const bf16* received;
+  bf16* expanded;
   bf16* pairs;
   float* values;
   bf16* y;
@@ -120,8 +122,8 @@ __global__ void begin_round_kernel(const __grid_constant__ chain_arrays a) {
   }
 }
 
-// One block a row of experts, as many as there may be.
-__global__ void experts_kernel(const __grid_constant__ chain_arrays a) {
+// One block a row of experts, as many as there may be. @param in_order Whether rows stand in the order of experts.
+__global__ void experts_kernel(const __grid_constant__ chain_arrays a, bool in_order) {
   const std::uint32_t round = a.words->round;
   const auto i = static_cast<int>(blockIdx.x);
   const std::int32_t* const offsets = a.handle.expert_offsets;
@@ -130,10 +132,9 @@ __global__ void experts_kernel(const __grid_constant__ chain_arrays a) {
   while (i >= offsets[slot + 1]) ++slot;
   const int expert = a.layout.expert_at(a.rank, slot);
   const int row = a.handle.gather[i];
-  for (int j = static_cast<int>(threadIdx.x); j < hidden; j += static_cast<int>(blockDim.x)) {
-    a.pairs[i * hidden + j] =
-        bf16(static_cast<float>(a.received[row * hidden + j]) * static_cast<float>(factor_of(expert)));
-  }
+  const bf16* const x = in_order ? a.expanded + i * hidden : a.received + row * hidden;
+  for (int j = static_cast<int>(threadIdx.x); j < hidden; j += static_cast<int>(blockDim.x))
+    a.pairs[i * hidden + j] = bf16(static_cast<float>(x[j]) * static_cast<float>(factor_of(expert)));
   if (threadIdx.x == 0) a.values[i] = static_cast<float>(value_of(round, row, expert));
 }
 
@@ -174,8 +175,16 @@ __global__ void half_operation_kernel(const __grid_constant__ ts::comm::symmetri
   }
 }
 
-// What a round does, in this order. The two kinds of combine use one channel.
-enum class phase { tables, rows, sums, pairs, values, none };
+// What a round does, in this order: rows or parts, sums or pairs. The two kinds of combine use one channel.
+enum class phase { tables, rows, parts, sums, pairs, values, none };
+
+// How rows come to experts: where they arrive, or in the order of experts, put there as they come or behind them all.
+enum class rows_in { arrival, order, order_behind };
+struct round_kind {
+  rows_in rows;
+  bool ordered;  // combine_pairs
+};
+constexpr round_kind kind_of(int round) { return {static_cast<rows_in>(round % 3), round % 2 != 0}; }
 
 symmetric_channel channel_of(phase p) {
   switch (p) {
@@ -183,6 +192,8 @@ symmetric_channel channel_of(phase p) {
       return symmetric_channel::tables;
     case phase::rows:
       return symmetric_channel::rows;
+    case phase::parts:
+      return symmetric_channel::parts;
     case phase::values:
       return symmetric_channel::values;
     default:
@@ -226,6 +237,7 @@ class rank_chain {
     a_.weights = rank.take<float>(max_tokens * top_k);
     a_.x = rank.take<bf16>(max_tokens * hidden);
     a_.received = received_.data;
+    a_.expanded = rank.take<bf16>(bounds_.max_pairs * hidden);
     a_.pairs = rank.take<bf16>(bounds_.max_pairs * hidden);
     a_.values = rank.take<float>(bounds_.max_pairs);
     a_.y = rank.take<bf16>(max_tokens * hidden);
@@ -241,25 +253,31 @@ class rank_chain {
                                      options);
   }
 
-  // A round, up to and without the phase `until`. @param ordered Which combine is done.
-  void round(bool ordered, phase until = phase::none) { round(ordered, until, bounds_, options_); }
-  void round(bool ordered, phase until, const ts::dispatch_bounds& bounds, const ts::dispatch_options& options) {
+  // A round, up to and without the phase `until`.
+  void round(round_kind kind, phase until = phase::none) { round(kind, until, bounds_, options_); }
+  void round(round_kind kind, phase until, const ts::dispatch_bounds& bounds, const ts::dispatch_options& options) {
     const auto stream = rank_.stream();
     begin_round_kernel<<<4, 256, 0, raw()>>>(a_);
     if (until == phase::tables) return;
     const ts::routing<float> chosen{{a_.ids, tokens_, top_k}, {a_.weights, tokens_, top_k}};
     ts::exchange_routing_begin(stream, rank_, layout_, bounds, options, chosen, a_.handle, workspace_);
-    if (until != phase::rows)
-      ts::dispatch_begin(stream, rank_, a_.handle, ts::matrix_view<const bf16>{a_.x, tokens_, hidden}, received_);
+    const bool stops = until == phase::rows || until == phase::parts;
+    const bool in_order = kind.rows != rows_in::arrival;
+    const ts::matrix_view<const bf16> x{a_.x, tokens_, hidden};
+    if (!stops && in_order)
+      flags::begin_expanded(stream, rank_, a_.handle, x, received_,
+                            ts::matrix_view<bf16>{a_.expanded, bounds_.max_pairs, hidden}, kind.rows == rows_in::order);
+    else if (!stops)
+      ts::dispatch_begin(stream, rank_, a_.handle, x, received_);
     ts::exchange_routing_end(stream, rank_);
-    if (until == phase::rows) return;
-    ts::dispatch_end(stream, rank_, received_);
-    experts_kernel<<<static_cast<unsigned>(bounds_.max_pairs), 64, 0, raw()>>>(a_);
+    if (stops) return;
+    if (!in_order) ts::dispatch_end(stream, rank_, received_);
+    experts_kernel<<<static_cast<unsigned>(bounds_.max_pairs), 64, 0, raw()>>>(a_, in_order);
     if (until == phase::sums || until == phase::pairs) return;
     const ts::matrix_view<const bf16> pairs{a_.pairs, bounds_.max_pairs, hidden};
     const ts::matrix_view<bf16> y{a_.y, tokens_, hidden};
     const ts::matrix_view<const bf16> nothing{};
-    if (ordered) {
+    if (kind.ordered) {
       ts::combine_pairs(stream, rank_, a_.handle, pairs, returned_pairs_, chosen.weights, nothing, y);
     } else {
       ts::combine_rows(stream, rank_, a_.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
@@ -272,7 +290,9 @@ class rank_chain {
     require(cudaGetLastError(), "kernels of a round");
   }
   void half_of(phase p) {
-    half_operation_kernel<<<1, 32, 0, raw()>>>(rank_.view(channel_of(p)), p == phase::sums ? 3 : 0);
+    if (p == phase::parts) half_operation_kernel<<<1, 32, 0, raw()>>>(rank_.view(symmetric_channel::rows), 0);
+    const int chunks = p == phase::sums || p == phase::parts ? 3 : 0;
+    half_operation_kernel<<<1, 32, 0, raw()>>>(rank_.view(channel_of(p)), chunks);
     require(cudaGetLastError(), "half_operation_kernel");
   }
 
@@ -310,8 +330,19 @@ class rank_chain {
   ts::matrix_view<bf16> returned_;
   ts::returned_rows<bf16> returned_pairs_;
   ts::matrix_view<float> home_values_;
-  chain_arrays a_{0,       0,       nullptr, nullptr, nullptr, nullptr,
-                  nullptr, nullptr, nullptr, nullptr, nullptr, ts::layout::block(num_experts, 1),
+  chain_arrays a_{0,
+                  0,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  ts::layout::block(num_experts, 1),
                   {}};
 };
 
@@ -330,7 +361,7 @@ std::vector<std::unique_ptr<rank_chain>> make_chains(peer_ranks& ranks) {
 void expect_rounds(peer_ranks& ranks, std::vector<std::unique_ptr<rank_chain>>& chains, int rounds) {
   ranks.run([&](peer_rank& rank) {
     rank_chain& chain = *chains[static_cast<std::size_t>(rank.rank())];
-    for (int i = 0; i < rounds; ++i) chain.round(i % 2 != 0);
+    for (int i = 0; i < rounds; ++i) chain.round(kind_of(i));
     chain.synchronize();
   });
   for (int r = 0; r < ranks.size(); ++r) {
@@ -343,15 +374,15 @@ void expect_rounds(peer_ranks& ranks, std::vector<std::unique_ptr<rank_chain>>& 
 }
 
 const char* name_of(phase p) {
-  constexpr const char* names[] = {"tables", "rows", "sums", "pairs", "values", "none"};
+  constexpr const char* names[] = {"tables", "rows", "parts", "sums", "pairs", "values", "none"};
   return names[static_cast<int>(p)];
 }
 
 }  // namespace
 
 TEST_CASE("10000 rounds as replays of graphs, with another routing in each, and ranks that are late at random") {
-  constexpr int rounds_of_graph = 20;
-  constexpr int replays = 500;
+  constexpr int rounds_of_graph = 24;
+  constexpr int replays = 420;
   for (const int size : {2, 3, 4}) {
     CAPTURE(size);
     if (!has_gpus(size, size / 2)) continue;
@@ -362,7 +393,7 @@ TEST_CASE("10000 rounds as replays of graphs, with another routing in each, and 
     ranks.run([&](peer_rank& rank) {
       rank_chain& chain = *chains[static_cast<std::size_t>(rank.rank())];
       cudaGraphExec_t graph = device_test::capture(chain.raw(), [&] {
-        for (int i = 0; i < rounds_of_graph; ++i) chain.round(i % 2 != 0);
+        for (int i = 0; i < rounds_of_graph; ++i) chain.round(kind_of(i));
       });
       require(cudaGraphUpload(graph, chain.raw()), "cudaGraphUpload");
       chain.synchronize();
@@ -397,24 +428,24 @@ TEST_CASE("a rank that stops at any phase, or half-way through it, is named by a
     peer_ranks ranks(size, window_bytes);
     auto chains = make_chains(ranks);
     for (int r = 0; r < size; ++r) ranks[r].timeout_ns = 300'000'000;
-    for (const phase p : {phase::tables, phase::rows, phase::sums, phase::pairs, phase::values}) {
+    for (const phase p : {phase::tables, phase::rows, phase::parts, phase::sums, phase::pairs, phase::values}) {
       for (const bool half : {false, true}) {
         const std::string name = name_of(p);
         CAPTURE(name);
         CAPTURE(half);
-        expect_rounds(ranks, chains, 4);
+        expect_rounds(ranks, chains, 6);
         std::vector<double> milliseconds(static_cast<std::size_t>(size));
         ranks.run([&](peer_rank& rank) {
           rank_chain& chain = *chains[static_cast<std::size_t>(rank.rank())];
           const auto start = std::chrono::steady_clock::now();
-          const bool ordered = p == phase::pairs;
+          const round_kind kind{p == phase::parts ? rows_in::order : rows_in::arrival, p == phase::pairs};
           if (rank.rank() == stopped) {
-            chain.round(ordered, p);
+            chain.round(kind, p);
             if (half) chain.half_of(p);
           } else {
             // The later ones do nothing. Where tables are missing, rows would wait for them at the same time.
             const phase until = p == phase::tables && half ? phase::rows : phase::none;
-            for (int i = 0; i < 3; ++i) chain.round(ordered, until);
+            for (int i = 0; i < 3; ++i) chain.round(kind, until);
           }
           chain.synchronize();
           const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
@@ -430,10 +461,11 @@ TEST_CASE("a rank that stops at any phase, or half-way through it, is named by a
           CHECK(failure.state == 2);
           CHECK(failure.rank == r);
           CHECK(failure.peer == stopped);
-          CHECK(failure.channel == channel_of(p));
-          CHECK(failure.step == (!half              ? symmetric_step::entry
-                                 : p == phase::sums ? symmetric_step::chunk
-                                                    : symmetric_step::arrival));
+          CHECK(failure.channel == channel_of(p == phase::parts && !half ? phase::rows : p));
+          const bool of_chunks = p == phase::sums || p == phase::parts;
+          CHECK(failure.step == (!half       ? symmetric_step::entry
+                                 : of_chunks ? symmetric_step::chunk
+                                             : symmetric_step::arrival));
           CHECK(milliseconds[static_cast<std::size_t>(r)] > 250);
           CHECK(milliseconds[static_cast<std::size_t>(r)] < 3000);
           if (p == phase::tables) {
@@ -471,8 +503,8 @@ TEST_CASE("a bound that is too small names the rank and its need, and after rese
         rank_chain& chain = *chains[static_cast<std::size_t>(rank.rank())];
         ts::dispatch_options options;
         options.row_bound = bound;
-        for (const bool ordered : {false, true}) {
-          chain.round(ordered, phase::none, chain.bounds_with(options), options);
+        for (int i = 0; i < 6; ++i) {
+          chain.round(kind_of(i), phase::none, chain.bounds_with(options), options);
           chain.synchronize();
           if (bound == most) break;  // another round may need more
         }
