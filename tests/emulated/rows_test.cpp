@@ -374,15 +374,19 @@ TEST_CASE("sums of expert rows, and of sums that owners have made, come home") {
 }
 
 TEST_CASE("enough warps send sums, and more where few tokens, narrow rows or few blocks leave them little to do") {
-  const auto senders = [](std::int64_t tokens, int row_bytes, int blocks, bool summed, int peers = 1) {
-    return sums_plan::make(tokens, row_bytes, peers).senders(blocks, peers, summed);
+  const auto senders = [](std::int64_t tokens, int row_bytes, int blocks, bool summed, int ranks = 2, int top_k = 8) {
+    return sums_plan::make(tokens, row_bytes, ranks - 1).senders(blocks, ranks, top_k, summed);
   };
   CHECK(senders(128, 14336, 132, false) == send_warps);
-  CHECK(senders(128, 14336, 132, true, 3) == send_warps);
+  CHECK(senders(128, 14336, 132, true, 4) == send_warps);
   CHECK(senders(1024, 14336, 132, false) == 3);
   CHECK(senders(4096, 14336, 132, false) == 2);
   CHECK(senders(4096, 14336, 96, false) == 3);
-  CHECK(senders(4096, 14336, 32, false) == send_warps - 1);
+  CHECK(senders(4096, 14336, 48, false) == send_warps - 1);
+  CHECK(senders(4096, 14336, 40, false) == send_warps);
+  CHECK(senders(4096, 14336, 48, false, 2, 4) == 3);
+  CHECK(senders(4096, 14336, 32, false, 2, 4) == send_warps - 1);
+  CHECK(senders(4096, 14336, 48, false, 4) == 3);
   CHECK(senders(4096, 14336, 48, true) == 2);
   CHECK(senders(4096, 14336, 32, true) == send_warps - 2);
   CHECK(senders(8192, 4096, 24, true) == send_warps);
@@ -390,9 +394,11 @@ TEST_CASE("enough warps send sums, and more where few tokens, narrow rows or few
     for (const int row_bytes : {16, 4096, 1 << 20}) {
       for (const int blocks : {1, 2, 7, 64, 132}) {
         for (const bool summed : {false, true}) {
-          const int warps = senders(tokens, row_bytes, blocks, summed, 3);
-          CHECK(warps >= 2);
-          CHECK(warps <= send_warps);
+          for (const int top_k : {1, 32}) {
+            const int warps = senders(tokens, row_bytes, blocks, summed, 4, top_k);
+            CHECK(warps >= 2);
+            CHECK(warps <= send_warps);
+          }
         }
       }
     }

@@ -5,10 +5,12 @@
 // window, gathers something and ends both, again and again. With NCCL 2.28.9 a round ends now and then in "double free
 // or corruption (out)", inside the driver's cuMemUnmap that ncclCommDestroy has called. Counted on 2 H200: by a shorter
 // form of this program with windows in 4 of 550 rounds, 2 of 302 and none of 353, without in none of 146, which at such
-// a rate says little; by this one in none of 139, with `keep` in none of 171. By reading NCCL's source: the last rank
-// to end frees the communicators of all ranks of a process, while the first goes on to free memory of the same GPU; and
-// a communicator that had a window ends by one cuMemUnmap of all its addresses, mapped or not. Not a test: it is built
-// by hand,
+// a rate says little; by this one in none of 139, with `keep` in none of 171, with `stress` in none of 60, and of 60
+// each with `phased` and `plain-window` beside it. layer_ranks_test, which makes many such communicators, was aborted in
+// two of three runs on one machine, and in none of ten on the next. By reading NCCL's source: the last rank to end frees
+// the communicators of all ranks of a process, while the first goes on to free memory of the same GPU; and a
+// communicator that had a window ends by one cuMemUnmap of all its addresses, mapped or not. Not a test: it is built by
+// hand,
 //
 //     nvcc -std=c++20 -arch=native tests/gpu/nccl_teardown.cu -o nccl_teardown -lnccl -lpthread
 //     for i in $(seq 12); do ./nccl_teardown 45 & done; wait    # each counts its rounds until it aborts

@@ -360,7 +360,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   plan,
                                   plan.at_home(row_bytes),
                                   summed,
-                                  plan.senders(blocks, comm.size() - 1, summed),
+                                  plan.senders(blocks, comm.size(), top_k, summed),
                                   plus,
                                   y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include <tessera/comm/symmetric_view.hpp>
@@ -51,15 +52,19 @@ struct sums_plan {
   }
   // Warps of each of `blocks` that send; the others of `send_warps` help at home from the beginning. Those of all
   // blocks are enough to fill the links and no more, because what they have under way comes to be complete at the same
-  // time, and home can do nothing with it before: the longer units are, the fewer. Measured with 16 to 132 blocks, 1024
-  // to 8192 tokens, between two GPUs: bench/results/gpu_senders_steps.json.
-  int senders(int blocks, int peers, bool summed) const {
-    if (units * peers <= few_units) return send_warps;
+  // time, and home can do nothing with it before: the longer units are, and the fewer rows a sum has, the fewer.
+  // Measured between two GPUs with 16 to 132 blocks, 1024 to 8192 tokens and K from 1 to 8:
+  // bench/results/gpu_senders_steps.json.
+  int senders(int blocks, int ranks, int top_k, bool summed) const {
+    if (units * (ranks - 1) <= few_units) return send_warps;
     const std::int64_t unit_bytes = std::int64_t{chunk_tokens} * part_pieces * sum_piece_bytes;
     const bool is_long = unit_bytes >= 16 * 1024, is_short = unit_bytes < 8 * 1024;
-    const int warps = is_short ? 400 : is_long && summed ? 112 : 264;
+    const double reached = ranks * (1 - std::pow(1 - 1.0 / ranks, top_k));  // ranks, by a token of random choices
+    const int of_sums = std::max(128, static_cast<int>(64 + 48 * top_k / reached));
+    const int warps = is_short ? 400 : !is_long ? 264 : summed ? 112 : of_sums;
+    if (5 * send_warps * blocks < 4 * warps) return send_warps;  // far from enough, whatever is left for home
     const int most = !is_long ? send_warps : summed ? send_warps - 2 : send_warps - 1;
-    return std::clamp((warps + blocks / 2) / blocks, 2, most);
+    return std::clamp((warps + blocks / 3) / blocks, 2, most);
   }
   // The flag of a unit at home, whose plan is `home`.
   __host__ __device__ int flag_of(const sums_plan& home, int chunk, int part) const {
