@@ -6,9 +6,9 @@
 // or corruption (out)", inside the driver's cuMemUnmap that ncclCommDestroy has called. Counted on 2 H200: by a shorter
 // form of this program with windows in 4 of 550 rounds, 2 of 302 and none of 353, without in none of 146, which at such
 // a rate says little; by this one in none of 139, with `keep` in none of 171, with `stress` in none of 60, and of 60
-// each with `phased` and `plain-window` beside it. layer_ranks_test, which makes many such communicators, was aborted in
-// two of three runs on one machine, and in none of ten on the next. By reading NCCL's source: the last rank to end frees
-// the communicators of all ranks of a process, while the first goes on to free memory of the same GPU; and a
+// each with `phased` and `plain-window` beside it. layer_ranks_test, which makes many such communicators, was aborted
+// in two of three runs on one machine, and in none of ten on the next. By reading NCCL's source: the last rank to end
+// frees the communicators of all ranks of a process, while the first goes on to free memory of the same GPU; and a
 // communicator that had a window ends by one cuMemUnmap of all its addresses, mapped or not. Not a test: it is built by
 // hand,
 //
