@@ -36,7 +36,11 @@ struct symmetric_options {
   int copy_streams = 0;         ///< Streams of each slot for `transport::copy_engines`, 0 to 8; may differ by rank.
   bool allow_direct = true;     ///< Without, GPUs do not share memory even if they could: to try what happens then.
   bool require_direct = false;  ///< Whether creation throws if GPUs cannot share memory; the same on all ranks.
-  nccl_options nccl{};          ///< For `create` from a communicator of host memory.
+  /// Whether ranks that are threads of one process use each other's memory at its own address, if all ask for it and
+  /// their devices reach it. Else, and where they do not, through a window of NCCL's, whose end may abort the process
+  /// (tests/gpu/nccl_teardown.cu). The memory of all ranks lives as long as a handle of any of them then.
+  bool share_in_process = false;
+  nccl_options nccl{};  ///< For `create` from a communicator of host memory.
 };
 
 /// A communicator of GPUs that write into each other's memory: everything that `comm::nccl` does, and one window of
