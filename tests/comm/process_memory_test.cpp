@@ -3,9 +3,6 @@
 
 #include <doctest/doctest.h>
 
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -65,17 +62,10 @@ TEST_CASE("threads find what others offer, all of it at once") {
   CHECK(missing == std::vector<int>(ranks, 0));
 }
 
-TEST_CASE("threads of a process have its token, and a child of it has another") {
+TEST_CASE("threads of a process have its token") {
   const std::uint64_t own = process_memory::instance().token();
   CHECK(own != 0);
   std::uint64_t of_thread = 0;
   std::thread([&] { of_thread = process_memory::instance().token(); }).join();
   CHECK(of_thread == own);
-  const pid_t child = fork();
-  REQUIRE(child >= 0);
-  if (child == 0) _exit(process_memory::instance().token() == own ? 1 : 0);
-  int status = -1;
-  REQUIRE(waitpid(child, &status, 0) == child);
-  CHECK(WIFEXITED(status));
-  CHECK(WEXITSTATUS(status) == 0);
 }

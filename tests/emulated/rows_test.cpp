@@ -86,12 +86,18 @@ struct world {
     const auto ranks = static_cast<std::size_t>(of.ranks());
     const auto all = static_cast<std::size_t>(of.rows()) * static_cast<std::size_t>(of.top_k);
     x.assign(ranks, {});
+    own_rows.assign(ranks, {});
     destinations.assign(ranks, std::vector<std::uint32_t>(static_cast<std::size_t>(of.max_tokens), 0));
     expert_row_of.assign(ranks, std::vector<std::int32_t>(all, -1));
     gather.assign(ranks, {});
     for (std::size_t s = 0; s < ranks; ++s) {
       for (std::size_t i = 0; i < static_cast<std::size_t>(of.max_tokens) * row(); ++i)
         x[s].push_back(static_cast<unsigned char>(random()));
+      for (std::size_t t = 0; t < static_cast<std::size_t>(of.max_tokens); ++t) {
+        own_rows[s].resize(t * (row() + 16));
+        own_rows[s].insert(own_rows[s].end(), token(s * static_cast<std::size_t>(of.max_tokens) + t),
+                           token(s * static_cast<std::size_t>(of.max_tokens) + t) + row());
+      }
       for (int t = 0; t < of.tokens[s]; ++t) {
         for (int k = 0; k < of.top_k; ++k) {
           if (random() % 5 == 0) continue;
@@ -144,8 +150,8 @@ struct world {
     task.view = view(rank, 1);
     task.received = received(rank);
     task.max_tokens = of.max_tokens;
-    task.own = reinterpret_cast<const std::byte*>(x[static_cast<std::size_t>(rank)].data());
-    task.own_stride = of.row_bytes;
+    task.own = reinterpret_cast<const std::byte*>(own_rows[static_cast<std::size_t>(rank)].data());
+    task.own_stride = of.row_bytes + 16;
     task.expert_row_of = expert_row_of[static_cast<std::size_t>(rank)].data();
     task.top_k = of.top_k;
     task.expanded = reinterpret_cast<std::byte*>(expanded.data());
@@ -178,6 +184,7 @@ struct world {
   std::vector<std::vector<std::uint32_t>> counters;
   std::vector<ts::comm::symmetric_failure> failures;
   std::vector<std::vector<unsigned char>> x;
+  std::vector<std::vector<unsigned char>> own_rows;  // the same, 16 bytes apart
   std::vector<std::vector<std::uint32_t>> destinations;
   std::vector<std::vector<std::int32_t>> expert_row_of;
   std::vector<std::vector<std::size_t>> gather;  // of each rank's expert rows: the pair

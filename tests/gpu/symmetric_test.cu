@@ -236,6 +236,7 @@ TEST_CASE("every rank reaches the memory of every rank at the same offset, throu
     rank_memory memory;
     symmetric comm = symmetric::create(t, sharing(options_of(20000), share));
     require(comm.direct() && comm.reason().empty(), comm.reason());
+    require(comm.shared_in_process() == (share && t.size() > 1), "at its own address");
     require(comm.rank() == t.rank() && comm.size() == t.size() && comm.slot() == 0, "what it is");
     require(comm.capacity_bytes() == 65536 && comm.used_bytes() == 0, "nothing is used");
 
@@ -281,6 +282,7 @@ TEST_CASE("memory of ranks of one process lives as long as any of them may write
     rank_memory memory;
     for (int round = 0; round < 20; ++round) {
       auto comm = std::make_unique<symmetric>(symmetric::create(t, sharing(options_of(20000), true)));
+      require(comm->shared_in_process(), "at its own address");
       const int count = 3000;
       const std::size_t array = comm->offset_of(comm->allocate(static_cast<std::size_t>(count * t.size()) * 4));
       const symmetric_view view = comm->view(symmetric_channel::tables);
@@ -297,9 +299,9 @@ TEST_CASE("memory of ranks of one process lives as long as any of them may write
 }
 
 TEST_CASE("5000 operations with ranks that are late at random, and 100 replays of a graph of ten") {
-  on_ranks([](threads& t) {
+  const auto check = [](threads& t, bool share) {
     rank_memory memory;
-    symmetric comm = symmetric::create(t, sharing(options_of(20000), true));
+    symmetric comm = symmetric::create(t, sharing(options_of(20000), share));
     chain c(comm, memory);
     t.barrier({});
     c.enqueue(5000);
@@ -311,7 +313,8 @@ TEST_CASE("5000 operations with ranks that are late at random, and 100 replays o
     c.enqueue(20);
     c.finish("after the graphs", 6020);
     t.barrier({});
-  });
+  };
+  for (const bool share : {false, true}) on_ranks([&](threads& t) { check(t, share); });
 }
 
 TEST_CASE("a rank that does not come is named by the others, and all go on after reset") {

@@ -321,8 +321,8 @@ void for_each_transport(int ranks, F f) {
   sizes.row_bytes = 14336;
   sizes.copy_streams = 1;
   f("automatic", transport::automatic(sizes), false);
-  sizes.compute_us = 1e4;  // hides copies there, and those home cost more than that: each way another transport
-  sizes.dispatch_sms = 64;
+  sizes.compute_us = 1e4;   // hides copies there, and those home cost more than that: each way another transport
+  sizes.dispatch_sms = 64;  // with fewer the kernel costs less than a copy of own rows
   ts::transport_machine slow_home;
   slow_home.copied_sums_us = 1e6;
   const transport::automatic mixed(sizes, slow_home);

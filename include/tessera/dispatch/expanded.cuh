@@ -25,12 +25,6 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail::symmetric {
 
-template <class Comm>
-void let_side_wait(device_stream stream, Comm& comm) {
-  check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
-  check_cuda(cudaStreamWaitEvent(comm.side_stream().get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
-}
-
 // Rows with flags of parts on the stream, and beside them, on the side stream, the kernel that waits for those.
 template <class Comm, class A, class S>
 void launch_send_and_expand(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, matrix_view<const S> x,

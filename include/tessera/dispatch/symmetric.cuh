@@ -88,6 +88,13 @@ void allow_shared_memory(Kernel kernel, int bytes) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
 
+// Orders the side stream after the caller's.
+template <class Comm>
+void let_side_wait(device_stream stream, const Comm& comm) {
+  check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
+  check_cuda(cudaStreamWaitEvent(comm.side_stream().get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+}
+
 inline void launch_await(device_stream stream, const comm::symmetric_view& view) {
   launch_early(stream, "await_kernel", await_kernel, dim3(1), warp_size, 0, view);
 }
@@ -222,8 +229,7 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   // Rows wait for their destinations only; tables and lists take the side stream. Both wait for other ranks: graphs of
   // all ranks have the same shape, without tokens too, so that the branches of each begin in the same order.
   const device_stream side = comm.side_stream();
-  detail::check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
-  detail::check_cuda(cudaStreamWaitEvent(side.get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
+  let_side_wait(stream, comm);
   const auto token_blocks =
       static_cast<unsigned>(std::max<std::int64_t>((num_tokens + destination_threads - 1) / destination_threads, 1));
   detail::launch_early(stream, "find_destinations_kernel", find_destinations_kernel<Layout>, dim3(token_blocks),

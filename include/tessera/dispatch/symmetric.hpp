@@ -102,8 +102,8 @@ struct returned_rows {
 
 /// SMs that operations take. Their kernels wait for those of other ranks, so all that run at once must find room at
 /// once: the budgets of slots that overlap, each with its lists, add up to no more than the device has. Between H200
-/// with nothing else running, 16 SMs send rows at the best rate; with more, few tokens take longer too. Combine takes
-/// 48 to 132 (bench/README.md).
+/// with nothing else running, 16 SMs send rows at the best rate; with more, few tokens take longer beside their lists,
+/// though up to 8 % less with lists of before. Combine takes 48 to 132 (bench/README.md).
 struct symmetric_sms {
   int rows;   ///< Of `dispatch_begin`.
   int pairs;  ///< Of `combine_pairs`.
@@ -128,7 +128,8 @@ struct expanded_sms {
   /// Parameters as for `symmetric_sms::choose`.
   static constexpr expanded_sms choose(int budget, int device_sms, int slots) {
     const symmetric_sms given = symmetric_sms::choose(budget, device_sms, slots);
-    return {given.rows, budget > 0 ? given.lists : given.sums - given.rows};
+    const int left = std::max(device_sms / slots - given.rows, 1);
+    return {given.rows, budget > 0 ? std::min(given.lists, left) : left};
   }
 };
 

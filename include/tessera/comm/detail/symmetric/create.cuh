@@ -153,7 +153,10 @@ inline std::shared_ptr<shared_window> create(comm::nccl& over, const comm::symme
   own.slots = options.slots;
   own.require_direct = options.require_direct ? 1 : 0;
   own.world_rank = over.world_rank();
-  own.process = options.share_in_process ? process_memory::instance().token() : 0;
+  if (options.share_in_process) {
+    // A rank that cannot say so has no token, and nobody looks for its memory.
+    static_cast<void>(words_of([&] { own.process = process_memory::instance().token(); }));
+  }
   own.problem = to_note(problem_of(options));
   own.obstacle = to_note(obstacle_of(over, options));
   const std::vector<rank_card> cards = gather(over, own);
@@ -180,7 +183,9 @@ inline std::shared_ptr<shared_window> create(comm::nccl& over, const comm::symme
   if (maps) {
     bool shared = false;
     if (in_process) {
-      const auto blocks = gather(over, window->own_block());
+      shared_window::block own_block{};  // of no number, which nobody finds
+      static_cast<void>(words_of([&] { own_block = window->own_block(); }));
+      const auto blocks = gather(over, own_block);
       std::string obstacle;
       const std::string thrown = words_of([&] { obstacle = window->share(blocks); });
       shared = first_note(over, thrown.empty() ? obstacle : thrown).empty();

@@ -9,8 +9,6 @@
 #include <mutex>
 #include <random>
 
-#include <unistd.h>
-
 #include <tessera/core/config.hpp>
 
 // Memory that ranks of one process, a thread each, find by number, so that none of them reads another's objects.
@@ -27,8 +25,9 @@ class process_memory {
   }
 
   /// Says of a rank whether it finds what this one offers: the same for threads of a process, unless parts of it were
-  /// linked without knowing each other. Not 0.
-  std::uint64_t token() const { return (token_ ^ static_cast<std::uint64_t>(getpid()) << 32) | 1; }
+  /// linked without knowing each other. Not 0. A child of a process that has used CUDA cannot, so that it does not
+  /// matter that it would have the same.
+  std::uint64_t token() const { return token_; }
 
   /// @param block Whoever finds it keeps it alive; this does not. @return its number.
   std::uint64_t offer(const std::shared_ptr<std::byte>& block) {
@@ -43,7 +42,7 @@ class process_memory {
     const auto offered = blocks_.find(number);
     return offered == blocks_.end() ? nullptr : offered->second.lock();
   }
-  /// Blocks that somebody still keeps, or that nobody has looked for since.
+  /// Blocks that somebody still keeps, and those that have gone since the last `offer`.
   std::size_t size() const {
     const std::lock_guard lock(mutex_);
     return blocks_.size();
@@ -52,7 +51,7 @@ class process_memory {
  private:
   process_memory() {
     std::random_device random;
-    token_ = static_cast<std::uint64_t>(random()) << 32 | random();
+    token_ = static_cast<std::uint64_t>(random()) << 32 | random() | 1;
   }
 
   mutable std::mutex mutex_;

@@ -131,12 +131,15 @@ class shared_window {
                   ("cudaMalloc of " + std::to_string(bytes_) + " bytes").c_str());
     }
     h.memory = {static_cast<std::byte*>(memory), [device = h.device, mappable](std::byte* allocated) {
-                  static_cast<void>(cudaSetDevice(device));  // the last to keep it may be of another
+                  int before = device;  // the last to keep it may be of another
+                  static_cast<void>(cudaGetDevice(&before));
+                  static_cast<void>(cudaSetDevice(device));
                   if (mappable) {
                     static_cast<void>(ncclMemFree(allocated));
                   } else {
                     static_cast<void>(cudaFree(allocated));
                   }
+                  static_cast<void>(cudaSetDevice(before));
                 }};
     base_ = reinterpret_cast<std::byte*>(to_alignment(reinterpret_cast<std::size_t>(memory)));
     expect_cuda(cudaMalloc(reinterpret_cast<void**>(&h.local), sizeof(failures) + count_bytes()), "cudaMalloc");
@@ -318,6 +321,8 @@ class shared_window {
   const comm::symmetric_options& options() const noexcept { return options_; }
   bool direct() const noexcept { return reason_.empty(); }
   const std::string& reason() const noexcept { return reason_; }
+  /// Whether peers' memory is used at its own address.
+  bool shared_in_process() const noexcept { return !held_->others.empty(); }
   /// In errors. @param rank Of this communicator.
   int world_rank(int rank) const { return world_ranks_.at(static_cast<std::size_t>(rank)); }
   /// How long the host waits for other ranks.
@@ -358,7 +363,6 @@ class shared_window {
       window.reset();
       memory.reset();
       others.clear();
-      static_cast<void>(cudaSetDevice(device));
       if (seen != nullptr) static_cast<void>(cudaFreeHost(seen));
       for (const side& s : sides) {
         if (s.fork != nullptr) static_cast<void>(cudaEventDestroy(s.fork));

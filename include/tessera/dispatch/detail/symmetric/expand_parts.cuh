@@ -91,8 +91,9 @@ class arrival_walk {
     if (__all_sync(full_warp, place_ < 0)) return true;
     const bool is_own = source == task_.view.rank;
     row_ = is_own ? task_.own + token * task_.own_stride : task_.received + arrived * task_.plan.row_bytes;
+    if (!is_own && !await_part(source, static_cast<int>(token / task_.part_tokens))) return false;
     piece_ = 0;
-    return is_own || await_part(source, static_cast<int>(token / task_.part_tokens));
+    return true;
   }
   __device__ bool await_part(int source, int part) const {
     bool here = true;
