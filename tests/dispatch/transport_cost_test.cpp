@@ -149,6 +149,7 @@ TEST_CASE("automatic takes the cheapest, and says why") {
   // all of them for a copy of own rows: measured, copies beside products were no faster. Between four this is what the
   // model says; it was not measured
   CHECK(dispatch(sizes(2, 4096, 2000)) == kind::all_to_all);
+  CHECK(dispatch(with_sms(sizes(2, 4096, 2000), 64)) == kind::copy_engines);
   CHECK(dispatch(sizes(4, 4096, 2000)) == kind::copy_engines);
   CHECK(dispatch(with_sms(sizes(4, 4096, 2000), 12)) == kind::copy_engines);
   // several streams of copies share less than one has: 834 us with three against 496
@@ -288,14 +289,14 @@ TEST_CASE("the model agrees with measured copies by copy engines within 15 per c
 }
 
 // A launch is not all of the fixed time: it grows with the first rows. Two ranks that bring 128 tokens home take 14 us,
-// and the model says half as much again. What is chosen for few tokens does not hang on this: copies take 83 and 117 us
+// and the model says two fifths more. What is chosen for few tokens does not hang on this: copies take 83 and 117 us
 // to bring them home.
 TEST_CASE("the model is worse where few tokens travel") {
   struct figure {
     int ranks;
     double dispatch_us, combine_us, combine_tolerance;
   };
-  for (const figure& f : {figure{2, 10.9, 14.0, 0.5}, {4, 20.5, 27.3, 0.15}}) {
+  for (const figure& f : {figure{2, 10.9, 14.0, 0.4}, {4, 20.5, 27.3, 0.15}}) {
     CAPTURE(f.ranks);
     CHECK(ts::dispatch_time(kind::all_to_all, sizes(f.ranks, 128)).us == doctest::Approx(f.dispatch_us).epsilon(0.2));
     CHECK(ts::combine_time(kind::all_to_all, sizes(f.ranks, 128)).us ==

@@ -54,11 +54,11 @@ struct transport_machine {
   double streams_copy_gb_s = 223;  ///< The same by several streams at once, all together.
   double copy_us = 4.1;            ///< Of one more copy behind another.
   double memory_gb_s = 3530;       ///< Read and written by kernels that add rows up on all SMs, around copies.
-  double sm_pair_gb_s = 62.2;      ///< Expert rows that one SM adds up in the kernel that sends sums.
-  double sm_returned_gb_s = 29.7;  ///< Sums that one SM of that kernel sends and adds at home.
+  double sm_pair_gb_s = 61.9;      ///< Expert rows that one SM adds up in the kernel that sends sums.
+  double sm_returned_gb_s = 29.8;  ///< Sums that one SM of that kernel sends and adds at home.
   double send_us = 5.8;            ///< Of sending rows, beside their bytes: entry and arrival, at two ranks.
   double send_us_per_peer = 1.3;   ///< The same for each further rank.
-  double sums_us = 15;             ///< Of the kernel that sends sums, beside its bytes.
+  double sums_us = 14;             ///< Of the kernel that sends sums, beside its bytes.
   double copied_send_us = 10.8;    ///< Of copies, beside them: three small kernels and two events.
   double copied_sums_us = 28;      ///< Of copies on the way home and the kernels around them, beside those of a chunk.
   /// A kernel of a chunk. With the figures' 4 chunks only `copied_sums_us` and 12 of these together are known.

@@ -59,8 +59,8 @@ class arrival_walk {
     ask();
   }
 
-  // The next piece; false when all have been given out, or after a failure. All lanes call and get the same but for the
-  // place.
+  // The next piece; false when all have been given out, or after a failure: then nobody asks again. All lanes call and
+  // get the same but for the place.
   __device__ bool next(arrived_piece& piece) {
     while (piece_ == task_.plan.pieces) {
       if (!enter()) return false;
@@ -91,9 +91,8 @@ class arrival_walk {
     if (__all_sync(full_warp, place_ < 0)) return true;
     const bool is_own = source == task_.view.rank;
     row_ = is_own ? task_.own + token * task_.own_stride : task_.received + arrived * task_.plan.row_bytes;
-    if (!is_own && !await_part(source, static_cast<int>(token / task_.part_tokens))) return false;
     piece_ = 0;
-    return true;
+    return is_own || await_part(source, static_cast<int>(token / task_.part_tokens));
   }
   __device__ bool await_part(int source, int part) const {
     bool here = true;
