@@ -3,19 +3,21 @@
 #pragma once
 
 // Blocks of a kernel on the host: each is a thread, its lanes are contexts that take turns in an order that differs
-// from run to run by the seed. What a kernel leaves to the copy engine is done as late as its waits allow, or at once,
-// so that a wait that is missing or too short shows as wrong rows. Ranks and their blocks run at the same time.
+// from run to run by the seed. Ranks and their blocks run at the same time.
+//
+// Built with ThreadSanitizer, every lane and every copy is a thread to it (races.hpp). It reports each pair of accesses
+// that nothing orders, in whatever order they happened to come: barriers, flags and waits order what they order on a
+// GPU; shuffles, votes and counters without an order of their own order nothing.
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
-#include <memory>
 #include <random>
 #include <thread>
 #include <utility>
@@ -23,235 +25,191 @@
 
 #include <ucontext.h>
 
+#include "emulated/copies.hpp"
+#include "emulated/races.hpp"
+
 namespace emulated {
 
 inline constexpr std::size_t shared_bytes_of_a_block = 227 * 1024;
 inline constexpr int warp_lanes = 32;
 
-// From shared to global memory.
-struct store {
-  unsigned char* to;
-  const unsigned char* from;
-  std::size_t bytes;
-  std::vector<unsigned char> data = {};  // as it was when the copy engine read it
-  bool is_read = false;
-
-  void read() {
-    if (!is_read) data.assign(from, from + bytes);
-    is_read = true;
-  }
-  void write() {
-    read();
-    std::memcpy(to, data.data(), bytes);
-  }
-};
-
 struct lane {
-  ucontext_t context{};
-  std::vector<char> stack;
   unsigned thread = 0;
   bool is_done = false;
-  std::vector<store> open;                // of the group that is not committed
-  std::deque<std::vector<store>> groups;  // committed, the oldest first
-  std::uint64_t told = 0;                 // to other lanes of the warp
+  std::uint64_t told = 0;  // to other lanes of the warp
+  std::vector<char> stack = std::vector<char>(64 * 1024);
+  ucontext_t context{};
+  copy_strands copies;
+  lane_stores stores;
+  strand self;
 };
 
-// A barrier in shared memory that one thread arms for a phase.
-struct transaction_barrier {
-  std::uint64_t phase = 0;
-  std::uint32_t expected = 0, arrived = 0;
-  std::vector<std::function<void()>> loads;  // not done yet
+// A kernel in a stream.
+struct launched {
+  unsigned blocks = 0;
+  launched* before = nullptr;        // still running when this one was launched
+  std::atomic<unsigned> passed = 0;  // blocks that let the next one start, or have ended
+  std::atomic<bool> is_done = false;
+
+  bool lets_next_start() const { return passed.load(std::memory_order_relaxed) == blocks; }
 };
 
 class block {
  public:
-  // @param place Of this block among `count`. @param size Threads.
-  block(unsigned place, unsigned count, unsigned size, std::uint32_t seed)
-      : index(place), blocks(count), threads(size), random(seed), warps_(size / warp_lanes) {}
+  // @param place Of this block in its kernel. @param lanes Of its own while it runs.
+  block(unsigned place, launched& kernel, std::vector<lane*> lanes, std::uint32_t seed)
+      : index(place),
+        blocks(kernel.blocks),
+        threads(static_cast<unsigned>(lanes.size())),
+        random(seed),
+        launched_(kernel),
+        lanes_(std::move(lanes)),
+        warps_(threads / warp_lanes) {}
 
   // Calls `kernel` in every lane.
   void run(const std::function<void()>& kernel) {
     kernel_ = &kernel;
     own() = this;
-    lanes_.resize(threads);
-    for (unsigned t = 0; t < threads; ++t) {
-      lane& l = lanes_[t];
-      l.thread = t;
-      l.stack.resize(32 * 1024);
-      getcontext(&l.context);
-      l.context.uc_stack.ss_sp = l.stack.data();
-      l.context.uc_stack.ss_size = l.stack.size();
-      l.context.uc_link = &scheduler_;
-      makecontext(&l.context, &block::enter, 0);
-    }
+    for (unsigned t = 0; t < threads; ++t) begin(t);
     for (unsigned left = threads; left > 0;) {
+      const unseen own_work;
       const auto first = static_cast<unsigned>(random());
       for (unsigned i = 0; i < threads; ++i) {
-        lane& l = lanes_[(first + i * 7) % threads];  // 7 and multiples of 32 have no common factor
+        lane& l = *lanes_[(first + i * 7) % threads];  // 7 and multiples of 32 have no common factor
         if (l.is_done) continue;
-        current_ = &l;
+        current_.store(&l, std::memory_order_relaxed);
+        emulated::enter(l.self.name());
         swapcontext(&scheduler_, &l.context);
         if (l.is_done) --left;
       }
       if (random() % 8 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 200));
     }
+    take_knowledge(&own_strand_);
+    let_next_start();
   }
 
   static block*& own() {
     static thread_local block* of_thread = nullptr;
     return of_thread;
   }
-  lane& current() { return *current_; }
-  void yield() {
-    if (std::chrono::steady_clock::now() > deadline_) {
-      std::fprintf(stderr, "block %u, thread %u: waits for ever\n", index, current_->thread);
-      std::abort();
-    }
-    swapcontext(&current_->context, &scheduler_);
-  }
+  lane& current() { return *current_.load(std::memory_order_relaxed); }
+
   // Others run before the first look, too.
   template <class Condition>
   void wait(Condition condition) {
     do yield();
     while (!condition());
   }
+  void yield() {
+    if (std::chrono::steady_clock::now() > deadline_) {
+      std::fprintf(stderr, "block %u, thread %u: waits for ever\n", index, current().thread);
+      std::abort();
+    }
+    give_way();
+  }
 
-  void meet() { meet(all_, threads); }
-  void meet_warp() { meet(warps_[current_->thread / warp_lanes], warp_lanes); }
-  // What lane `i` of the warp has told; between two meetings of the warp.
-  std::uint64_t told(unsigned i) { return lanes_[current_->thread / warp_lanes * warp_lanes + i].told; }
+  // Barriers of the block and of a warp.
+  void meet() { meet(all_, threads, true); }
+  void meet_warp() { meet(own_warp(), warp_lanes, true); }
+
+  // The same for all threads, and what each told: those of a block by a barrier; those of a warp by no more than the
+  // exchange.
+  int vote(bool yes) {
+    const unseen own_work;
+    meet();  // everybody has seen the last vote
+    votes_ = false;
+    meet();
+    votes_ = votes_ || yes;
+    meet();
+    return votes_ ? 1 : 0;
+  }
+  std::array<std::uint64_t, warp_lanes> tell_warp(std::uint64_t value) {
+    const unseen own_work;
+    current().told = value;
+    meet(own_warp(), warp_lanes, false);
+    std::array<std::uint64_t, warp_lanes> told;
+    const unsigned first = current().thread / warp_lanes * warp_lanes;
+    for (unsigned i = 0; i < warp_lanes; ++i) told[i] = lanes_[first + i]->told;
+    meet(own_warp(), warp_lanes, false);
+    return told;
+  }
+
+  // The kernel ahead in the stream has ended, for all lanes that call; and the next one may start, for all blocks that
+  // have called or ended.
+  void await_before() {
+    if (launched_.before != nullptr) wait([&] { return launched_.before->is_done.load(std::memory_order_acquire); });
+  }
+  void let_next_start() {
+    if (!lets_next_start_.exchange(true, std::memory_order_relaxed))
+      launched_.passed.fetch_add(1, std::memory_order_relaxed);
+  }
 
   transaction_barrier& barrier(std::uint32_t address) { return barriers_[address]; }
 
-  unsigned index, blocks, threads;
+  const unsigned index, blocks, threads;
   std::mt19937 random;
-  int votes = 0;  // of a vote of the block
 
  private:
+  // What a lane is before its first turn. Apart from `run`, because getcontext may return twice to the compiler.
+  void begin(unsigned thread) {
+    lane& l = *lanes_[thread];
+    l.thread = thread;
+    l.is_done = false;
+    getcontext(&l.context);
+    l.context.uc_stack.ss_sp = l.stack.data();
+    l.context.uc_stack.ss_size = l.stack.size();
+    makecontext(&l.context, &block::begin_lane, 0);
+    hand_over(own_strand_.name(), l.self.name(), &l);
+  }
+
   struct meeting {
     unsigned here = 0, phase = 0;
+    char places[2] =
+        {};  // of what is known at even and odd ones: nobody comes to the next but one before all have left
   };
-  void meet(meeting& m, unsigned size) {
+  void meet(meeting& m, unsigned size, bool orders) {
+    const unseen own_work;
     const unsigned phase = m.phase;
+    char* const place = m.places + phase % 2;
+    if (orders) leave_knowledge(place);
     if (++m.here == size) {
       m.here = 0;
       ++m.phase;
-      return;
+    } else {
+      wait([&] { return m.phase != phase; });
     }
-    wait([&] { return m.phase != phase; });
+    if (orders) take_knowledge(place);
   }
-  static void enter() {
-    (*own()->kernel_)();
-    own()->current_->is_done = true;
+  meeting& own_warp() { return warps_[current().thread / warp_lanes]; }
+  void give_way() {
+    lane& from = current();
+    emulated::enter(own_strand_.name());
+    swapcontext(&from.context, &scheduler_);
+  }
+  void end_lane() {
+    const unseen own_work;
+    current().is_done = true;
+  }
+  static void begin_lane() {
+    block& b = *own();
+    (*b.kernel_)();
+    leave_knowledge(&b.own_strand_);
+    b.end_lane();
+    b.give_way();
   }
 
-  std::vector<lane> lanes_;
+  launched& launched_;
+  std::atomic<bool> lets_next_start_ = false;
+  std::vector<lane*> lanes_;
   std::vector<meeting> warps_;
   meeting all_;
+  bool votes_ = false;
   std::map<std::uint32_t, transaction_barrier> barriers_;
   ucontext_t scheduler_{};
-  lane* current_ = nullptr;
+  strand own_strand_ = strand::current();
+  std::atomic<lane*> current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
-  std::chrono::steady_clock::time_point deadline_ = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-};
-
-// Launches of several kernels and ranks, which run at the same time.
-class device {
- public:
-  explicit device(std::uint32_t seed) : seed_(seed) {}
-  template <class Kernel, class Task>
-  void launch(Kernel kernel, const Task& task, unsigned blocks, int threads) {
-    for (unsigned b = 0; b < blocks; ++b) {
-      running_.emplace_back([=, seed = ++seed_] {
-        const auto own = std::make_unique<block>(b, blocks, static_cast<unsigned>(threads), seed);
-        own->run([&] { kernel(task); });
-      });
-    }
-  }
-  ~device() {
-    for (std::thread& t : running_) t.join();
-  }
-
- private:
-  std::uint32_t seed_;
-  std::vector<std::thread> running_;
-};
-
-struct index {
-  unsigned x;
+  std::chrono::steady_clock::time_point deadline_ = std::chrono::steady_clock::now() + std::chrono::seconds(120);
 };
 
 }  // namespace emulated
-
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-// The language of kernels.
-
-#define __device__
-#define __host__
-#define __global__
-#define __forceinline__ inline
-#define __noinline__
-#define __grid_constant__
-#define __launch_bounds__(...)
-#define __shared__ thread_local
-#define __align__(bytes) __attribute__((aligned(bytes)))
-#define threadIdx (::emulated::index{::emulated::block::own()->current().thread})
-#define blockIdx (::emulated::index{::emulated::block::own()->index})
-#define blockDim (::emulated::index{::emulated::block::own()->threads})
-#define gridDim (::emulated::index{::emulated::block::own()->blocks})
-
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline void __syncthreads() { emulated::block::own()->meet(); }
-inline int __syncthreads_or(int vote) {
-  emulated::block& b = *emulated::block::own();
-  b.meet();  // everybody has seen the last vote
-  b.votes = 0;
-  b.meet();
-  b.votes |= vote;
-  b.meet();
-  return b.votes;
-}
-inline int __syncthreads_and(int vote) { return __syncthreads_or(vote == 0 ? 1 : 0) == 0 ? 1 : 0; }
-inline void __syncwarp() { emulated::block::own()->meet_warp(); }
-template <class T>
-T __shfl_sync(unsigned, T value, int source) {
-  static_assert(sizeof(T) <= sizeof(std::uint64_t));
-  emulated::block& b = *emulated::block::own();
-  b.current().told = 0;
-  std::memcpy(&b.current().told, &value, sizeof(T));
-  b.meet_warp();
-  const std::uint64_t told = b.told(static_cast<unsigned>(source) % emulated::warp_lanes);
-  b.meet_warp();
-  T result;
-  std::memcpy(&result, &told, sizeof(T));
-  return result;
-}
-inline unsigned __ballot_sync(unsigned, bool vote) {
-  emulated::block& b = *emulated::block::own();
-  b.current().told = vote ? 1 : 0;
-  b.meet_warp();
-  unsigned votes = 0;
-  for (unsigned i = 0; i < emulated::warp_lanes; ++i) votes |= static_cast<unsigned>(b.told(i)) << i;
-  b.meet_warp();
-  return votes;
-}
-inline int __any_sync(unsigned lanes, bool vote) { return __ballot_sync(lanes, vote) != 0 ? 1 : 0; }
-inline int __all_sync(unsigned lanes, bool vote) { return __ballot_sync(lanes, !vote) == 0 ? 1 : 0; }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-template <class T>
-T __ldg(const T* from) {
-  return *from;
-}
-template <class T>
-T atomicAdd(T* to, T value) {
-  return std::atomic_ref<T>(*to).fetch_add(value);
-}
-inline std::uint32_t atomicCAS(std::uint32_t* to, std::uint32_t expected, std::uint32_t value) {
-  std::atomic_ref<std::uint32_t>(*to).compare_exchange_strong(expected, value);
-  return expected;
-}
-using std::max;
-using std::min;

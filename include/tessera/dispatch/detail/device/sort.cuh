@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <tessera/dispatch/detail/device/drop.cuh>
+#include <tessera/dispatch/detail/device/mark_pairs.cuh>
 #include <tessera/dispatch/handle.hpp>
 #include <tessera/dispatch/options.hpp>
 #include <tessera/layout/expert_layout.hpp>
@@ -38,23 +39,6 @@ struct sort_task {
   list_task<A, layout_slot<Layout>> lists;
   typename dispatch_handle<A>::totals* total;  // null: set already
 };
-
-inline constexpr std::size_t sort_scratch_bytes = 16 * list_threads;
-
-// Notes the pairs of this block's tokens. All threads call, after `shared` has been cleared.
-template <class A, class SlotOf>
-__device__ __forceinline__ void mark_pairs(const list_plan& plan, const list_task<A, SlotOf>& lists,
-                                           const list_shared& shared) {
-  const int top_k = static_cast<int>(lists.ids.cols);
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * plan.tokens_per_block;
-  __syncthreads();
-  for (int pair = static_cast<int>(threadIdx.x); pair < plan.tokens_per_block * top_k; pair += list_threads) {
-    const int t = pair / top_k;
-    if (first + t >= lists.ids.rows) break;
-    const int slot = lists.slot_of(lists.ids.row(first + t)[pair - t * top_k], first * top_k + pair);
-    if (slot >= 0) shared.mark(plan, t, slot);
-  }
-}
 
 template <class A, class Layout>
 __launch_bounds__(list_threads, 1) TESSERA_KERNEL sort_pairs_kernel(const __grid_constant__ sort_task<A, Layout> task) {

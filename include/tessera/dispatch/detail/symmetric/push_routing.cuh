@@ -8,7 +8,8 @@
 #include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/core/detail/launch.cuh>
 #include <tessera/dispatch/detail/device/arrivals.cuh>
-#include <tessera/dispatch/detail/device/sort.cuh>
+#include <tessera/dispatch/detail/device/mark_pairs.cuh>
+#include <tessera/dispatch/handle.hpp>
 #include <tessera/dispatch/detail/symmetric/send_rows.cuh>
 #include <tessera/dispatch/symmetric.hpp>
 #include <tessera/layout/expert_layout.hpp>

@@ -6,7 +6,7 @@
 
 #include <tessera/core/views.hpp>
 
-#include "emulated/block.hpp"
+#include "emulated/language.hpp"
 
 TESSERA_NAMESPACE_BEGIN
 

@@ -7,7 +7,7 @@
 #include <tessera/core/config.hpp>
 #include <tessera/gemm/detail/hopper/ptx.cuh>
 
-#include "emulated/block.hpp"
+#include "emulated/language.hpp"
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -18,37 +18,41 @@ inline constexpr int line = 128;
 constexpr std::uint32_t next_line(std::uint32_t address) { return (address + line - 1) / line * line; }
 
 inline void load(std::uint32_t target, const void* source, int bytes, std::uint32_t barrier) {
+  const emulated::unseen own_work;
   emulated::block& own = *emulated::block::own();
+  emulated::lane& lane = own.current();
+  const emulated::load copy{symmetric::shared_bytes + target, source, static_cast<std::size_t>(bytes),
+                            lane.copies.begin(lane.self), &lane.copies};
   emulated::transaction_barrier& b = own.barrier(barrier);
-  unsigned char* const to = symmetric::shared_bytes + target;
-  const auto copy = [=, &b] {
-    std::memcpy(to, source, static_cast<std::size_t>(bytes));
-    b.arrived += static_cast<std::uint32_t>(bytes);
-  };
   if (own.random() % 2 == 0)
-    copy();
+    b.complete(copy, lane.self);
   else
-    b.loads.push_back(copy);
+    b.add(copy);
 }
 inline void store(void* target, std::uint32_t source, int bytes) {
-  emulated::block::own()->current().open.push_back(
-      {static_cast<unsigned char*>(target), symmetric::shared_bytes + source, static_cast<std::size_t>(bytes)});
+  const emulated::unseen own_work;
+  emulated::block& own = *emulated::block::own();
+  emulated::lane& lane = own.current();
+  emulated::store copy{static_cast<unsigned char*>(target), symmetric::shared_bytes + source,
+                       static_cast<std::size_t>(bytes), lane.copies.begin(lane.self)};
+  if (own.random() % 4 == 0) copy.write(lane.self);
+  lane.stores.add(std::move(copy));
 }
 inline void commit() {
-  emulated::lane& l = emulated::block::own()->current();
-  l.groups.push_back(std::exchange(l.open, {}));
+  const emulated::unseen own_work;
+  emulated::block::own()->current().stores.commit();
 }
 template <int Pending>
 void wait_read() {
-  auto& groups = emulated::block::own()->current().groups;
-  for (std::size_t g = 0; g + Pending < groups.size(); ++g)
-    for (emulated::store& s : groups[g]) s.read();
+  const emulated::unseen own_work;
+  emulated::lane& lane = emulated::block::own()->current();
+  lane.stores.wait_read(Pending, lane.self);
 }
 template <int Pending>
 void wait_written() {
-  auto& groups = emulated::block::own()->current().groups;
-  for (; groups.size() > Pending; groups.pop_front())
-    for (emulated::store& s : groups.front()) s.write();
+  const emulated::unseen own_work;
+  emulated::lane& lane = emulated::block::own()->current();
+  lane.stores.wait_written(Pending, lane.self, lane.copies);
 }
 inline void fence_global() {}
 inline void fence_shared() {}

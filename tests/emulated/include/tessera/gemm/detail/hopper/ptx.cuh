@@ -7,7 +7,7 @@
 
 #include <tessera/core/config.hpp>
 
-#include "emulated/block.hpp"
+#include "emulated/language.hpp"
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -21,28 +21,21 @@ inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - symmetric::shared_bytes);
 }
 inline void barrier_init(std::uint32_t address, int) {
+  const emulated::unseen own_work;
   emulated::block::own()->barrier(address) = emulated::transaction_barrier{};
 }
 inline void barrier_init_fence() {}
 inline void barrier_arrive_expect(std::uint32_t address, std::uint32_t bytes) {
-  emulated::transaction_barrier& b = emulated::block::own()->barrier(address);
-  if (b.expected != 0) {
-    std::fprintf(stderr, "a barrier is armed while its phase is not over\n");
-    std::abort();
-  }
-  b.expected = bytes;
-  b.arrived = 0;
+  const emulated::unseen own_work;
+  if (emulated::block::own()->barrier(address).arm(bytes)) return;
+  std::fprintf(stderr, "a barrier is armed while its phase is not over\n");
+  std::abort();
 }
 inline void barrier_wait(std::uint32_t address, std::uint32_t parity) {
-  emulated::transaction_barrier& b = emulated::block::own()->barrier(address);
-  emulated::block::own()->wait([&] {
-    for (const auto& load : std::exchange(b.loads, {})) load();
-    if (b.expected != 0 && b.arrived == b.expected) {
-      ++b.phase;
-      b.expected = 0;
-    }
-    return (b.phase & 1) != parity;
-  });
+  const emulated::unseen own_work;
+  emulated::block& own = *emulated::block::own();
+  emulated::transaction_barrier& barrier = own.barrier(address);
+  own.wait([&] { return barrier.look(parity, own.current().self); });
 }
 
 inline std::atomic_ref<std::uint32_t> shared_word(std::uint32_t address) {
@@ -50,9 +43,11 @@ inline std::atomic_ref<std::uint32_t> shared_word(std::uint32_t address) {
 }
 inline std::uint32_t load_acquire_shared(std::uint32_t address) {
   emulated::block::own()->yield();  // who asks again and again lets others run
-  return shared_word(address).load();
+  return shared_word(address).load(std::memory_order_acquire);
 }
-inline void store_release_shared(std::uint32_t address, std::uint32_t value) { shared_word(address).store(value); }
+inline void store_release_shared(std::uint32_t address, std::uint32_t value) {
+  shared_word(address).store(value, std::memory_order_release);
+}
 
 }  // namespace detail::hopper
 
