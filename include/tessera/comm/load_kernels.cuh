@@ -15,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include <tessera/core/config.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -33,16 +34,14 @@ static __global__ void file_mark_kernel() {}
 /// @throws cuda_error if a kernel cannot be loaded, or the driver is older than CUDA 12.5.
 /// @return number of kernels.
 static inline int load_kernels() {
-  const auto expect = [](cudaError_t status, const char* what) {
-    TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess,
-                       "load_kernels: " << what << ": " << cudaGetErrorString(status));
-  };
   cudaKernel_t mark = nullptr;
-  expect(cudaGetKernel(&mark, reinterpret_cast<const void*>(&detail::file_mark_kernel)), "cudaGetKernel");
+  detail::check_cuda(cudaGetKernel(&mark, reinterpret_cast<const void*>(&detail::file_mark_kernel)),
+                     "load_kernels: cudaGetKernel");
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  expect(cudaGetDriverEntryPointByVersion("cuKernelGetLibrary", &function, 12050, cudaEnableDefault, &found),
-         "cudaGetDriverEntryPointByVersion");
+  detail::check_cuda(
+      cudaGetDriverEntryPointByVersion("cuKernelGetLibrary", &function, 12050, cudaEnableDefault, &found),
+      "load_kernels: cudaGetDriverEntryPointByVersion");
   TESSERA_EXPECTS_AS(cuda_error, found == cudaDriverEntryPointSuccess && function != nullptr,
                      "load_kernels: the driver has no cuKernelGetLibrary: one of CUDA 12.5 or later is needed");
   cudaLibrary_t library = nullptr;
@@ -50,12 +49,15 @@ static inline int load_kernels() {
   TESSERA_EXPECTS_AS(cuda_error, asked == CUDA_SUCCESS,
                      "load_kernels: cuKernelGetLibrary: error " << static_cast<int>(asked));
   unsigned count = 0;
-  expect(cudaLibraryGetKernelCount(&count, library), "cudaLibraryGetKernelCount");
+  detail::check_cuda(cudaLibraryGetKernelCount(&count, library), "load_kernels: cudaLibraryGetKernelCount");
   std::vector<cudaKernel_t> kernels(count);
-  if (count > 0) expect(cudaLibraryEnumerateKernels(kernels.data(), count, library), "cudaLibraryEnumerateKernels");
+  if (count > 0)
+    detail::check_cuda(cudaLibraryEnumerateKernels(kernels.data(), count, library),
+                       "load_kernels: cudaLibraryEnumerateKernels");
   for (const cudaKernel_t kernel : kernels) {
     cudaFuncAttributes attributes{};
-    expect(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+    detail::check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+                       "load_kernels: cudaFuncGetAttributes");
   }
   return static_cast<int>(count);
 }

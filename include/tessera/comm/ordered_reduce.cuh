@@ -19,6 +19,7 @@
 #include <tessera/comm/communicator.hpp>
 #include <tessera/comm/detail/reduce.hpp>
 #include <tessera/comm/ordered_reduce.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/memory.hpp>
@@ -63,9 +64,7 @@ void sum_chunks(device_stream stream, const ordered_chunks<A>& chunks, std::int6
   constexpr std::int64_t threads = 256;
   const auto blocks = static_cast<unsigned>((std::min)((count + threads - 1) / threads, std::int64_t{1024}));
   sum_chunks_kernel<A><<<blocks, static_cast<unsigned>(threads), 0, stream.get()>>>(chunks, count, result);
-  const cudaError_t launched = cudaGetLastError();
-  TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
-                     "the launch of sum_chunks_kernel: " << cudaGetErrorString(launched));
+  expect_launched("sum_chunks_kernel");
 }
 
 /// Messages in rounds, which all ranks count alike: in a round each rank sends at most one message and receives at most

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <tessera/comm/self.hpp>
+#include <tessera/core/detail/launch.cuh>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -15,9 +16,8 @@ namespace detail {
 
 inline void copy_on_device(device_stream stream, const void* from, void* to, std::int64_t bytes) {
   if (from == to || bytes == 0) return;
-  const cudaError_t result =
-      cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, stream.get());
-  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, "cudaMemcpyAsync: " << cudaGetErrorString(result));
+  check_cuda(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, stream.get()),
+             "cudaMemcpyAsync");
 }
 
 }  // namespace detail

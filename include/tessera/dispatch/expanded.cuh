@@ -69,7 +69,7 @@ void launch_send_and_expand(device_stream stream, Comm& comm, const dispatch_han
   // One block takes a multiprocessor's shared memory: beside them there is room for those that send.
   expand_parts_kernel<<<static_cast<unsigned>(sms.order), static_cast<unsigned>(plan.warps * warp_size),
                         static_cast<std::size_t>(plan.shared_bytes()), comm.side_stream().get()>>>(expand);
-  check_cuda(cudaGetLastError(), "expand_parts_kernel");
+  expect_launched("expand_parts_kernel");
 }
 
 // @param as_they_come Whether rows are put in order while others arrive; else behind them all.

@@ -227,7 +227,7 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
   const record_task<A> record{kept.expert_ids, kept.weights, bounds.max_tokens, bounds.num_experts,
                               tables.records + comm.rank() * own_pairs};
   record_routing_kernel<A><<<blocks_for(own_pairs, pair_threads), pair_threads, 0, stream.get()>>>(record);
-  detail::check_cuda(cudaGetLastError(), "record_routing_kernel");
+  detail::expect_launched("record_routing_kernel");
   comm.all_gather(stream, static_cast<const routing_record<A>*>(record.own), tables.records, own_pairs);
 
   std::int32_t* const pairs = lists.pairs(grid);
@@ -237,7 +237,7 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
   const owner_task<A, Layout> owners{layout, tokens, bounds.top_k, tables, pairs, before};
   find_owners_kernel<A, Layout>
       <<<blocks_for(rows * bounds.top_k, pair_threads), pair_threads, 0, stream.get()>>>(owners);
-  detail::check_cuda(cudaGetLastError(), "find_owners_kernel");
+  detail::expect_launched("find_owners_kernel");
 
   const number_task number{tokens,
                            bounds.top_k,
@@ -251,7 +251,7 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                            tables.counts};
   const auto jobs = static_cast<unsigned>(2 * (grid.ranks_per_host + grid.hosts()));
   number_rows_kernel<<<jobs, number_threads, 0, stream.get()>>>(number);
-  detail::check_cuda(cudaGetLastError(), "number_rows_kernel");
+  detail::expect_launched("number_rows_kernel");
 
   const level_task within{grid.ranks_per_host, tokens.place(), tokens.rail_tokens(), tables.places_within,
                           lists.within};
@@ -260,7 +260,7 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
   const list_rows_task list{tokens, tables.counts, within, across};
   const auto list_blocks = std::min(blocks_for(rows, pair_threads), static_cast<unsigned>(2 * num_sms));
   list_rows_kernel<<<list_blocks, pair_threads, 0, stream.get()>>>(list);
-  detail::check_cuda(cudaGetLastError(), "list_rows_kernel");
+  detail::expect_launched("list_rows_kernel");
 
   const int slots = std::max(bounds.num_local_experts, 1);
   const sort_tables_task<A> sort{detail::make_list_plan(rows, slots, num_sms, detail::sort_scratch_bytes),
@@ -286,13 +286,13 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                              "sort_tables_kernel");
   const resolve_task resolve{tokens, handle.expert_offsets + slots, handle.gather, within};
   resolve_rows_kernel<<<blocks_for(bounds.max_pairs, pair_threads), pair_threads, 0, stream.get()>>>(resolve);
-  detail::check_cuda(cudaGetLastError(), "resolve_rows_kernel");
+  detail::expect_launched("resolve_rows_kernel");
 
   if (lists.ordered()) {
     const place_pairs_task place{grid.num_ranks, comm.rank(),        static_cast<int>(own_pairs), bounds.max_pairs,
                                  before,         tables.owners_home, handle.expert_row_of,        lists.pairs_home};
     place_pairs_kernel<<<static_cast<unsigned>(2 * grid.num_ranks), number_threads, 0, stream.get()>>>(place);
-    detail::check_cuda(cudaGetLastError(), "place_pairs_kernel");
+    detail::expect_launched("place_pairs_kernel");
   }
 
   const std::int64_t offsets = host_sized_counts::words(grid, lists.ordered());

@@ -275,7 +275,7 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
     const auto blocks = static_cast<unsigned>(
         std::clamp<std::int64_t>((pairs + push_threads - 1) / push_threads, 1, routing_tables<A>::max_blocks));
     push_routing_kernel<A, Layout><<<blocks, push_threads, 0, side.get()>>>(push);
-    detail::check_cuda(cudaGetLastError(), "push_routing_kernel");
+    detail::expect_launched("push_routing_kernel");
     // Tables may be long in coming: blocks that would wait for them on many SMs are launched when they are there.
     if (sort.plan.num_blocks > most_waiting_blocks) launch_await(side, view);
     detail::launch_cooperative(side, sort.plan, detail::list_threads, sort_arrivals_kernel<A>, sort,
@@ -421,7 +421,7 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).pairs;
   send_pairs_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
                       static_cast<std::size_t>(plan.shared_bytes()), stream.get()>>>(task);
-  detail::check_cuda(cudaGetLastError(), "send_pairs_kernel");
+  detail::expect_launched("send_pairs_kernel");
   launch_await(stream, view);
   combine_rows(stream, matrix_view<const S>{returned.rows, pairs_per_rank, y.cols}, returned.places, weights, plus, y);
 }

@@ -11,18 +11,13 @@
 
 #include <cuda_runtime.h>
 
-#include <tessera/core/error.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/stream.hpp>
 #include <tessera/mesh/redistribute.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
-
-inline void expect_redistributed(cudaError_t status, const char* call) {
-  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess,
-                     "redistribute: " << call << " failed: " << cudaGetErrorString(status));
-}
 
 template <class T>
 void copy_rows(device_stream stream, const T* from, std::int64_t from_pitch, T* to, std::int64_t to_pitch,
@@ -31,18 +26,17 @@ void copy_rows(device_stream stream, const T* from, std::int64_t from_pitch, T* 
   constexpr auto element = static_cast<std::int64_t>(sizeof(T));
   constexpr std::int64_t longest_pitch = 2147483647;  // of a copy in two dimensions, in bytes
   if (height > 1 && (std::max)(from_pitch, to_pitch) * element <= longest_pitch) {
-    expect_redistributed(
+    check_cuda(
         cudaMemcpy2DAsync(to, static_cast<std::size_t>(to_pitch * element), from,
                           static_cast<std::size_t>(from_pitch * element), static_cast<std::size_t>(width * element),
                           static_cast<std::size_t>(height), cudaMemcpyDeviceToDevice, stream.get()),
-        "cudaMemcpy2DAsync");
+        "redistribute: cudaMemcpy2DAsync");
     return;
   }
   for (std::int64_t i = 0; i < height; ++i) {
-    expect_redistributed(
-        cudaMemcpyAsync(to + i * to_pitch, from + i * from_pitch, static_cast<std::size_t>(width * element),
-                        cudaMemcpyDeviceToDevice, stream.get()),
-        "cudaMemcpyAsync");
+    check_cuda(cudaMemcpyAsync(to + i * to_pitch, from + i * from_pitch, static_cast<std::size_t>(width * element),
+                               cudaMemcpyDeviceToDevice, stream.get()),
+               "redistribute: cudaMemcpyAsync");
   }
 }
 
@@ -59,7 +53,7 @@ void fill_values(device_stream stream, T* to, std::int64_t count, T value) {
   if (count <= 0) return;
   const auto blocks = static_cast<unsigned>((std::min<std::int64_t>)((count + 255) / 256, 1024));
   fill_values_kernel<T><<<blocks, 256, 0, stream.get()>>>(to, count, value);
-  expect_redistributed(cudaGetLastError(), "fill_values_kernel");
+  expect_launched("redistribute: fill_values_kernel");
 }
 
 }  // namespace detail

@@ -12,8 +12,8 @@
 
 #include <cuda_runtime.h>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/dtype.hpp>
-#include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/pipeline/mirrored_gradients.hpp>
 
@@ -54,9 +54,7 @@ void sum_rows(device_stream stream, std::span<const G* const> rows, std::int64_t
     // An element is read before it is written, by the same thread; but `result` may be a row of a later launch.
     G* const to = next == rows.size() ? result : sum;
     sum_rows_kernel<G><<<blocks, 256, 0, stream.get()>>>(list, size, to);
-    const cudaError_t launched = cudaGetLastError();
-    TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
-                       "the launch of sum_rows_kernel: " << cudaGetErrorString(launched));
+    tessera::detail::expect_launched("mirrored gradients: sum_rows_kernel");
   }
 }
 

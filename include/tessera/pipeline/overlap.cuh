@@ -14,6 +14,7 @@
 
 #include <cuda_runtime.h>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/pipeline/overlap.hpp>
@@ -23,6 +24,9 @@ TESSERA_NAMESPACE_BEGIN
 namespace pipeline {
 
 namespace detail {
+
+using tessera::detail::check_cuda;
+using tessera::detail::expect_launched;
 
 static __global__ void wait_kernel(std::uint64_t ns) {
   std::uint64_t begin = 0;
@@ -35,9 +39,7 @@ static __global__ void wait_kernel(std::uint64_t ns) {
 
 inline void wait_on_device(device_stream stream, std::chrono::nanoseconds time) {
   wait_kernel<<<1, 1, 0, stream.get()>>>(static_cast<std::uint64_t>(time.count()));
-  const cudaError_t launched = cudaGetLastError();
-  TESSERA_EXPECTS_AS(cuda_error, launched == cudaSuccess,
-                     "the launch of wait_kernel: " << cudaGetErrorString(launched));
+  expect_launched("wait_kernel");
 }
 
 }  // namespace detail
@@ -74,9 +76,10 @@ class device_lanes {
   /// head start out of range, cuda_error if the runtime fails.
   explicit device_lanes(const device_lanes_options& options = {}) {
     int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
+    detail::check_cuda(cudaGetDevice(&device), "device_lanes: cudaGetDevice");
     int sms = 0;
-    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    detail::check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
+                       "device_lanes: cudaDeviceGetAttribute");
     TESSERA_EXPECTS(options.communication_sms >= 0 && options.communication_sms < sms,
                     "device_lanes: communication_sms = " << options.communication_sms << ", device " << device
                                                          << " has " << sms << " multiprocessors: give 0 (no limit) to "
@@ -91,10 +94,11 @@ class device_lanes {
     device_sms_ = sms;
     int lowest = 0;
     int highest = 0;
-    check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+    detail::check_cuda(cudaDeviceGetStreamPriorityRange(&lowest, &highest),
+                       "device_lanes: cudaDeviceGetStreamPriorityRange");
     // Communication first where both wait for room: its kernels are few blocks that others wait for.
-    check(cudaStreamCreateWithPriority(&communication_, cudaStreamNonBlocking, highest),
-          "cudaStreamCreateWithPriority");
+    detail::check_cuda(cudaStreamCreateWithPriority(&communication_, cudaStreamNonBlocking, highest),
+                       "device_lanes: cudaStreamCreateWithPriority");
   }
   device_lanes(const device_lanes&) = delete;
   device_lanes& operator=(const device_lanes&) = delete;
@@ -114,8 +118,8 @@ class device_lanes {
     reserve(order.nodes.size() + 2);
     const cudaEvent_t fork = events_[order.nodes.size()];
     const cudaEvent_t join = events_[order.nodes.size() + 1];
-    check(cudaEventRecord(fork, stream.get()), "cudaEventRecord");
-    check(cudaStreamWaitEvent(communication_, fork, 0), "cudaStreamWaitEvent");
+    detail::check_cuda(cudaEventRecord(fork, stream.get()), "device_lanes: cudaEventRecord");
+    detail::check_cuda(cudaStreamWaitEvent(communication_, fork, 0), "device_lanes: cudaStreamWaitEvent");
     try {
       for (std::size_t i = 0; i < order.nodes.size(); ++i) {  // what a phase waits for has been recorded before
         const overlap_node& node = order.nodes[i];
@@ -124,7 +128,7 @@ class device_lanes {
         if (node.after >= 0) {
           const auto after = static_cast<std::size_t>(node.after);
           if (is_communication(order.nodes[after].what) != communicates)
-            check(cudaStreamWaitEvent(own, events_[after], 0), "cudaStreamWaitEvent");
+            detail::check_cuda(cudaStreamWaitEvent(own, events_[after], 0), "device_lanes: cudaStreamWaitEvent");
         }
         if (communicates) {
           execute(node, lane<tessera::space::device>{own, communication_sms(sends_rows(node.what))});
@@ -135,15 +139,15 @@ class device_lanes {
           const int budget = beside && !ahead ? compute_sms(node.sends) : 0;
           execute(node, lane<tessera::space::device>{own, budget, {true, ahead ? device_sms_ : budget}});
         }
-        check(cudaEventRecord(events_[i], own), "cudaEventRecord");
+        detail::check_cuda(cudaEventRecord(events_[i], own), "device_lanes: cudaEventRecord");
       }
     } catch (...) {
       cudaEventRecord(join, communication_);
       cudaStreamWaitEvent(stream.get(), join, 0);
       throw;
     }
-    check(cudaEventRecord(join, communication_), "cudaEventRecord");
-    check(cudaStreamWaitEvent(stream.get(), join, 0), "cudaStreamWaitEvent");
+    detail::check_cuda(cudaEventRecord(join, communication_), "device_lanes: cudaEventRecord");
+    detail::check_cuda(cudaStreamWaitEvent(stream.get(), join, 0), "device_lanes: cudaStreamWaitEvent");
   }
 
   /// The stream of the communication lane.
@@ -157,15 +161,11 @@ class device_lanes {
   }
 
  private:
-  static void check(cudaError_t status, const char* call) {
-    TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess,
-                       "device_lanes: " << call << " failed: " << cudaGetErrorString(status));
-  }
-
   void reserve(std::size_t count) {
     while (events_.size() < count) {
       cudaEvent_t event = nullptr;
-      check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+      detail::check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
+                         "device_lanes: cudaEventCreateWithFlags");
       events_.push_back(event);
     }
   }

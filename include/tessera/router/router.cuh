@@ -108,7 +108,7 @@ inline void update_bias(device_stream stream, float* bias, const std::int64_t* l
                         const float* rate) {
   constexpr int threads = 256;
   detail::update_bias_kernel<threads><<<1, threads, 0, stream.get()>>>(bias, load, num_experts, rate);
-  detail::check_cuda(cudaGetLastError(), "update_bias_kernel");
+  detail::expect_launched("update_bias_kernel");
 }
 
 }  // namespace balance

@@ -82,13 +82,13 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::make_streams() {
   if (!this->background()) return;
   int lowest = 0;
   int highest = 0;
-  detail::expect_cuda(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+  detail::check_cuda(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "shard: cudaDeviceGetStreamPriorityRange");
   for (CUstream_st** stream : {&gather_stream_, &reduce_stream_}) {  // few blocks that others wait for: first
-    detail::expect_cuda(cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, highest),
-                        "cudaStreamCreateWithPriority");
+    detail::check_cuda(cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, highest),
+                       "shard: cudaStreamCreateWithPriority");
   }
   const auto make = [](CUevent_st*& event) {
-    detail::expect_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    detail::check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "shard: cudaEventCreateWithFlags");
   };
   make(forked_);
   make(reduced_);
@@ -113,7 +113,8 @@ template <precision_policy Precision, storage_type Moment, class Reduction, devi
 void fully_sharded<Precision, Moment, Reduction, Comm>::write_tables() {
   const auto write = [](const auto& values, auto* to) {
     const std::size_t bytes = values.size() * sizeof(*to);
-    if (bytes > 0) detail::expect_cuda(cudaMemcpy(to, values.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    if (bytes > 0)
+      detail::check_cuda(cudaMemcpy(to, values.data(), bytes, cudaMemcpyHostToDevice), "shard: cudaMemcpy");
   };
   const auto& tables = memory_.tables;
   std::vector<detail::norm_range> tiles(groups_.size());  // of each group
@@ -138,7 +139,8 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::write_tables() {
   num_tiles_ = describe_adamw<storage, accumulate, Moment>(std::span<const tensor>(tensors_), described.data());
   write(described, tables.tensors);
   write(std::vector<adamw_control>{{0, 0.0, 1.0, 0}}, tables.control);
-  detail::expect_cuda(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");  // streams may not wait for it
+  // streams may not wait for it
+  detail::check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "shard: cudaStreamSynchronize");
 }
 
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
@@ -152,7 +154,8 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::set(device_stream stream
   layout(g).copy_part(i, groups_[index(g)].ranks->rank(), whole.data(), master.data());
   const auto copy = [&](void* to, const void* from, std::size_t bytes) {
     if (bytes == 0) return;
-    detail::expect_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream.get()), "cudaMemcpyAsync");
+    detail::check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream.get()),
+                       "shard: cudaMemcpyAsync");
   };
   copy(part.master, master.data(), count * sizeof(accumulate));
   std::vector<storage> rounded;
@@ -161,7 +164,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::set(device_stream stream
     detail::copy_elements(master.data(), rounded.data(), part.count, false);
     copy(part.parameter, rounded.data(), count * sizeof(storage));
   }
-  detail::expect_cuda(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+  detail::check_cuda(cudaStreamSynchronize(stream.get()), "shard: cudaStreamSynchronize");
 }
 
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
@@ -171,7 +174,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::masters_from_parameters(
     const adamw_device_list<storage, accumulate, Moment> list{memory_.tables.tensors, static_cast<int>(tensors_.size()),
                                                               num_tiles_};
     detail::masters_kernel<<<detail::blocks_for(num_tiles_), detail::part_threads, 0, stream.get()>>>(list);
-    detail::expect_launch("masters_kernel");
+    detail::expect_launched("masters_kernel");
   }
 }
 
@@ -181,8 +184,8 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::masters_from_parameters(
 // What `to` gets afterwards comes after what `from` holds now.
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::fork(device_stream from, CUstream_st* to) {
-  detail::expect_cuda(cudaEventRecord(forked_, from.get()), "cudaEventRecord");
-  detail::expect_cuda(cudaStreamWaitEvent(to, forked_, 0), "cudaStreamWaitEvent");
+  detail::check_cuda(cudaEventRecord(forked_, from.get()), "shard: cudaEventRecord");
+  detail::check_cuda(cudaStreamWaitEvent(to, forked_, 0), "shard: cudaStreamWaitEvent");
 }
 
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
@@ -208,7 +211,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::begin_gather(device_stre
     } else {
       fork(stream, gather_stream_);
       gather_now(gather_stream_, g);
-      detail::expect_cuda(cudaEventRecord(gathered_[index(g)], gather_stream_), "cudaEventRecord");
+      detail::check_cuda(cudaEventRecord(gathered_[index(g)], gather_stream_), "shard: cudaEventRecord");
     }
   } catch (...) {
     this->free_slot(s);
@@ -222,7 +225,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::end_gather(device_stream
   TESSERA_EXPECTS(s.gather != gather_state::absent,
                   "end_gather of shard group '" << groups_[index(g)].name << "' without begin_gather");
   if (s.gather == gather_state::gathered) return;
-  detail::expect_cuda(cudaStreamWaitEvent(stream.get(), gathered_[index(g)], 0), "cudaStreamWaitEvent");
+  detail::check_cuda(cudaStreamWaitEvent(stream.get(), gathered_[index(g)], 0), "shard: cudaStreamWaitEvent");
   s.gather = gather_state::gathered;
 }
 
@@ -260,7 +263,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::backward(device_stream s
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::join(device_stream stream) {
   if (!reducing_) return;
-  detail::expect_cuda(cudaStreamWaitEvent(stream.get(), reduced_, 0), "cudaStreamWaitEvent");
+  detail::check_cuda(cudaStreamWaitEvent(stream.get(), reduced_, 0), "shard: cudaStreamWaitEvent");
   reducing_ = false;
 }
 
@@ -287,7 +290,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::reduce(device_stream str
   }
   const auto end = [&] {
     if (reduce_stream_ == nullptr) return;
-    detail::expect_cuda(cudaEventRecord(reduced_, reduce_stream_), "cudaEventRecord");
+    detail::check_cuda(cudaEventRecord(reduced_, reduce_stream_), "shard: cudaEventRecord");
     reducing_ = true;
   };
 
@@ -322,7 +325,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::divide_gradients(device_
                                                             num_tiles_};
   detail::divide_kernel<<<detail::blocks_for(num_tiles_), detail::part_threads, 0, stream.get()>>>(
       list, static_cast<accumulate>(divisor));
-  detail::expect_launch("divide_kernel");
+  detail::expect_launched("divide_kernel");
 }
 
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
@@ -334,12 +337,13 @@ const double* fully_sharded<Precision, Moment, Reduction, Comm>::gradient_norm(d
   exact_sum* const squares = memory_.squares;
   const std::size_t num_sums = norm_order_.size();
   if (num_sums > 0) {
-    detail::expect_cuda(cudaMemsetAsync(squares, 0, num_sums * sizeof(exact_sum), stream.get()), "cudaMemsetAsync");
+    detail::check_cuda(cudaMemsetAsync(squares, 0, num_sums * sizeof(exact_sum), stream.get()),
+                       "shard: cudaMemsetAsync");
     const adamw_device_list<storage, accumulate, Moment> list{tables.tensors, static_cast<int>(tensors_.size()),
                                                               num_tiles_};
     const dim3 blocks(64, static_cast<unsigned>(num_sums));
     detail::squares_kernel<<<blocks, detail::part_threads, 0, stream.get()>>>(list, tables.ranges, squares);
-    detail::expect_launch("squares_kernel");
+    detail::expect_launched("squares_kernel");
   }
   const auto sum_over = [&](Comm& comm, exact_sum* sums, std::size_t count) {
     auto* const words = reinterpret_cast<std::int64_t*>(sums);
@@ -355,10 +359,10 @@ const double* fully_sharded<Precision, Moment, Reduction, Comm>::gradient_norm(d
     first = last;
   }
   detail::add_squares_kernel<<<1, 128, 0, stream.get()>>>(squares, static_cast<int>(num_sums), tables.total);
-  detail::expect_launch("add_squares_kernel");
+  detail::expect_launched("add_squares_kernel");
   if (stages != nullptr) sum_over(*stages, tables.total, 1);
   detail::norm_kernel<<<1, 1, 0, stream.get()>>>(tables.total, max_norm, tables.norm, tables.control);
-  detail::expect_launch("norm_kernel");
+  detail::expect_launched("norm_kernel");
   scaled_ = true;
   return &tables.norm->norm;
 }
@@ -369,8 +373,9 @@ double fully_sharded<Precision, Moment, Reduction, Comm>::wait_for_norm(device_s
     if (!groups_.empty()) groups_.front().ranks->wait(stream);
   }
   const auto read = [&](void* to, const void* from, std::size_t bytes) {
-    detail::expect_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream.get()), "cudaMemcpyAsync");
-    detail::expect_cuda(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+    detail::check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream.get()),
+                       "shard: cudaMemcpyAsync");
+    detail::check_cuda(cudaStreamSynchronize(stream.get()), "shard: cudaStreamSynchronize");
   };
   detail::norm_result result{};
   read(&result, memory_.tables.norm, sizeof(result));
@@ -408,7 +413,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::step(device_stream strea
   expect_adamw(choices, t, rate, 1.0);
   join(stream);
   detail::control_kernel<<<1, 1, 0, stream.get()>>>(control(), t - 1, rate, true, !scaled_);
-  detail::expect_launch("control_kernel");
+  detail::expect_launched("control_kernel");
   update(stream, choices);
 }
 
@@ -419,7 +424,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::step(device_stream strea
   join(stream);
   if (!scaled_) {
     detail::control_kernel<<<1, 1, 0, stream.get()>>>(control(), 0, 0.0, false, true);
-    detail::expect_launch("control_kernel");
+    detail::expect_launched("control_kernel");
   }
   update(stream, choices);
 }

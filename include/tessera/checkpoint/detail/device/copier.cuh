@@ -17,6 +17,7 @@
 #include <tessera/checkpoint/detail/box_copy.hpp>
 #include <tessera/checkpoint/detail/slabs.hpp>
 #include <tessera/core/box.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 
@@ -24,10 +25,7 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace checkpoint::detail {
 
-inline void expect_copied(cudaError_t status, const char* call) {
-  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess,
-                     "checkpoint: " << call << " failed: " << cudaGetErrorString(status));
-}
+using tessera::detail::check_cuda;
 
 /// A part of an array in device memory, and the same elements packed in host memory.
 struct device_part {
@@ -46,13 +44,13 @@ class device_copier {
     TESSERA_EXPECTS(pinned_bytes >= 1024,
                     "device_copy_options: pinned_bytes = " << pinned_bytes << ", it must be at least 1024");
     try {
-      expect_copied(cudaGetDevice(&device_), "cudaGetDevice");
-      expect_copied(
+      check_cuda(cudaGetDevice(&device_), "checkpoint: cudaGetDevice");
+      check_cuda(
           cudaHostAlloc(reinterpret_cast<void**>(&pinned_), static_cast<std::size_t>(2 * half_), cudaHostAllocDefault),
-          "cudaHostAlloc");
-      expect_copied(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+          "checkpoint: cudaHostAlloc");
+      check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "checkpoint: cudaStreamCreateWithFlags");
       for (cudaEvent_t* event : {&begin_, &done_[0], &done_[1]}) {
-        expect_copied(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+        check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "checkpoint: cudaEventCreateWithFlags");
       }
     } catch (...) {
       free();
@@ -65,8 +63,8 @@ class device_copier {
 
   /// What is copied afterwards comes after what the stream holds now.
   void follow(device_stream stream) {
-    expect_copied(cudaEventRecord(begin_, stream.get()), "cudaEventRecord");
-    expect_copied(cudaStreamWaitEvent(stream_, begin_, 0), "cudaStreamWaitEvent");
+    check_cuda(cudaEventRecord(begin_, stream.get()), "checkpoint: cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(stream_, begin_, 0), "checkpoint: cudaStreamWaitEvent");
   }
 
   /// To the host. On any thread; returns when the elements are there.
@@ -92,11 +90,11 @@ class device_copier {
 
   template <bool Fetch>
   void run(const std::vector<device_part>& parts) {
-    expect_copied(cudaSetDevice(device_), "cudaSetDevice");  // a background thread begins on device 0
+    check_cuda(cudaSetDevice(device_), "checkpoint: cudaSetDevice");  // a background thread begins on device 0
     int current = 0;
     const auto finish = [&](int buffer) {  // the copies of a buffer are done, and what follows from that
       if (!busy_[buffer]) return;
-      expect_copied(cudaEventSynchronize(done_[buffer]), "cudaEventSynchronize");
+      check_cuda(cudaEventSynchronize(done_[buffer]), "checkpoint: cudaEventSynchronize");
       busy_[buffer] = false;
       if constexpr (Fetch) {
         for (const slab_copy& c : copies_[buffer]) {
@@ -106,7 +104,7 @@ class device_copier {
       copies_[buffer].clear();
     };
     const auto hand_over = [&] {  // the buffer is full
-      expect_copied(cudaEventRecord(done_[current], stream_), "cudaEventRecord");
+      check_cuda(cudaEventRecord(done_[current], stream_), "checkpoint: cudaEventRecord");
       busy_[current] = true;
       current = 1 - current;
       finish(current);
@@ -164,18 +162,18 @@ class device_copier {
       for (std::int64_t i = 0; flat && i < height; ++i) {
         std::byte* const at = device + i * pitch;
         std::byte* const to = host + i * bytes;
-        expect_copied(cudaMemcpyAsync(Fetch ? to : at, Fetch ? at : to, static_cast<std::size_t>(bytes),
-                                      Fetch ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream_),
-                      "cudaMemcpyAsync");
+        check_cuda(cudaMemcpyAsync(Fetch ? to : at, Fetch ? at : to, static_cast<std::size_t>(bytes),
+                                   Fetch ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream_),
+                   "checkpoint: cudaMemcpyAsync");
       }
       if (flat) return;
       const auto w = static_cast<std::size_t>(bytes);
       const auto far_pitch = static_cast<std::size_t>(pitch);
-      expect_copied(Fetch ? cudaMemcpy2DAsync(host, w, device, far_pitch, w, static_cast<std::size_t>(height),
-                                              cudaMemcpyDeviceToHost, stream_)
-                          : cudaMemcpy2DAsync(device, far_pitch, host, w, w, static_cast<std::size_t>(height),
-                                              cudaMemcpyHostToDevice, stream_),
-                    "cudaMemcpy2DAsync");
+      check_cuda(Fetch ? cudaMemcpy2DAsync(host, w, device, far_pitch, w, static_cast<std::size_t>(height),
+                                           cudaMemcpyDeviceToHost, stream_)
+                       : cudaMemcpy2DAsync(device, far_pitch, host, w, w, static_cast<std::size_t>(height),
+                                           cudaMemcpyHostToDevice, stream_),
+                 "checkpoint: cudaMemcpy2DAsync");
     };
     if (inner == 0) return copy(first, packed, 0, 1);
     const int rows = inner - 1;  // this dimension moves in one call

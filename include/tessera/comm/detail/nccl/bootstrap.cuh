@@ -105,7 +105,7 @@ inline std::vector<std::shared_ptr<rank_state>> create_all(std::span<const int> 
   const std::string problem = version_problem();
   TESSERA_EXPECTS_AS(nccl_error, problem.empty(), "comm::nccl::create_all: " << problem);
   int found = 0;
-  expect_cuda(cudaGetDeviceCount(&found), "cudaGetDeviceCount");
+  check_cuda(cudaGetDeviceCount(&found), "cudaGetDeviceCount");
   TESSERA_EXPECTS(!devices.empty(), "comm::nccl::create_all: no device is given, at least one is needed");
   for (std::size_t i = 0; i < devices.size(); ++i) {
     TESSERA_EXPECTS(devices[i] >= 0 && devices[i] < found,

@@ -100,7 +100,7 @@ inline void expect_own_transfers(int rank, std::span<const transfer> sends, std:
 /// Enqueues a copy on the device. @param stream Where. @param from Source. @param to Destination. @param bytes Size.
 inline void copy_to_self(device_stream stream, const void* from, void* to, std::size_t bytes) {
   if (bytes == 0 || from == to) return;
-  expect_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream.get()), "cudaMemcpyAsync");
+  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream.get()), "cudaMemcpyAsync");
 }
 
 /// Sends and receives that NCCL starts together. The group is closed in any case: one that stays open would swallow

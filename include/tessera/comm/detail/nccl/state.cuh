@@ -27,6 +27,7 @@
 #include <nccl.h>
 
 #include <tessera/comm/nccl.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 
@@ -34,17 +35,12 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail::nccl {
 
-/// Throws `cuda_error` unless the call succeeded. @param result Of the call. @param call Its name.
-inline void expect_cuda(cudaError_t result, const char* call) {
-  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, call << ": " << cudaGetErrorString(result));
-}
-
 /// Makes a device current while it lives.
 class device_guard {
  public:
   explicit device_guard(int device) {
-    expect_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    expect_cuda(cudaSetDevice(device), "cudaSetDevice");
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
   }
   device_guard(const device_guard&) = delete;
   device_guard& operator=(const device_guard&) = delete;
@@ -177,12 +173,12 @@ class rank_state {
         family_(family ? std::move(family) : std::make_shared<failure_record>()),
         world_rank_(world_rank) {
     expect_options(options);
-    expect_cuda(cudaGetDevice(&device_), "cudaGetDevice");
+    check_cuda(cudaGetDevice(&device_), "cudaGetDevice");
     // Before GPUs wait for one another, because an allocation may wait for all of them.
-    expect_cuda(cudaMalloc(reinterpret_cast<void**>(&words_), 2 * sizeof(*words_)), "cudaMalloc");
+    check_cuda(cudaMalloc(reinterpret_cast<void**>(&words_), 2 * sizeof(*words_)), "cudaMalloc");
     const cudaError_t pinned = cudaMallocHost(reinterpret_cast<void**>(&host_words_), num_host_words * sizeof(*words_));
     if (pinned != cudaSuccess) static_cast<void>(cudaFree(words_));
-    expect_cuda(pinned, "cudaMallocHost");
+    check_cuda(pinned, "cudaMallocHost");
     std::fill_n(host_words_, num_host_words, 0);
   }
   rank_state(const rank_state&) = delete;
@@ -266,7 +262,7 @@ class rank_state {
   std::int32_t least(std::int32_t value, const char* phase) {
     struct own_stream {
       cudaStream_t stream = nullptr;
-      own_stream() { expect_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate"); }
+      own_stream() { check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate"); }
       own_stream(const own_stream&) = delete;
       own_stream& operator=(const own_stream&) = delete;
       ~own_stream() { static_cast<void>(cudaStreamDestroy(stream)); }
@@ -274,12 +270,12 @@ class rank_state {
     const device_guard guard(device_);
     const own_stream own;
     std::int32_t* word = words_ + 1;
-    expect_cuda(cudaMemcpyAsync(word, &value, sizeof(value), cudaMemcpyHostToDevice, own.stream), "cudaMemcpyAsync");
+    check_cuda(cudaMemcpyAsync(word, &value, sizeof(value), cudaMemcpyHostToDevice, own.stream), "cudaMemcpyAsync");
     enqueue_within(options_.creation_timeout, phase, "ncclAllReduce", [&](ncclComm_t communicator) {
       return ncclAllReduce(word, word, 1, ncclInt32, ncclMin, communicator, own.stream);
     });
     wait(own.stream, options_.creation_timeout);  // before a copy to pageable memory, which would wait without end
-    expect_cuda(cudaMemcpyAsync(&value, word, sizeof(value), cudaMemcpyDeviceToHost, own.stream), "cudaMemcpyAsync");
+    check_cuda(cudaMemcpyAsync(&value, word, sizeof(value), cudaMemcpyDeviceToHost, own.stream), "cudaMemcpyAsync");
     wait(own.stream, options_.creation_timeout);
     return value;
   }
@@ -323,7 +319,7 @@ class rank_state {
                     "wait: the timeout is " << timeout.count() << " ms, it must be at least 1 ms");
     begin(phase_);
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    expect_cuda(cudaStreamIsCapturing(stream.get(), &capture), "cudaStreamIsCapturing");
+    check_cuda(cudaStreamIsCapturing(stream.get(), &capture), "cudaStreamIsCapturing");
     TESSERA_EXPECTS(capture == cudaStreamCaptureStatusNone, "wait: the stream is being captured, nothing runs in it");
     const auto deadline = after(timeout);
     poll_pause pause;
@@ -332,7 +328,7 @@ class rank_state {
       if (status == cudaErrorNotReady) {
         static_cast<void>(cudaGetLastError());  // it counts as one
       } else {
-        expect_cuda(status, "cudaStreamQuery");
+        check_cuda(status, "cudaStreamQuery");
       }
       check();
       if (status == cudaSuccess) return;

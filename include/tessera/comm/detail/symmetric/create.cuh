@@ -56,8 +56,8 @@ std::vector<T> gather(comm::nccl& over, const T& own) {
     cudaStream_t stream = nullptr;
     std::byte* data = nullptr;
     explicit scratch(std::size_t bytes) {
-      expect_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-      expect_cuda(cudaMalloc(reinterpret_cast<void**>(&data), bytes), "cudaMalloc");
+      check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+      check_cuda(cudaMalloc(reinterpret_cast<void**>(&data), bytes), "cudaMalloc");
     }
     scratch(const scratch&) = delete;
     scratch& operator=(const scratch&) = delete;
@@ -69,12 +69,12 @@ std::vector<T> gather(comm::nccl& over, const T& own) {
   const auto size = static_cast<std::size_t>(over.size());
   const scratch s((size + 1) * sizeof(T));
   std::vector<T> all(size);
-  expect_cuda(cudaMemcpyAsync(s.data, &own, sizeof(T), cudaMemcpyHostToDevice, s.stream), "cudaMemcpyAsync");
+  check_cuda(cudaMemcpyAsync(s.data, &own, sizeof(T), cudaMemcpyHostToDevice, s.stream), "cudaMemcpyAsync");
   over.all_gather(s.stream, static_cast<const std::byte*>(s.data), s.data + sizeof(T),
                   static_cast<std::int64_t>(sizeof(T)));
   over.wait(s.stream);  // before a copy to pageable memory, which would wait without end
-  expect_cuda(cudaMemcpyAsync(all.data(), s.data + sizeof(T), size * sizeof(T), cudaMemcpyDeviceToHost, s.stream),
-              "cudaMemcpyAsync");
+  check_cuda(cudaMemcpyAsync(all.data(), s.data + sizeof(T), size * sizeof(T), cudaMemcpyDeviceToHost, s.stream),
+             "cudaMemcpyAsync");
   over.wait(s.stream);
   return all;
 }

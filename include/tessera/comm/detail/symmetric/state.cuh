@@ -33,7 +33,6 @@ namespace detail::symmetric {
 
 using nccl::call_within;
 using nccl::device_guard;
-using nccl::expect_cuda;
 using nccl::poll_pause;
 using std::chrono::milliseconds;
 
@@ -77,7 +76,7 @@ inline bool drain(cudaStream_t stream, milliseconds patience) {
     const cudaError_t status = cudaStreamQuery(stream);
     if (status == cudaSuccess) return true;
     static_cast<void>(cudaGetLastError());  // "not ready" counts as an error
-    if (status != cudaErrorNotReady) expect_cuda(status, "cudaStreamQuery");
+    if (status != cudaErrorNotReady) check_cuda(status, "cudaStreamQuery");
     if (last) return false;
     last = std::chrono::steady_clock::now() - start >= patience;
     if (!last) pause();
@@ -127,8 +126,8 @@ class shared_window {
       TESSERA_EXPECTS_AS(cuda_error, result == ncclSuccess,
                          "ncclMemAlloc of " << bytes_ << " bytes: " << nccl::text_of(result, nullptr));
     } else {
-      expect_cuda(cudaMalloc(&memory, bytes_ + window_alignment),
-                  ("cudaMalloc of " + std::to_string(bytes_) + " bytes").c_str());
+      check_cuda(cudaMalloc(&memory, bytes_ + window_alignment),
+                 ("cudaMalloc of " + std::to_string(bytes_) + " bytes").c_str());
     }
     h.memory = {static_cast<std::byte*>(memory), [device = h.device, mappable](std::byte* allocated) {
                   int before = device;  // the last to keep it may be of another
@@ -142,26 +141,25 @@ class shared_window {
                   static_cast<void>(cudaSetDevice(before));
                 }};
     base_ = reinterpret_cast<std::byte*>(to_alignment(reinterpret_cast<std::size_t>(memory)));
-    expect_cuda(cudaMalloc(reinterpret_cast<void**>(&h.local), sizeof(failures) + count_bytes()), "cudaMalloc");
-    expect_cuda(cudaHostAlloc(reinterpret_cast<void**>(&h.seen), sizeof(*h.seen), cudaHostAllocMapped),
-                "cudaHostAlloc");
-    expect_cuda(cudaHostGetDevicePointer(reinterpret_cast<void**>(&seen_by_device_), h.seen, 0),
-                "cudaHostGetDevicePointer");
+    check_cuda(cudaMalloc(reinterpret_cast<void**>(&h.local), sizeof(failures) + count_bytes()), "cudaMalloc");
+    check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&h.seen), sizeof(*h.seen), cudaHostAllocMapped), "cudaHostAlloc");
+    check_cuda(cudaHostGetDevicePointer(reinterpret_cast<void**>(&seen_by_device_), h.seen, 0),
+               "cudaHostGetDevicePointer");
     new (h.seen) host_words{};
     int least = 0;
     int greatest = 0;
-    expect_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-    expect_cuda(cudaStreamCreateWithFlags(&h.own_stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    check_cuda(cudaStreamCreateWithFlags(&h.own_stream, cudaStreamNonBlocking), "cudaStreamCreate");
     h.sides.resize(static_cast<std::size_t>(options_.slots));
     for (side& s : h.sides) {
-      expect_cuda(cudaStreamCreateWithPriority(&s.stream, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
-      expect_cuda(cudaEventCreateWithFlags(&s.fork, cudaEventDisableTiming), "cudaEventCreate");
-      expect_cuda(cudaEventCreateWithFlags(&s.join, cudaEventDisableTiming), "cudaEventCreate");
+      check_cuda(cudaStreamCreateWithPriority(&s.stream, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
+      check_cuda(cudaEventCreateWithFlags(&s.fork, cudaEventDisableTiming), "cudaEventCreate");
+      check_cuda(cudaEventCreateWithFlags(&s.join, cudaEventDisableTiming), "cudaEventCreate");
       s.copies.resize(static_cast<std::size_t>(options_.copy_streams));
       for (cudaStream_t& copies : s.copies) {
-        expect_cuda(cudaStreamCreateWithPriority(&copies, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
+        check_cuda(cudaStreamCreateWithPriority(&copies, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
       }
-      expect_cuda(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
+      check_cuda(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
     }
     // Own memory is used at its own address, which stays whatever becomes of mappings.
     peers_.fill(nullptr);
@@ -273,14 +271,14 @@ class shared_window {
   int meet() {
     holdings& h = *held_;
     h.seen->failed.of_barrier = comm::symmetric_failure{};
-    expect_cuda(cudaMemsetAsync(&h.local->of_barrier, 0, sizeof(h.local->of_barrier), h.own_stream), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(&h.local->of_barrier, 0, sizeof(h.local->of_barrier), h.own_stream), "cudaMemsetAsync");
     comm::symmetric_view v = plain_view();
     v.entered = reinterpret_cast<std::uint32_t*>(base_);
     v.failure = &h.local->of_barrier;
     v.host_failure = &seen_by_device_->failed.of_barrier;
     v.timeout_ns = nanoseconds_of(patience_);
     meet_kernel<<<1, 32, 0, h.own_stream>>>(v, meetings_ + 1);
-    expect_cuda(cudaGetLastError(), "meet_kernel");
+    expect_launched("meet_kernel");
     finish_own("meet_kernel");
     const comm::symmetric_failure seen = copy_of(h.seen->failed.of_barrier);
     if (seen.state != 0) {
@@ -298,7 +296,7 @@ class shared_window {
     comm::symmetric_view v = plain_view();
     v.entered = reinterpret_cast<std::uint32_t*>(base_);
     announce_kernel<<<1, 32, 0, held_->own_stream>>>(v, count);
-    expect_cuda(cudaGetLastError(), "announce_kernel");
+    expect_launched("announce_kernel");
     finish_own("announce_kernel");
   }
 
@@ -307,13 +305,13 @@ class shared_window {
   void clear(bool barrier) {
     const holdings& h = *held_;
     const std::size_t kept = barrier ? 0 : flag_layout::barrier_words * sizeof(std::uint32_t);
-    expect_cuda(cudaMemsetAsync(base_ + kept, 0, flag_bytes_ - kept, h.own_stream), "cudaMemsetAsync");
-    expect_cuda(cudaMemsetAsync(counts(), 0, count_bytes(), h.own_stream), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(base_ + kept, 0, flag_bytes_ - kept, h.own_stream), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(counts(), 0, count_bytes(), h.own_stream), "cudaMemsetAsync");
     finish_own("cudaMemsetAsync");
   }
   /// Forgets what kernels have written down: operations work again.
   void forget_failure() {
-    expect_cuda(cudaMemsetAsync(held_->local, 0, sizeof(failures), held_->own_stream), "cudaMemsetAsync");
+    check_cuda(cudaMemsetAsync(held_->local, 0, sizeof(failures), held_->own_stream), "cudaMemsetAsync");
     finish_own("cudaMemsetAsync");
     held_->seen->failed = failures{};
   }

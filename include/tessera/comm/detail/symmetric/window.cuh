@@ -43,8 +43,8 @@ static __global__ void peer_addresses_kernel(ncclWindow_t window, int size, std:
 inline bool is_mapped(const std::byte* address, int device) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  nccl::expect_cuda(cudaGetDriverEntryPointByVersion("cuMemGetAccess", &function, 10020, cudaEnableDefault, &found),
-                    "cudaGetDriverEntryPointByVersion");
+  check_cuda(cudaGetDriverEntryPointByVersion("cuMemGetAccess", &function, 10020, cudaEnableDefault, &found),
+             "cudaGetDriverEntryPointByVersion");
   if (found != cudaDriverEntryPointSuccess || function == nullptr) return false;
   CUmemLocation location{};
   location.type = CU_MEM_LOCATION_TYPE_DEVICE;
@@ -113,7 +113,7 @@ class registered_window {
   /// @param stream Where.
   void write_addresses(std::byte** peers, cudaStream_t stream) const {
     peer_addresses_kernel<<<1, comm::max_symmetric_ranks, 0, stream>>>(*window_, own_.size(), peers);
-    nccl::expect_cuda(cudaGetLastError(), "peer_addresses_kernel");
+    expect_launched("peer_addresses_kernel");
   }
 
  private:

@@ -70,7 +70,7 @@ routing<A> keep_within_capacity(device_stream stream, const dispatch_bounds& bou
   if (pairs > 0) {
     const auto grid = static_cast<unsigned>((pairs + keep_threads - 1) / keep_threads);
     keep_ids_kernel<<<grid, keep_threads, 0, stream.get()>>>(chosen.expert_ids, room.lists.expert_row_of);
-    check_cuda(cudaGetLastError(), "keep_ids_kernel");
+    expect_launched("keep_ids_kernel");
   }
   return {{room.lists.expert_row_of, chosen.expert_ids.rows, chosen.expert_ids.cols}, chosen.weights};
 }

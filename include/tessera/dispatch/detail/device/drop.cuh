@@ -114,7 +114,7 @@ void drop_light_pairs(device_stream stream, const matrix_view<const std::int32_t
                       int num_experts, int capacity, std::int64_t* dropped) {
   drop_light_pairs_kernel<A><<<static_cast<unsigned>(num_experts), drop_threads, 0, stream.get()>>>(
       {ids, lists.row_offsets, lists.gather, lists.pair_weights, lists.expert_row_of, dropped, capacity});
-  check_cuda(cudaGetLastError(), "drop_light_pairs_kernel");
+  expect_launched("drop_light_pairs_kernel");
 }
 
 template <class Totals>

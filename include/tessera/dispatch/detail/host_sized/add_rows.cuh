@@ -157,7 +157,7 @@ void launch_add_values(device_stream stream, const add_values_task<A>& task) {
   const std::int64_t blocks = (task.sums.rows * task.top_k + row_threads - 1) / row_threads;
   if (blocks == 0) return;
   add_values_kernel<A><<<static_cast<unsigned>(blocks), row_threads, 0, stream.get()>>>(task);
-  check_cuda(cudaGetLastError(), "add_values_kernel");
+  expect_launched("add_values_kernel");
 }
 
 }  // namespace detail::host_sized

@@ -174,7 +174,7 @@ void launch_sums(device_stream stream, int sms, sum_rows_task<S, A, Out> task, s
   }
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(task.plan.parts), static_cast<unsigned>(planes));
   sum_rows_kernel<Home, S, A, Out><<<grid, static_cast<unsigned>(threads), 0, stream.get()>>>(task);
-  check_cuda(cudaGetLastError(), "sum_rows_kernel");
+  expect_launched("sum_rows_kernel");
 }
 
 // Lets `stream` go on behind what `before` has now.
@@ -229,7 +229,7 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
   enter_kernel<<<1, warp_size, 0, first.get()>>>(view);
-  check_cuda(cudaGetLastError(), "enter_kernel");
+  expect_launched("enter_kernel");
   const device_stream own = comm.copy_stream(streams);
   copy_own_rows(stream, comm, own, x, received);
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
@@ -240,7 +240,7 @@ void copy_to_all(device_stream stream, const Comm& comm, const comm::symmetric_v
   for (int i = 1; i < streams; ++i) follow(comm, comm.copy_stream(i), first);
   follow(comm, own, first);
   leave_kernel<<<1, warp_size, 0, first.get()>>>(view);
-  check_cuda(cudaGetLastError(), "leave_kernel");
+  expect_launched("leave_kernel");
 }
 
 // Sums, copies and sums at home, chunk by chunk: one chunk is added up ahead of the one that is copied, which is ahead
@@ -256,7 +256,7 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
   const device_stream first = comm.copy_stream(0);
   follow(comm, stream, first);
   enter_kernel<<<1, warp_size, 0, first.get()>>>(view);
-  check_cuda(cudaGetLastError(), "enter_kernel");
+  expect_launched("enter_kernel");
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
 
   const sum_rows_task<S, A, S> away{
@@ -276,7 +276,7 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
       // front of what the others wait for.
       for (int lane = 0; lane < streams; ++lane) follow(comm, comm.copy_stream(lane), stream);
       await_chunk_kernel<<<1, warp_size, 0, stream.get()>>>(view, c - 1, c == chunks);
-      check_cuda(cudaGetLastError(), "await_chunk_kernel");
+      expect_launched("await_chunk_kernel");
       const std::int64_t first_token = std::min(begin - chunk_tokens, task.y.rows);
       launch_sums<true>(stream, comm.num_sms(), task, first_token, std::min(first_token + chunk_tokens, task.y.rows));
     }
@@ -291,7 +291,7 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
         peers |= 1u << r;
       }
       post_chunk_kernel<<<1, warp_size, 0, copies.get()>>>(view, c, peers);
-      check_cuda(cudaGetLastError(), "post_chunk_kernel");
+      expect_launched("post_chunk_kernel");
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 
@@ -95,9 +96,8 @@ inline void launch_strided(device_stream stream, const void* kernel, const void*
   const dim3 grid(static_cast<unsigned>((M + tile - 1) / tile), static_cast<unsigned>((N + tile - 1) / tile),
                   static_cast<unsigned>(num_groups));
   void* arguments[] = {const_cast<void*>(product)};
-  const cudaError_t result =
-      cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, 0, stream.get());
-  TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, "strided_product_kernel: " << cudaGetErrorString(result));
+  check_cuda(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, 0, stream.get()),
+             "strided_product_kernel");
 }
 
 template <class TA, class TB, class TC>

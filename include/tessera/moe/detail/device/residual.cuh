@@ -42,7 +42,7 @@ void add_residual(device_stream stream, matrix_view<const S> from, matrix_view<S
   const auto blocks = static_cast<unsigned>((std::min<std::int64_t>)((count + 255) / 256, 2048));
   auto* const kernel = by_lines ? add_residual_kernel<A, S, width> : add_residual_kernel<A, S, 1>;
   kernel<<<blocks, 256, 0, stream.get()>>>(from, to);
-  check_cuda(cudaGetLastError(), "add_residual_kernel");
+  expect_launched("add_residual_kernel");
 }
 
 }  // namespace detail

@@ -85,7 +85,7 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
     } else {
       kernel<<<static_cast<unsigned>(task.plan.num_blocks), static_cast<unsigned>(threads), task.plan.shared_bytes,
                stream.get()>>>(task);
-      check_cuda(cudaGetLastError(), "route_kernel");
+      expect_launched("route_kernel");
     }
   };
   if constexpr (std::is_same_v<A, float> && (Select::by == select_by::key || Select::by == select_by::group) &&

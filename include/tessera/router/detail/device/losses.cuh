@@ -224,7 +224,7 @@ void losses_on_device(device_stream stream, const router<Score, Select, Weigh, B
           std::clamp<std::int64_t>((in.logits.rows + warps - 1) / warps, 1, std::int64_t{num_sms} * 6);
       const auto launch = [&](auto kernel, std::size_t bytes) {
         kernel<<<static_cast<unsigned>(blocks), token_loss_threads, bytes, stream.get()>>>(task, token_values);
-        check_cuda(cudaGetLastError(), "token_losses_kernel");
+        expect_launched("token_losses_kernel");
       };
       if (narrow) {
         launch(token_losses_kernel<Score, 1, A, Balances...>, balance_shared<A, 1>::bytes(token_loss_threads));
@@ -233,7 +233,7 @@ void losses_on_device(device_stream stream, const router<Score, Select, Weigh, B
       }
       sum_losses_kernel<Score, A, Balances...>
           <<<static_cast<unsigned>(chunk_losses.rows), list_threads, 0, stream.get()>>>(task, token_values);
-      check_cuda(cudaGetLastError(), "sum_losses_kernel");
+      expect_launched("sum_losses_kernel");
       return;
     }
     const int cluster = cluster_for(task.chunk_tokens, list_warps);

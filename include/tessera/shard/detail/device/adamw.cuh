@@ -12,9 +12,10 @@
 
 #include <cuda_runtime.h>
 
-#include <tessera/core/error.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/stream.hpp>
 #include <tessera/shard/adamw.hpp>
+#include <tessera/shard/detail/device/checks.cuh>
 
 TESSERA_NAMESPACE_BEGIN
 namespace shard::detail {
@@ -138,17 +139,12 @@ __global__ void __launch_bounds__(adamw_threads) adamw_kernel(adamw_options opti
 
 template <class S, class A, class M, class Control, class List>
 void launch_adamw(device_stream stream, const adamw_options& options, Control* control, const List& list) {
-  const auto expect = [](cudaError_t result, const char* what) {
-    TESSERA_EXPECTS_AS(cuda_error, result == cudaSuccess, what << ": " << cudaGetErrorString(result));
-  };
-  int device = 0, num_sms = 0;
-  expect(cudaGetDevice(&device), "adamw: cudaGetDevice");
-  expect(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "adamw: cudaDeviceGetAttribute");
+  const int num_sms = tessera::detail::device_attribute(cudaDevAttrMultiProcessorCount);
   constexpr std::int64_t blocks_per_sm = 8;  // 2048 threads
   const auto blocks = static_cast<unsigned>(
       (std::max<std::int64_t>)(1, (std::min<std::int64_t>)(list.num_tiles, blocks_per_sm * num_sms)));
   adamw_kernel<S, A, M><<<blocks, adamw_threads, 0, stream.get()>>>(options, control, list);
-  expect(cudaGetLastError(), "adamw_kernel");
+  expect_launched("adamw_kernel");
 }
 
 }  // namespace shard::detail

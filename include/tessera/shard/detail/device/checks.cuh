@@ -3,31 +3,28 @@
 #pragma once
 
 /// @file
-/// Calls of the CUDA runtime that throw.
+/// Calls of the CUDA runtime that throw, and copies on the device.
 
 #include <cstdint>
 
 #include <cuda_runtime.h>
 
-#include <tessera/core/error.hpp>
+#include <tessera/core/detail/launch.cuh>
 #include <tessera/core/stream.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 namespace shard::detail {
 
-inline void expect_cuda(cudaError_t status, const char* call) {
-  TESSERA_EXPECTS_AS(cuda_error, status == cudaSuccess, "shard: " << call << " failed: " << cudaGetErrorString(status));
-}
-
-inline void expect_launch(const char* kernel) { expect_cuda(cudaGetLastError(), kernel); }
+using tessera::detail::check_cuda;
+using tessera::detail::expect_launched;
 
 /// Copies on the device.
 template <class T>
 void copy_elements(device_stream stream, const T* from, T* to, std::int64_t count) {
   if (count == 0 || from == to) return;
-  expect_cuda(
+  check_cuda(
       cudaMemcpyAsync(to, from, static_cast<std::size_t>(count) * sizeof(T), cudaMemcpyDeviceToDevice, stream.get()),
-      "cudaMemcpyAsync");
+      "shard: cudaMemcpyAsync");
 }
 
 }  // namespace shard::detail

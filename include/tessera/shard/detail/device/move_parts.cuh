@@ -114,7 +114,7 @@ void move_parts(device_stream stream, const part_list& list, Whole* const* whole
   if (list.num_tiles == 0) return;
   move_parts_kernel<Pack, Whole, Packed>
       <<<blocks_for(list.num_tiles), part_threads, 0, stream.get()>>>(list, whole, packed, add);
-  expect_launch("move_parts_kernel");
+  expect_launched("move_parts_kernel");
 }
 
 /// `to[i] += from[i]`.
@@ -130,7 +130,7 @@ template <class A>
 void add_elements(device_stream stream, const A* from, A* to, std::int64_t count) {
   if (count == 0) return;
   add_elements_kernel<A><<<blocks_for(tiles_of(count)), part_threads, 0, stream.get()>>>(from, to, count);
-  expect_launch("add_elements_kernel");
+  expect_launched("add_elements_kernel");
 }
 
 /// Calls `each(tensor, i)` for every element of all tensors.
