@@ -29,6 +29,8 @@
 #include <tessera/dispatch/combine.hpp>
 #include <tessera/dispatch/detail/device/capacity.cuh>
 #include <tessera/dispatch/detail/device/expect_routing.cuh>
+#include <tessera/dispatch/detail/symmetric/launch_send.cuh>
+#include <tessera/dispatch/detail/symmetric/operands.cuh>
 #include <tessera/dispatch/detail/symmetric/push_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/return_values.cuh>
 #include <tessera/dispatch/detail/symmetric/send_pairs.cuh>
@@ -38,150 +40,6 @@
 #include <tessera/dispatch/symmetric.hpp>
 
 TESSERA_NAMESPACE_BEGIN
-
-namespace detail::symmetric {
-
-// Arrays that peers write: in the window, and in lines of 16 bytes.
-template <class Comm, class T>
-void expect_window(const Comm& comm, const T* data, std::int64_t count, const char* what) {
-  const bool inside = data != nullptr && comm.contains(data) && (count == 0 || comm.contains(data + count - 1));
-  TESSERA_EXPECTS(inside, what << " is not memory of this communicator: take it from comm::symmetric::allocate");
-}
-
-template <class S>
-void expect_bulk_rows(const matrix_view<S>& rows, const char* what) {
-  const auto bytes = static_cast<std::int64_t>(sizeof(S));
-  TESSERA_EXPECTS(rows.cols * bytes % bulk::alignment == 0 && rows_are_aligned(rows, bulk::alignment),
-                  what << ": rows of " << rows.cols << " elements, " << rows.stride << " apart, at "
-                       << static_cast<const void*>(rows.data)
-                       << ": size, distance and address must be multiples of 16 bytes");
-}
-
-inline int expect_sm90(const char* operation) {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  TESSERA_EXPECTS(major >= 9,
-                  operation << " over comm::symmetric needs compute capability 9.0, this device has major " << major);
-  return device_attribute(cudaDevAttrMultiProcessorCount);
-}
-
-// Tokens per rank that an array of all ranks' rows has room for.
-inline std::int64_t tokens_of(std::int64_t rows, int ranks, const char* what) {
-  TESSERA_EXPECTS(rows % ranks == 0,
-                  what << " has " << rows << " rows, it needs max_tokens for each of " << ranks << " ranks");
-  return rows / ranks;
-}
-
-// What a handle was laid out for, against what an operation is given.
-template <class A>
-void expect_tokens(const dispatch_handle<A>& handle, std::int64_t max_tokens, const char* what) {
-  TESSERA_EXPECTS(max_tokens == handle.max_tokens,
-                  what << " has room for " << max_tokens
-                       << " tokens of a rank, the handle is of max_tokens = " << handle.max_tokens);
-}
-template <class A>
-void expect_top_k(const dispatch_handle<A>& handle, std::int64_t top_k) {
-  TESSERA_EXPECTS(top_k == handle.top_k, "top_k = " << top_k << ", the handle is of top_k = " << handle.top_k);
-}
-
-template <class Kernel>
-void allow_shared_memory(Kernel kernel, int bytes) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-}
-
-// Orders the side stream after the caller's.
-template <class Comm>
-void let_side_wait(device_stream stream, const Comm& comm) {
-  check_cuda(cudaEventRecord(comm.fork_event(), stream.get()), "cudaEventRecord");
-  check_cuda(cudaStreamWaitEvent(comm.side_stream().get(), comm.fork_event(), 0), "cudaStreamWaitEvent");
-}
-
-inline void launch_await(device_stream stream, const comm::symmetric_view& view) {
-  launch_early(stream, "await_kernel", await_kernel, dim3(1), warp_size, 0, view);
-}
-
-// What every transport of a dispatch asks of its rows. @return max_tokens.
-template <class Comm, class S>
-std::int64_t expect_dispatch(const Comm& comm, const matrix_view<const S>& x, const matrix_view<S>& received) {
-  const std::int64_t max_tokens = tokens_of(received.rows, comm.size(), "received");
-  expect_matrix(x, -1, received.cols, "rows to dispatch");
-  TESSERA_EXPECTS(x.rows <= max_tokens, x.rows << " tokens, there is room for " << max_tokens << " of each rank");
-  expect_bulk_rows(x, "rows to dispatch");
-  expect_bulk_rows(received, "received");
-  TESSERA_EXPECTS(received.stride == received.cols,
-                  "received rows are " << received.stride << " elements apart, they must be packed");
-  expect_window(comm, received.data, received.rows * received.stride, "received");
-  return max_tokens;
-}
-
-// What rows on their way to owners need. Routings travel at the same time: of a rank that comes to neither they are to
-// say so, which is why rows wait for it a little longer.
-template <class Comm>
-comm::symmetric_view rows_view(const Comm& comm) {
-  auto view = comm.view(comm::symmetric_channel::rows);
-  view.timeout_ns += view.timeout_ns / 8;
-  return view;
-}
-
-// The kernel that sends rows. @param destinations Of each token; null: all ranks. @param sends_own Whether this rank is
-// one of them.
-template <class Comm, class S>
-void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinations, bool sends_own,
-                 matrix_view<const S> x, matrix_view<S> received) {
-  const int num_sms = expect_sm90("dispatch");
-  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
-  const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
-  const send_task task{rows_view(comm),
-                       reinterpret_cast<const std::byte*>(x.data),
-                       bytes(x.stride),
-                       x.rows,
-                       destinations,
-                       sends_own,
-                       reinterpret_cast<std::byte*>(received.data),
-                       bytes(received.stride),
-                       received.rows / comm.size(),
-                       plan,
-                       awaits_in_sender(bytes(received.rows * received.stride))};
-  allow_shared_memory(send_rows_kernel, plan.shared_bytes());
-  const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
-  launch_early(stream, "send_rows_kernel", send_rows_kernel, dim3(static_cast<unsigned>(blocks)),
-               static_cast<unsigned>(plan.warps * warp_size), static_cast<std::size_t>(plan.shared_bytes()), task);
-}
-
-// Lets the stream wait for rows that `launch_send` has sent.
-template <class Comm, class S>
-void end_send(device_stream stream, const Comm& comm, const matrix_view<S>& received) {
-  if (awaits_in_sender(received.rows * received.stride * static_cast<std::int64_t>(sizeof(S)))) return;
-  launch_await(stream, comm.view(comm::symmetric_channel::rows));
-}
-
-// What every transport of a combine asks of its rows. @return max_tokens.
-template <class Comm, class A, class S, class Out>
-std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, bool summed,
-                            const matrix_view<const S>& rows, const matrix_view<S>& returned, int top_k,
-                            const matrix_view<const S>& plus, const matrix_view<Out>& y) {
-  const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
-  expect_matrix(rows, -1, y.cols, "rows to combine");
-  expect_matrix(returned, -1, y.cols, "returned");
-  TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
-  TESSERA_EXPECTS(!summed || rows.rows == returned.rows,
-                  "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
-  TESSERA_EXPECTS(top_k >= 1 && top_k <= warp_size, "top_k = " << top_k << ", expected 1 to 32");
-  expect_tokens(handle, max_tokens, "returned");
-  expect_top_k(handle, top_k);
-  if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
-  expect_bulk_rows(rows, "rows to combine");
-  expect_bulk_rows(returned, "returned");
-  expect_bulk_rows(plus, "rows to add");
-  expect_bulk_rows(y, "combined rows");
-  TESSERA_EXPECTS(returned.stride == returned.cols,
-                  "returned rows are " << returned.stride << " elements apart, they must be packed");
-  TESSERA_EXPECTS(handle.destinations != nullptr, "the handle has no destinations: it does not travel");
-  expect_window(comm, returned.data, returned.rows * returned.stride, "returned");
-  TESSERA_EXPECTS(max_tokens <= INT32_MAX && y.cols <= INT32_MAX, "rows of " << y.cols << " elements are too wide");
-  return max_tokens;
-}
-
-}  // namespace detail::symmetric
 
 /// Pushes this rank's routing to all ranks and sorts what arrives from them, on the communicator's side stream where it
 /// runs beside the rows. `handle.destinations` is ready for `dispatch_begin`, the lists after `exchange_routing_end`;
