@@ -22,7 +22,6 @@
 ///
 /// Every operation is a collective of the communicator, called in the same order by all ranks.
 
-#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <type_traits>
@@ -31,10 +30,9 @@
 #include <tessera/dispatch/detail/device/capacity.cuh>
 #include <tessera/dispatch/detail/device/expect_routing.cuh>
 #include <tessera/dispatch/detail/host_sized/add_rows.cuh>
-#include <tessera/dispatch/detail/host_sized/find_rows.cuh>
+#include <tessera/dispatch/detail/host_sized/exchange.cuh>
 #include <tessera/dispatch/detail/host_sized/levels.cuh>
 #include <tessera/dispatch/detail/host_sized/pack_rows.cuh>
-#include <tessera/dispatch/detail/host_sized/place_pairs.cuh>
 #include <tessera/dispatch/dispatch.cuh>
 #include <tessera/dispatch/host_sized.hpp>
 
@@ -83,93 +81,18 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                   "exchange_routing needs host_sized_lists::layout, host_sized_tables::layout of the same combine with "
                   "a router_workspace that has barrier and counts, and a handle of dispatch_handle::layout_device");
   const int num_sms = detail::expect_device("exchange_routing");
-
-  const std::int64_t own_pairs = bounds.max_tokens * bounds.top_k;
-  const std::int64_t rows = bounds.addressed_rows();
-  const token_grid tokens{grid, comm.rank(), static_cast<int>(bounds.max_tokens)};
+  const exchange_call<A> call{
+      stream, {grid, comm.rank(), static_cast<int>(bounds.max_tokens)}, bounds, options, handle, lists, tables,
+      num_sms};
   const routing<A> kept = detail::keep_within_capacity(stream, bounds, options, chosen, tables.sort, tables.capacity,
                                                        num_sms, &handle.total->capacity_drops);
-  const record_task<A> record{kept.expert_ids, kept.weights, bounds.max_tokens, bounds.num_experts,
-                              tables.records + comm.rank() * own_pairs};
-  record_routing_kernel<A><<<blocks_for(own_pairs, pair_threads), pair_threads, 0, stream.get()>>>(record);
-  detail::expect_launched("record_routing_kernel");
-  comm.all_gather(stream, static_cast<const routing_record<A>*>(record.own), tables.records, own_pairs);
-
-  std::int32_t* const pairs = lists.pairs(grid);
-  const auto counted = static_cast<std::size_t>(grid.num_ranks) * (lists.ordered() ? 4 : 1);
-  detail::check_cuda(cudaMemsetAsync(pairs, 0, counted * sizeof(*pairs), stream.get()), "cudaMemsetAsync");
-  std::int32_t* const before = lists.ordered() ? lists.pairs_before(grid) : nullptr;
-  const owner_task<A, Layout> owners{layout, tokens, bounds.top_k, tables, pairs, before};
-  find_owners_kernel<A, Layout>
-      <<<blocks_for(rows * bounds.top_k, pair_threads), pair_threads, 0, stream.get()>>>(owners);
-  detail::expect_launched("find_owners_kernel");
-
-  const number_task number{tokens,
-                           bounds.top_k,
-                           tables.slots,
-                           tables.owners_within,
-                           tables.owners_across,
-                           lists.within.places,
-                           tables.places_within,
-                           lists.across.places,
-                           tables.places_across,
-                           tables.counts};
-  const auto jobs = static_cast<unsigned>(2 * (grid.ranks_per_host + grid.hosts()));
-  number_rows_kernel<<<jobs, number_threads, 0, stream.get()>>>(number);
-  detail::expect_launched("number_rows_kernel");
-
-  const level_task within{grid.ranks_per_host, tokens.place(), tokens.rail_tokens(), tables.places_within,
-                          lists.within};
-  const level_task across{grid.hosts(), tokens.host(), grid.two_levels() ? tokens.max_tokens : 0, tables.places_across,
-                          lists.across};
-  const list_rows_task list{tokens, tables.counts, within, across};
-  const auto list_blocks = std::min(blocks_for(rows, pair_threads), static_cast<unsigned>(2 * num_sms));
-  list_rows_kernel<<<list_blocks, pair_threads, 0, stream.get()>>>(list);
-  detail::expect_launched("list_rows_kernel");
-
-  const int slots = std::max(bounds.num_local_experts, 1);
-  const sort_tables_task<A> sort{detail::make_list_plan(rows, slots, num_sms, detail::sort_scratch_bytes),
-                                 {{tables.slots, rows, bounds.top_k},
-                                  {tables.weights, rows, bounds.top_k},
-                                  {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
-                                  tables.sort,
-                                  nullptr,
-                                  options.has_capacity() ? nullptr : &handle.total->capacity_drops,  // counted already
-                                  &handle.total->received_pairs,
-                                  slots,
-                                  INT32_MAX,
-                                  {}},
-                                 tables.slots,
-                                 pairs,
-                                 grid.num_ranks,
-                                 comm.rank(),
-                                 bounds.max_tokens,
-                                 bounds.max_pairs,
-                                 options.overflow == overflow_policy::drop,
-                                 handle.total};
-  detail::launch_cooperative(stream, sort.plan, detail::list_threads, sort_tables_kernel<A>, sort,
-                             "sort_tables_kernel");
-  const resolve_task resolve{tokens, handle.expert_offsets + slots, handle.gather, within};
-  resolve_rows_kernel<<<blocks_for(bounds.max_pairs, pair_threads), pair_threads, 0, stream.get()>>>(resolve);
-  detail::expect_launched("resolve_rows_kernel");
-
-  if (lists.ordered()) {
-    const place_pairs_task place{grid.num_ranks, comm.rank(),        static_cast<int>(own_pairs), bounds.max_pairs,
-                                 before,         tables.owners_home, handle.expert_row_of,        lists.pairs_home};
-    place_pairs_kernel<<<static_cast<unsigned>(2 * grid.num_ranks), number_threads, 0, stream.get()>>>(place);
-    detail::expect_launched("place_pairs_kernel");
-  }
-
-  const std::int64_t offsets = host_sized_counts::words(grid, lists.ordered());
-  const std::int32_t* const words = read_words(stream, comm, lists.words, lists.num_words(grid));
-  for (int r = 0; r < grid.num_ranks; ++r) {
-    TESSERA_EXPECTS_AS(error, options.overflow == overflow_policy::drop || words[offsets + r] <= bounds.max_pairs,
-                       "rank " << r << " would receive " << words[offsets + r]
-                               << " pairs, which is more than its bound " << bounds.max_pairs
-                               << ": raise dispatch_options::row_bound, or choose "
-                               << "overflow_policy::drop");
-  }
-  return host_sized_counts::read(grid, comm.rank(), words, lists.ordered());
+  gather_routing(call, comm, kept);
+  find_owners(call, layout);
+  number_rows(call);
+  list_rows(call);
+  sort_pairs(call);
+  if (lists.ordered()) place_pairs(call);
+  return wait_for_counts(call, comm);
 }
 
 /// The counts of an exchange that was made before, for backward: **waits on the host** for the stream, at most for the
