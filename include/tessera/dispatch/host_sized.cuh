@@ -81,9 +81,14 @@ host_sized_counts exchange_routing(device_stream stream, Comm& comm, const Layou
                   "exchange_routing needs host_sized_lists::layout, host_sized_tables::layout of the same combine with "
                   "a router_workspace that has barrier and counts, and a handle of dispatch_handle::layout_device");
   const int num_sms = detail::expect_device("exchange_routing");
-  const exchange_call<A> call{
-      stream, {grid, comm.rank(), static_cast<int>(bounds.max_tokens)}, bounds, options, handle, lists, tables,
-      num_sms};
+  const exchange_call<A> call{.stream = stream,
+                              .tokens = {grid, comm.rank(), static_cast<int>(bounds.max_tokens)},
+                              .bounds = bounds,
+                              .options = options,
+                              .handle = handle,
+                              .lists = lists,
+                              .tables = tables,
+                              .num_sms = num_sms};
   const routing<A> kept = detail::keep_within_capacity(stream, bounds, options, chosen, tables.sort, tables.capacity,
                                                        num_sms, &handle.total->capacity_drops);
   gather_routing(call, comm, kept);
@@ -188,9 +193,16 @@ void combine_rows(device_stream stream, Comm& comm, const host_sized_counts& cou
                     std::int64_t rows, S* sums) {
                   const auto add = [&](auto to, const matrix_view<const S>& last) {
                     using to_type = std::remove_pointer_t<decltype(to.data)>;
-                    launch_add_rows<S, A, to_type>(
-                        stream,
-                        {{}, tokens, pairs, handle.expert_row_of, bounds.top_k, scale, within, across, last, to});
+                    launch_add_rows<S, A, to_type>(stream, {.plan = {},
+                                                            .tokens = tokens,
+                                                            .pairs = pairs,
+                                                            .expert_row_of = handle.expert_row_of,
+                                                            .top_k = bounds.top_k,
+                                                            .weights = scale,
+                                                            .within = within,
+                                                            .across = across,
+                                                            .plus = last,
+                                                            .sums = to});
                   };
                   if (tokens.list != nullptr) {
                     add(matrix_view<S>{sums, rows, y.cols}, {});
@@ -259,9 +271,14 @@ void return_pair_values(device_stream stream, Comm& comm, const host_sized_count
   bring_home<A>(stream, comm, counts, lists, buffers, bounds.max_tokens, home.rows, bounds.top_k,
                 [&](const token_list& tokens, const brought_rows<A>& within, const brought_rows<A>& across,
                     std::int64_t rows, A* sums) {
-                  launch_add_values<A>(stream,
-                                       {tokens, values, handle.expert_row_of, bounds.top_k, within, across,
-                                        tokens.list != nullptr ? matrix_view<A>{sums, rows, bounds.top_k} : home});
+                  const matrix_view<A> to = tokens.list != nullptr ? matrix_view<A>{sums, rows, bounds.top_k} : home;
+                  launch_add_values<A>(stream, {.tokens = tokens,
+                                                .values = values,
+                                                .expert_row_of = handle.expert_row_of,
+                                                .top_k = bounds.top_k,
+                                                .within = within,
+                                                .across = across,
+                                                .sums = to});
                 });
 }
 

@@ -27,6 +27,7 @@
 #include <tessera/comm/detail/symmetric/flags.cuh>
 #include <tessera/comm/symmetric_view.hpp>
 #include <tessera/dispatch/combine.hpp>
+#include <tessera/dispatch/detail/device/arrivals.cuh>
 #include <tessera/dispatch/detail/device/capacity.cuh>
 #include <tessera/dispatch/detail/device/expect_routing.cuh>
 #include <tessera/dispatch/detail/symmetric/launch_send.cuh>
@@ -93,37 +94,30 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   detail::launch_early(stream, "find_destinations_kernel", find_destinations_kernel<Layout>, dim3(token_blocks),
                        destination_threads, 0, layout, matrix_view<const std::int32_t>(kept.expert_ids),
                        handle.destinations);
-  push_task<A, Layout> push{view,
-                            layout,
-                            kept.expert_ids,
-                            kept.weights,
-                            bounds.max_tokens,
-                            workspace.tables,
-                            counts.data,
-                            routing_tables<A>::counts_per_rank(bounds)};
   const std::int64_t rows = bounds.addressed_rows();
-  const int slots = std::max(bounds.num_local_experts, 1);
-  arrival_task<A> sort{view,
-                       detail::make_list_plan(rows, slots, blocks_of_lists, detail::sort_scratch_bytes),
-                       {{workspace.tables.slots, rows, bounds.top_k},
-                        {workspace.tables.weights, rows, bounds.top_k},
-                        {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
-                        workspace.sort,
-                        nullptr,
-                        options.has_capacity() ? nullptr : &handle.total->capacity_drops,  // counted already
-                        &handle.total->received_pairs,
-                        slots,
-                        INT32_MAX,
-                        {}},
-                       workspace.tables.slots,
-                       workspace.tables.counts,
-                       bounds.max_tokens,
-                       bounds.max_pairs,
-                       options.overflow == overflow_policy::drop,
-                       handle.total,
-                       workspace.tables.expert_counts,
-                       sums.data,
-                       routing_tables<A>::counts_per_rank(bounds)};
+  const int num_counts = routing_tables<A>::counts_per_rank(bounds);
+  const push_task<A, Layout> push{.view = view,
+                                  .layout = layout,
+                                  .ids = kept.expert_ids,
+                                  .weights = kept.weights,
+                                  .max_tokens = bounds.max_tokens,
+                                  .tables = workspace.tables,
+                                  .expert_counts = counts.data,
+                                  .num_counts = num_counts};
+  const arrival_task<A> sort{.view = view,
+                             .plan = detail::make_list_plan(rows, std::max(bounds.num_local_experts, 1),
+                                                            blocks_of_lists, detail::sort_scratch_bytes),
+                             .lists = detail::make_arrival_lists<A>(bounds, options, workspace.tables.slots,
+                                                                    workspace.tables.weights, handle, workspace.sort),
+                             .slots = workspace.tables.slots,
+                             .counts = workspace.tables.counts,
+                             .max_tokens = bounds.max_tokens,
+                             .max_pairs = bounds.max_pairs,
+                             .drops = options.overflow == overflow_policy::drop,
+                             .total = handle.total,
+                             .expert_counts = workspace.tables.expert_counts,
+                             .sum_of_counts = sums.data,
+                             .num_counts = num_counts};
   if (push_and_sort_at_once(rows)) {
     const exchange_task<A, Layout> both{push, sort};
     detail::launch_cooperative(side, sort.plan, detail::list_threads, exchange_tables_kernel<A, Layout>, both,
@@ -212,21 +206,21 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
   const auto plan = sums_plan::make(max_tokens, row_bytes, comm.size() - 1);
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).sums;
   const bool summed = source == combine_source::summed_rows;
-  const sums_task<S, A, Out> task{comm.view(comm::symmetric_channel::sums),
-                                  rows,
-                                  handle.expert_row_of,
-                                  weights == combine_weights::routing ? handle.pair_weights : nullptr,
-                                  returned.data,
-                                  handle.destinations,
-                                  static_cast<int>(y.rows),
-                                  static_cast<int>(max_tokens),
-                                  top_k,
-                                  plan,
-                                  plan.at_home(row_bytes),
-                                  summed,
-                                  plan.senders(blocks, comm.size(), top_k, summed),
-                                  plus,
-                                  y};
+  const sums_task<S, A, Out> task{.view = comm.view(comm::symmetric_channel::sums),
+                                  .pairs = rows,
+                                  .expert_row_of = handle.expert_row_of,
+                                  .weights = weights == combine_weights::routing ? handle.pair_weights : nullptr,
+                                  .returned = returned.data,
+                                  .destinations = handle.destinations,
+                                  .num_tokens = static_cast<int>(y.rows),
+                                  .max_tokens = static_cast<int>(max_tokens),
+                                  .top_k = top_k,
+                                  .plan = plan,
+                                  .home_plan = plan.at_home(row_bytes),
+                                  .summed = summed,
+                                  .senders = plan.senders(blocks, comm.size(), top_k, summed),
+                                  .plus = plus,
+                                  .y = y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);
   detail::launch_early(stream, "send_sums_kernel", send_sums_kernel<S, A, Out>, dim3(static_cast<unsigned>(blocks)),
                        sums_threads, sums_shared_bytes, task);
@@ -267,14 +261,14 @@ void combine_pairs(device_stream stream, Comm& comm, const dispatch_handle<A>& h
                                      static_cast<std::size_t>(pairs_per_rank) * sizeof(std::int32_t), stream.get()),
                      "cudaMemsetAsync");
   const auto plan = send_plan::make(static_cast<int>(row_bytes));
-  const pairs_task task{view,
-                        reinterpret_cast<const std::byte*>(pairs.data),
-                        pairs.stride * static_cast<std::int64_t>(sizeof(S)),
-                        handle.expert_row_of,
-                        reinterpret_cast<std::byte*>(returned.rows),
-                        returned.places,
-                        pairs_per_rank,
-                        plan};
+  const pairs_task task{.view = view,
+                        .rows = reinterpret_cast<const std::byte*>(pairs.data),
+                        .row_stride = pairs.stride * static_cast<std::int64_t>(sizeof(S)),
+                        .expert_row_of = handle.expert_row_of,
+                        .returned = reinterpret_cast<std::byte*>(returned.rows),
+                        .places = returned.places,
+                        .pairs_per_rank = pairs_per_rank,
+                        .plan = plan};
   allow_shared_memory(send_pairs_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).pairs;
   send_pairs_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(plan.warps * detail::warp_size),
@@ -316,7 +310,11 @@ void return_pair_values(device_stream stream, Comm& comm, const dispatch_handle<
   if (found == pair_values_home::any)
     detail::check_cuda(cudaMemsetAsync(home.data, 0, static_cast<std::size_t>(pairs) * sizeof(A), stream.get()),
                        "cudaMemsetAsync");
-  const values_task<A> task{view, values, handle.expert_row_of, home.data, pairs};
+  const values_task<A> task{.view = view,
+                            .values = values,
+                            .expert_row_of = handle.expert_row_of,
+                            .returned = home.data,
+                            .pairs_per_rank = pairs};
   const auto blocks =
       static_cast<unsigned>(std::clamp<std::int64_t>((pairs + values_threads - 1) / values_threads, 1, 32));
   detail::launch_early(stream, "return_values_kernel", return_values_kernel<A>, dim3(blocks), values_threads, 0, task);

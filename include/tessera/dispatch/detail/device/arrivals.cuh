@@ -2,11 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <climits>
 #include <cstdint>
 
 #include <tessera/core/views.hpp>
+#include <tessera/dispatch/handle.hpp>
+#include <tessera/dispatch/options.hpp>
 #include <tessera/router/detail/device/lists.cuh>
 #include <tessera/router/detail/device/warp.cuh>
+#include <tessera/router/lists.hpp>
 
 // Tables of what arrives from all ranks, before they are sorted: pairs beyond the bound, and tables of no use.
 
@@ -63,6 +68,28 @@ __device__ void forget_pairs(const list_plan& plan, list_task<A, same_slot>& tas
     task.lists.expert_row_of[pair] = no_slot;
   }
   task.ids.rows = 0;
+}
+
+// The sort of those tables into the lists of a handle. A capacity has been counted where pairs come from.
+// @param slots `[R * max_tokens, K]` slots of this rank's experts. @param weights As many, of the pairs.
+template <class A>
+list_task<A, same_slot> make_arrival_lists(const dispatch_bounds& bounds, const dispatch_options& options,
+                                           const std::int32_t* slots, const A* weights,
+                                           const dispatch_handle<A>& handle, const router_workspace& sort) {
+  const std::int64_t rows = bounds.addressed_rows();
+  return {.ids = {slots, rows, bounds.top_k},
+          .weights = {weights, rows, bounds.top_k},
+          .lists = {.row_offsets = handle.expert_offsets,
+                    .gather = handle.gather,
+                    .expert_row_of = handle.expert_row_of,
+                    .pair_weights = handle.pair_weights},
+          .workspace = sort,
+          .counts = nullptr,
+          .dropped = options.has_capacity() ? nullptr : &handle.total->capacity_drops,
+          .kept = &handle.total->received_pairs,
+          .num_slots = std::max(bounds.num_local_experts, 1),
+          .capacity = INT32_MAX,
+          .slot_of = {}};
 }
 
 }  // namespace detail

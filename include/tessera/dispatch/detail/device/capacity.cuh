@@ -52,19 +52,19 @@ routing<A> keep_within_capacity(device_stream stream, const dispatch_bounds& bou
   const auto capacity = static_cast<int>(options.capacity(pairs, bounds.num_experts));
   const layout::block all(bounds.num_experts, 1);
   const sort_task<A, layout::block> task{
-      make_list_plan(chosen.expert_ids.rows, bounds.num_experts, blocks, sort_scratch_bytes),
-      {chosen.expert_ids,
-       chosen.weights,
-       room.lists,
-       sort,
-       nullptr,
-       dropped,
-       nullptr,
-       bounds.num_experts,
-       by_weight ? INT32_MAX : capacity,
-       {all},
-       by_weight ? INT32_MAX : 0},  // rows by position are only counted
-      nullptr};
+      .plan = make_list_plan(chosen.expert_ids.rows, bounds.num_experts, blocks, sort_scratch_bytes),
+      .lists = {.ids = chosen.expert_ids,
+                .weights = chosen.weights,
+                .lists = room.lists,
+                .workspace = sort,
+                .counts = nullptr,
+                .dropped = dropped,
+                .kept = nullptr,
+                .num_slots = bounds.num_experts,
+                .capacity = by_weight ? INT32_MAX : capacity,
+                .slot_of = {all},
+                .max_rows = by_weight ? INT32_MAX : 0},  // rows by position are only counted
+      .total = nullptr};
   launch_cooperative(stream, task.plan, list_threads, sort_pairs_kernel<A, layout::block>, task, "sort_pairs_kernel");
   if (by_weight) drop_light_pairs(stream, chosen.expert_ids, room.lists, bounds.num_experts, capacity, dropped);
   if (pairs > 0) {

@@ -3,13 +3,13 @@
 #pragma once
 
 #include <algorithm>
-#include <climits>
 #include <cstddef>
 #include <cstdint>
 
 #include <tessera/core/detail/launch.cuh>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
+#include <tessera/dispatch/detail/device/arrivals.cuh>
 #include <tessera/dispatch/detail/host_sized/find_rows.cuh>
 #include <tessera/dispatch/detail/host_sized/levels.cuh>
 #include <tessera/dispatch/detail/host_sized/place_pairs.cuh>
@@ -41,11 +41,18 @@ struct exchange_call {
   // [3, R], null where pairs do not go straight home
   std::int32_t* pairs_before() const { return lists.ordered() ? lists.pairs_before(tokens.grid) : nullptr; }
   level_task within() const {
-    return {tokens.grid.ranks_per_host, tokens.place(), tokens.rail_tokens(), tables.places_within, lists.within};
+    return {.ranks = tokens.grid.ranks_per_host,
+            .own = tokens.place(),
+            .tokens = tokens.rail_tokens(),
+            .placed = tables.places_within,
+            .lists = lists.within};
   }
   level_task across() const {
-    return {tokens.grid.hosts(), tokens.host(), tokens.grid.two_levels() ? tokens.max_tokens : 0, tables.places_across,
-            lists.across};
+    return {.ranks = tokens.grid.hosts(),
+            .own = tokens.host(),
+            .tokens = tokens.grid.two_levels() ? tokens.max_tokens : 0,
+            .placed = tables.places_across,
+            .lists = lists.across};
   }
 };
 
@@ -53,8 +60,11 @@ struct exchange_call {
 template <class Comm, class A>
 void gather_routing(const exchange_call<A>& call, Comm& comm, const routing<A>& kept) {
   const std::int64_t own_pairs = call.pairs_per_rank();
-  const record_task<A> record{kept.expert_ids, kept.weights, call.bounds.max_tokens, call.bounds.num_experts,
-                              call.tables.records + comm.rank() * own_pairs};
+  const record_task<A> record{.ids = kept.expert_ids,
+                              .weights = kept.weights,
+                              .max_tokens = call.bounds.max_tokens,
+                              .num_experts = call.bounds.num_experts,
+                              .own = call.tables.records + comm.rank() * own_pairs};
   record_routing_kernel<A><<<blocks_for(own_pairs, pair_threads), pair_threads, 0, call.stream.get()>>>(record);
   expect_launched("record_routing_kernel");
   comm.all_gather(call.stream, static_cast<const routing_record<A>*>(record.own), call.tables.records, own_pairs);
@@ -67,7 +77,12 @@ void find_owners(const exchange_call<A>& call, const Layout& layout) {
   std::int32_t* const pairs = call.lists.pairs(grid);
   const auto counted = static_cast<std::size_t>(grid.num_ranks) * (call.lists.ordered() ? 4 : 1);
   check_cuda(cudaMemsetAsync(pairs, 0, counted * sizeof(*pairs), call.stream.get()), "cudaMemsetAsync");
-  const owner_task<A, Layout> owners{layout, call.tokens, call.bounds.top_k, call.tables, pairs, call.pairs_before()};
+  const owner_task<A, Layout> owners{.layout = layout,
+                                     .tokens = call.tokens,
+                                     .top_k = call.bounds.top_k,
+                                     .tables = call.tables,
+                                     .pairs = pairs,
+                                     .before = call.pairs_before()};
   const std::int64_t pairs_of_all = call.bounds.addressed_rows() * call.bounds.top_k;
   find_owners_kernel<A, Layout><<<blocks_for(pairs_of_all, pair_threads), pair_threads, 0, call.stream.get()>>>(owners);
   expect_launched("find_owners_kernel");
@@ -77,16 +92,16 @@ void find_owners(const exchange_call<A>& call, const Layout& layout) {
 template <class A>
 void number_rows(const exchange_call<A>& call) {
   const host_grid& grid = call.tokens.grid;
-  const number_task number{call.tokens,
-                           call.bounds.top_k,
-                           call.tables.slots,
-                           call.tables.owners_within,
-                           call.tables.owners_across,
-                           call.lists.within.places,
-                           call.tables.places_within,
-                           call.lists.across.places,
-                           call.tables.places_across,
-                           call.tables.counts};
+  const number_task number{.tokens = call.tokens,
+                           .top_k = call.bounds.top_k,
+                           .slots = call.tables.slots,
+                           .owners_within = call.tables.owners_within,
+                           .owners_across = call.tables.owners_across,
+                           .sent_within = call.lists.within.places,
+                           .placed_within = call.tables.places_within,
+                           .sent_across = call.lists.across.places,
+                           .placed_across = call.tables.places_across,
+                           .counts = call.tables.counts};
   const auto jobs = static_cast<unsigned>(2 * (grid.ranks_per_host + grid.hosts()));
   number_rows_kernel<<<jobs, number_threads, 0, call.stream.get()>>>(number);
   expect_launched("number_rows_kernel");
@@ -106,27 +121,18 @@ void list_rows(const exchange_call<A>& call) {
 template <class A>
 void sort_pairs(const exchange_call<A>& call) {
   const auto& [stream, tokens, bounds, options, handle, lists, tables, num_sms] = call;
-  const std::int64_t rows = bounds.addressed_rows();
   const int slots = call.num_slots();
-  const sort_tables_task<A> sort{make_list_plan(rows, slots, num_sms, sort_scratch_bytes),
-                                 {{tables.slots, rows, bounds.top_k},
-                                  {tables.weights, rows, bounds.top_k},
-                                  {handle.expert_offsets, handle.gather, handle.expert_row_of, handle.pair_weights},
-                                  tables.sort,
-                                  nullptr,
-                                  options.has_capacity() ? nullptr : &handle.total->capacity_drops,  // counted already
-                                  &handle.total->received_pairs,
-                                  slots,
-                                  INT32_MAX,
-                                  {}},
-                                 tables.slots,
-                                 lists.pairs(tokens.grid),
-                                 tokens.grid.num_ranks,
-                                 tokens.rank,
-                                 bounds.max_tokens,
-                                 bounds.max_pairs,
-                                 options.overflow == overflow_policy::drop,
-                                 handle.total};
+  const sort_tables_task<A> sort{
+      .plan = make_list_plan(bounds.addressed_rows(), slots, num_sms, sort_scratch_bytes),
+      .lists = make_arrival_lists<A>(bounds, options, tables.slots, tables.weights, handle, tables.sort),
+      .slots = tables.slots,
+      .pairs = lists.pairs(tokens.grid),
+      .num_ranks = tokens.grid.num_ranks,
+      .rank = tokens.rank,
+      .max_tokens = bounds.max_tokens,
+      .max_pairs = bounds.max_pairs,
+      .drops = options.overflow == overflow_policy::drop,
+      .total = handle.total};
   launch_cooperative(stream, sort.plan, list_threads, sort_tables_kernel<A>, sort, "sort_tables_kernel");
   const resolve_task resolve{tokens, handle.expert_offsets + slots, handle.gather, call.within()};
   resolve_rows_kernel<<<blocks_for(bounds.max_pairs, pair_threads), pair_threads, 0, stream.get()>>>(resolve);
@@ -137,14 +143,14 @@ void sort_pairs(const exchange_call<A>& call) {
 template <class A>
 void place_pairs(const exchange_call<A>& call) {
   const int ranks = call.tokens.grid.num_ranks;
-  const place_pairs_task place{ranks,
-                               call.tokens.rank,
-                               static_cast<int>(call.pairs_per_rank()),
-                               call.bounds.max_pairs,
-                               call.pairs_before(),
-                               call.tables.owners_home,
-                               call.handle.expert_row_of,
-                               call.lists.pairs_home};
+  const place_pairs_task place{.num_ranks = ranks,
+                               .rank = call.tokens.rank,
+                               .pairs_per_rank = static_cast<int>(call.pairs_per_rank()),
+                               .max_pairs = call.bounds.max_pairs,
+                               .before = call.pairs_before(),
+                               .owners = call.tables.owners_home,
+                               .expert_row_of = call.handle.expert_row_of,
+                               .lists = call.lists.pairs_home};
   place_pairs_kernel<<<static_cast<unsigned>(2 * ranks), number_threads, 0, call.stream.get()>>>(place);
   expect_launched("place_pairs_kernel");
 }

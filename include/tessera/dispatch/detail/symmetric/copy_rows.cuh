@@ -259,9 +259,20 @@ void sum_and_copy(device_stream stream, const Comm& comm, int streams, int num_c
   expect_launched("enter_kernel");
   for (int i = 1; i < streams; ++i) follow(comm, first, comm.copy_stream(i));
 
-  const sum_rows_task<S, A, S> away{
-      view,    {}, task.rows, task.expert_row_of, task.weights, task.top_k, task.summed, task.max_tokens, 0, 0, nullptr,
-      nullptr, {}, outgoing};
+  const sum_rows_task<S, A, S> away{.view = view,
+                                    .plan = {},
+                                    .rows = task.rows,
+                                    .expert_row_of = task.expert_row_of,
+                                    .weights = task.weights,
+                                    .top_k = task.top_k,
+                                    .summed = task.summed,
+                                    .max_tokens = task.max_tokens,
+                                    .first = 0,
+                                    .end = 0,
+                                    .returned = nullptr,
+                                    .destinations = nullptr,
+                                    .plus = {},
+                                    .y = outgoing};
   const S* const block = returned + view.rank * max_tokens * task.y.cols;
   const auto chunks = static_cast<int>((max_tokens + chunk_tokens - 1) / chunk_tokens);
   for (int c = 0; c <= chunks; ++c) {

@@ -31,17 +31,17 @@ void launch_send_and_expand(device_stream stream, Comm& comm, const dispatch_han
   const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
 
   send_parts_task send{};
-  static_cast<send_task&>(send) = {rows_view(comm),
-                                   reinterpret_cast<const std::byte*>(x.data),
-                                   bytes(x.stride),
-                                   x.rows,
-                                   handle.destinations,
-                                   false,
-                                   reinterpret_cast<std::byte*>(received.data),
-                                   bytes(received.stride),
-                                   handle.max_tokens,
-                                   plan,
-                                   false};
+  static_cast<send_task&>(send) = {.view = rows_view(comm),
+                                   .rows = reinterpret_cast<const std::byte*>(x.data),
+                                   .row_stride = bytes(x.stride),
+                                   .num_rows = x.rows,
+                                   .destinations = handle.destinations,
+                                   .sends_own = false,
+                                   .received = reinterpret_cast<std::byte*>(received.data),
+                                   .received_stride = bytes(received.stride),
+                                   .max_tokens = handle.max_tokens,
+                                   .plan = plan,
+                                   .awaits = false};
   send.parts = comm.view(comm::symmetric_channel::parts);
   send.part_tokens = tokens_of_part(handle.max_tokens);
   const int send_bytes = send_parts_shared_bytes(plan);

@@ -53,17 +53,17 @@ void launch_send(device_stream stream, Comm& comm, const std::uint32_t* destinat
   const int num_sms = expect_sm90("dispatch");
   const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(S)); };
   const auto plan = send_plan::make(static_cast<int>(bytes(x.cols)));
-  const send_task task{rows_view(comm),
-                       reinterpret_cast<const std::byte*>(x.data),
-                       bytes(x.stride),
-                       x.rows,
-                       destinations,
-                       sends_own,
-                       reinterpret_cast<std::byte*>(received.data),
-                       bytes(received.stride),
-                       received.rows / comm.size(),
-                       plan,
-                       awaits_in_sender(bytes(received.rows * received.stride))};
+  const send_task task{.view = rows_view(comm),
+                       .rows = reinterpret_cast<const std::byte*>(x.data),
+                       .row_stride = bytes(x.stride),
+                       .num_rows = x.rows,
+                       .destinations = destinations,
+                       .sends_own = sends_own,
+                       .received = reinterpret_cast<std::byte*>(received.data),
+                       .received_stride = bytes(received.stride),
+                       .max_tokens = received.rows / comm.size(),
+                       .plan = plan,
+                       .awaits = awaits_in_sender(bytes(received.rows * received.stride))};
   allow_shared_memory(send_rows_kernel, plan.shared_bytes());
   const int blocks = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).rows;
   launch_early(stream, "send_rows_kernel", send_rows_kernel, dim3(static_cast<unsigned>(blocks)),

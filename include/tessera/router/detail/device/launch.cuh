@@ -68,10 +68,19 @@ void route_on_device(device_stream stream, const router<Score, Select, Weigh, Ba
     TESSERA_EXPECTS(workspace.barrier != nullptr && workspace.block_counts != nullptr,
                     "sorting on the device needs a router_workspace with a barrier and counts of blocks");
     task.has_lists = true;
-    task.lists = {out.expert_ids, out.weights, *lists,      workspace, counts.data,
-                  nullptr,        nullptr,     num_experts, INT32_MAX, same_slot{}};
-    task.lists.stashed_ids = out.expert_ids;
-    task.lists.stashed_weights = out.weights;
+    task.lists = list_task<A, same_slot>{.ids = out.expert_ids,
+                                         .weights = out.weights,
+                                         .lists = *lists,
+                                         .workspace = workspace,
+                                         .counts = counts.data,
+                                         .dropped = nullptr,
+                                         .kept = nullptr,
+                                         .num_slots = num_experts,
+                                         .capacity = INT32_MAX,
+                                         .slot_of = same_slot{},
+                                         .max_rows = INT32_MAX,
+                                         .stashed_ids = out.expert_ids,
+                                         .stashed_weights = out.weights};
   } else if (counts.data != nullptr) {
     check_cuda(
         cudaMemsetAsync(counts.data, 0, static_cast<std::size_t>(num_experts) * sizeof(std::int64_t), stream.get()),
