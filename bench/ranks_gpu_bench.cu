@@ -148,7 +148,7 @@ struct exchange_case {
     const auto from = source == ts::combine_source::expert_rows
                           ? ts::matrix_view<const bfloat16>{pairs.data(), bounds.max_pairs, shape.d}
                           : ts::matrix_view<const bfloat16>(received);
-    ts::combine_rows(stream, comm, handle, ts::combine_weights::routing, source, from, returned, shape.K,
+    ts::combine_rows(stream, comm, handle, ts::combine_weights::routing, source, from, returned,
                      ts::matrix_view<const bfloat16>{}, ts::matrix_view<bfloat16>{y.data(), shape.T, shape.d}, how,
                      outgoing);
   }
@@ -253,7 +253,7 @@ struct host_sized_case : exchange_case {
       ts::combine_pairs(stream, comm.over(), counts, lists, bounds, outputs,
                         ts::matrix_view<const float>{weights.data(), shape.T, shape.K}, {}, sums, buffers);
     else
-      ts::combine_rows(stream, comm.over(), counts, lists, handle, bounds, ts::combine_weights::routing, outputs,
+      ts::combine_rows(stream, comm.over(), counts, lists, handle, ts::combine_weights::routing, outputs,
                        ts::matrix_view<const bfloat16>{}, sums, buffers);
   }
 

@@ -281,7 +281,7 @@ class rank_chain {
       ts::combine_pairs(stream, rank_, a_.handle, pairs, returned_pairs_, chosen.weights, nothing, y);
     } else {
       ts::combine_rows(stream, rank_, a_.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
-                       returned_, top_k, nothing, y);
+                       returned_, nothing, y);
     }
     if (until == phase::values) return;
     ts::return_pair_values(stream, rank_, a_.handle, a_.values, home_values_);

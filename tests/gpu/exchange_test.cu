@@ -234,13 +234,13 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
   };
   const ts::matrix_view<const bf16> nothing{};
   ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
-                   returned, c.top_k, plus, y);
+                   returned, plus, y);
   check_sums("weighted sum", true, false, true);
   ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs, returned,
-                   c.top_k, nothing, y);
+                   nothing, y);
   check_sums("plain sum", false, false, false);
   ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
-                   received, c.top_k, plus, y);
+                   received, plus, y);
   check_sums("weighted sum where rows had arrived", true, false, true);
 
   // pairs that are added at home, in the order of k
@@ -277,7 +277,7 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
   }
   put(rank, m.summed, sums);
   ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::summed_rows,
-                   ts::matrix_view<const bf16>{m.summed, rows, c.hidden}, returned, c.top_k, plus, y);
+                   ts::matrix_view<const bf16>{m.summed, rows, c.hidden}, returned, plus, y);
   check_sums("sum of sums", true, true, true);
 
   std::vector<float> values;
@@ -464,7 +464,6 @@ TEST_CASE("arrays that are not of the handle's sizes are refused with both numbe
   const ts::matrix_view<bf16> y{m.y, 28, c.hidden};
   const ts::matrix_view<const bf16> nothing{};
   const ts::matrix_view<bf16> fewer{m.received, 58, c.hidden};
-  const ts::matrix_view<bf16> fitting{m.returned, 60, c.hidden};
   refused("received has room for 29 tokens of a rank, the handle is of max_tokens = 30",
           [&] { ts::dispatch_begin(stream, rank, m.handle, x, fewer); });
   const auto expand = [&](ts::matrix_view<bf16> received, ts::matrix_view<bf16> expanded) {
@@ -475,12 +474,11 @@ TEST_CASE("arrays that are not of the handle's sizes are refused with both numbe
   });
   refused("expanded rows", [&] { expand({m.received, 60, c.hidden}, {m.expanded, m.bounds.max_pairs, 56}); });
   refused("expanded rows", [&] { expand({m.received, 60, c.hidden}, {m.expanded + 1, 10, c.hidden}); });
-  const auto combine = [&](ts::matrix_view<bf16> returned, int top_k) {
+  const auto combine = [&](ts::matrix_view<bf16> returned) {
     ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs,
-                     returned, top_k, nothing, y);
+                     returned, nothing, y);
   };
-  refused("returned has room for 29 tokens", [&] { combine(fewer, c.top_k); });
-  refused("top_k = 3, the handle is of top_k = 4", [&] { combine(fitting, 3); });
+  refused("returned has room for 29 tokens", [&] { combine(fewer); });
   refused("top_k = 5, the handle is of top_k = 4", [&] {
     ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs, ts::matrix_view<const float>{nullptr, 28, 5},
                       nothing, y);
@@ -581,7 +579,7 @@ TEST_CASE("a rank that does not come is an error of the others within the timeou
       }
       ts::combine_rows(rank.stream(), rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows,
                        ts::matrix_view<const bf16>{m.pairs, m.bounds.max_pairs, c.hidden},
-                       ts::matrix_view<bf16>{m.returned, rows, c.hidden}, c.top_k, ts::matrix_view<const bf16>{},
+                       ts::matrix_view<bf16>{m.returned, rows, c.hidden}, ts::matrix_view<const bf16>{},
                        ts::matrix_view<bf16>{m.y, c.tokens[me], c.hidden});
       require(cudaStreamSynchronize(rank.stream().get()), "cudaStreamSynchronize");
       const auto offsets =

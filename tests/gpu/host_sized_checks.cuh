@@ -111,7 +111,7 @@ class host_sized_rank {
   }
   void combine(const ts::host_sized_counts& counts, ts::combine_weights weights, bool with_plus) {
     const ts::matrix_view<const bf16> plus{with_plus ? plus_ : nullptr, tokens(), c_.hidden};
-    ts::combine_rows(stream_, comm_, counts, lists_, handle_, bounds_, weights,
+    ts::combine_rows(stream_, comm_, counts, lists_, handle_, weights,
                      ts::matrix_view<const bf16>{pairs_, bounds_.max_pairs, c_.hidden}, plus,
                      ts::matrix_view<bf16>{y_, tokens(), c_.hidden}, buffers_);
   }
@@ -267,7 +267,7 @@ class host_sized_rank {
       values.push_back(value(me, static_cast<std::int32_t>(i)));
     }
     put(values_, values);
-    ts::return_pair_values(stream_, comm_, counts, lists_, handle_, bounds_, values_,
+    ts::return_pair_values(stream_, comm_, counts, lists_, handle_, values_,
                            ts::matrix_view<float>{home_, tokens(), c_.top_k}, buffers_);
     const auto home = get(home_, static_cast<std::size_t>(tokens() * c_.top_k));
     for (std::size_t pair = 0; pair < home.size(); ++pair) {

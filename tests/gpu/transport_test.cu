@@ -226,7 +226,7 @@ class rank_case {
                ts::matrix_view<const bf16> rows, ts::matrix_view<const bf16> plus, bf16* y) {
     const ts::matrix_view<bf16> returned{returned_, bounds_.addressed_rows(), p_.hidden};
     const ts::matrix_view<bf16> outgoing{outgoing_, ts::outgoing_rows(how, bounds_), p_.hidden};
-    ts::combine_rows(rank_.stream(), rank_, handle_, weights, source, rows, returned, p_.top_k, plus,
+    ts::combine_rows(rank_.stream(), rank_, handle_, weights, source, rows, returned, plus,
                      ts::matrix_view<bf16>{y, tokens_, p_.hidden}, how, outgoing);
   }
   ts::matrix_view<const bf16> plus() const { return {plus_, tokens_, p_.hidden}; }

@@ -169,7 +169,6 @@ void dispatch_rows(device_stream stream, Comm& comm, const host_sized_counts& co
 /// @param counts     From `exchange_routing` or `read_counts`.
 /// @param lists      From `exchange_routing`.
 /// @param handle     From `exchange_routing`.
-/// @param bounds     As there.
 /// @param weights    Whether rows are multiplied by their routing weights.
 /// @param pairs      `[>= received_pairs, d]` outputs of experts in the order of the handle's rows.
 /// @param plus       `[T, d]` added in the end, such as outputs of shared experts; without data nothing is added.
@@ -177,18 +176,18 @@ void dispatch_rows(device_stream stream, Comm& comm, const host_sized_counts& co
 /// @param buffers    Scratch, laid out for rows of at least these bytes.
 template <host_sized_communicator Comm, class A, class S, class Out>
 void combine_rows(device_stream stream, Comm& comm, const host_sized_counts& counts, const host_sized_lists& lists,
-                  const dispatch_handle<A>& handle, const dispatch_bounds& bounds, combine_weights weights,
-                  matrix_view<const S> pairs, matrix_view<const S> plus, matrix_view<Out> y,
-                  const host_sized_buffers& buffers) {
+                  const dispatch_handle<A>& handle, combine_weights weights, matrix_view<const S> pairs,
+                  matrix_view<const S> plus, matrix_view<Out> y, const host_sized_buffers& buffers) {
   using namespace detail::host_sized;
   expect_no_capture(stream, "combine");
   expect_counts(counts, comm.size(), comm.rank());
   expect_matrix(pairs, -1, y.cols, "rows to combine");
-  TESSERA_EXPECTS(y.rows <= bounds.max_tokens, y.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
+  TESSERA_EXPECTS(y.rows <= handle.max_tokens,
+                  y.rows << " tokens, the handle is of max_tokens = " << handle.max_tokens);
   if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
   static_cast<void>(detail::expect_device("combine"));
   const A* const scale = weights == combine_weights::routing ? handle.pair_weights : nullptr;
-  bring_home<S>(stream, comm, counts, lists, buffers, bounds.max_tokens, y.rows, y.cols,
+  bring_home<S>(stream, comm, counts, lists, buffers, handle.max_tokens, y.rows, y.cols,
                 [&](const token_list& tokens, const brought_rows<S>& within, const brought_rows<S>& across,
                     std::int64_t rows, S* sums) {
                   const auto add = [&](auto to, const matrix_view<const S>& last) {
@@ -197,7 +196,7 @@ void combine_rows(device_stream stream, Comm& comm, const host_sized_counts& cou
                                                             .tokens = tokens,
                                                             .pairs = pairs,
                                                             .expert_row_of = handle.expert_row_of,
-                                                            .top_k = bounds.top_k,
+                                                            .top_k = handle.top_k,
                                                             .weights = scale,
                                                             .within = within,
                                                             .across = across,
@@ -253,29 +252,28 @@ void combine_pairs(device_stream stream, Comm& comm, const host_sized_counts& co
 /// @param counts  From `exchange_routing` or `read_counts`.
 /// @param lists   From `exchange_routing`.
 /// @param handle  From `exchange_routing`.
-/// @param bounds  As there.
 /// @param values  `[received_pairs]`.
 /// @param home    `[T, K]`, overwritten.
 /// @param buffers Scratch, laid out for rows of at least K numbers.
 template <host_sized_communicator Comm, class A>
 void return_pair_values(device_stream stream, Comm& comm, const host_sized_counts& counts,
-                        const host_sized_lists& lists, const dispatch_handle<A>& handle, const dispatch_bounds& bounds,
+                        const host_sized_lists& lists, const dispatch_handle<A>& handle,
                         const std::type_identity_t<A>* values, matrix_view<std::type_identity_t<A>> home,
                         const host_sized_buffers& buffers) {
   using namespace detail::host_sized;
   expect_no_capture(stream, "return_pair_values");
   expect_counts(counts, comm.size(), comm.rank());
-  expect_matrix(home, -1, bounds.top_k, "pair values");
-  TESSERA_EXPECTS(home.rows <= bounds.max_tokens,
-                  home.rows << " tokens, the bound max_tokens is " << bounds.max_tokens);
-  bring_home<A>(stream, comm, counts, lists, buffers, bounds.max_tokens, home.rows, bounds.top_k,
+  expect_matrix(home, -1, handle.top_k, "pair values");
+  TESSERA_EXPECTS(home.rows <= handle.max_tokens,
+                  home.rows << " tokens, the handle is of max_tokens = " << handle.max_tokens);
+  bring_home<A>(stream, comm, counts, lists, buffers, handle.max_tokens, home.rows, handle.top_k,
                 [&](const token_list& tokens, const brought_rows<A>& within, const brought_rows<A>& across,
                     std::int64_t rows, A* sums) {
-                  const matrix_view<A> to = tokens.list != nullptr ? matrix_view<A>{sums, rows, bounds.top_k} : home;
+                  const matrix_view<A> to = tokens.list != nullptr ? matrix_view<A>{sums, rows, handle.top_k} : home;
                   launch_add_values<A>(stream, {.tokens = tokens,
                                                 .values = values,
                                                 .expert_row_of = handle.expert_row_of,
-                                                .top_k = bounds.top_k,
+                                                .top_k = handle.top_k,
                                                 .within = within,
                                                 .across = across,
                                                 .sums = to});

@@ -185,22 +185,21 @@ enum class combine_source {
 /// to it, or zeros.
 /// @param stream   Where the work is enqueued.
 /// @param comm     R ranks; its budget of SMs, or all, are used.
-/// @param handle   From `exchange_routing`.
+/// @param handle   From `exchange_routing`, of top_k <= 32.
 /// @param weights  Whether expert rows are multiplied by their routing weights; not used for summed rows.
 /// @param source   What `rows` are.
 /// @param rows     See `combine_source`; d, the rows' distance and the address are multiples of 16 bytes.
 /// @param returned `[R * max_tokens, d]` in the window, packed: scratch that peers write, from when this stream comes
 /// here. Unless it is `rows`, it may be what rows were dispatched to, on all ranks or on none.
-/// @param top_k    K, at most 32.
 /// @param plus     `[T, d]` added in the end, such as outputs of shared experts; without data nothing is added.
 /// @param y        `[T, d]`, overwritten.
 template <peer_communicator Comm, class A, class S, class Out>
 void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, combine_weights weights,
-                  combine_source source, matrix_view<const S> rows, matrix_view<S> returned, int top_k,
-                  matrix_view<const S> plus, matrix_view<Out> y) {
+                  combine_source source, matrix_view<const S> rows, matrix_view<S> returned, matrix_view<const S> plus,
+                  matrix_view<Out> y) {
   using namespace detail::symmetric;
   const std::int64_t max_tokens =
-      expect_combine(comm, handle, source == combine_source::summed_rows, rows, returned, top_k, plus, y);
+      expect_combine(comm, handle, source == combine_source::summed_rows, rows, returned, plus, y);
   const int num_sms = expect_sm90("combine");
   const std::int64_t row_bytes = y.cols * static_cast<std::int64_t>(sizeof(S));
   const auto plan = sums_plan::make(max_tokens, row_bytes, comm.size() - 1);
@@ -214,11 +213,11 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
                                   .destinations = handle.destinations,
                                   .num_tokens = static_cast<int>(y.rows),
                                   .max_tokens = static_cast<int>(max_tokens),
-                                  .top_k = top_k,
+                                  .top_k = handle.top_k,
                                   .plan = plan,
                                   .home_plan = plan.at_home(row_bytes),
                                   .summed = summed,
-                                  .senders = plan.senders(blocks, comm.size(), top_k, summed),
+                                  .senders = plan.senders(blocks, comm.size(), handle.top_k, summed),
                                   .plus = plus,
                                   .y = y};
   allow_shared_memory(send_sums_kernel<S, A, Out>, sums_shared_bytes);

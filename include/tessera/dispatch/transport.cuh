@@ -56,12 +56,11 @@ matrix_view<const S> dispatch_end(device_stream stream, Comm& comm, matrix_view<
 /// parameters these are.
 /// @param stream    Where the work is enqueued.
 /// @param comm      R ranks.
-/// @param handle    From `exchange_routing`.
+/// @param handle    From `exchange_routing`, of top_k <= 32.
 /// @param weights   Whether expert rows are multiplied by their routing weights; not used for summed rows.
 /// @param source    What `rows` are.
 /// @param rows      See `combine_source`.
 /// @param returned  `[R * max_tokens, d]` in the window, packed: scratch that peers write.
-/// @param top_k     K, at most 32.
 /// @param plus      `[T, d]` added in the end; without data nothing is added.
 /// @param y         `[T, d]`, overwritten.
 /// @param transport The same on all ranks.
@@ -70,17 +69,16 @@ matrix_view<const S> dispatch_end(device_stream stream, Comm& comm, matrix_view<
 /// @throws invalid_argument if shapes or memory do not fit, or the communicator has too few streams of copies.
 template <peer_communicator Comm, class A, class S, class Out, transport_policy Transport>
 void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& handle, combine_weights weights,
-                  combine_source source, matrix_view<const S> rows, matrix_view<S> returned, int top_k,
-                  matrix_view<const S> plus, matrix_view<Out> y, const Transport& transport,
-                  matrix_view<S> outgoing = {}) {
+                  combine_source source, matrix_view<const S> rows, matrix_view<S> returned, matrix_view<const S> plus,
+                  matrix_view<Out> y, const Transport& transport, matrix_view<S> outgoing = {}) {
   if constexpr (std::is_same_v<Transport, transport::automatic>) {
     detail::symmetric::with_policy(transport.combine(), transport, [&](const auto& policy) {
-      combine_rows(stream, comm, handle, weights, source, rows, returned, top_k, plus, y, policy, outgoing);
+      combine_rows(stream, comm, handle, weights, source, rows, returned, plus, y, policy, outgoing);
     });
   } else if constexpr (std::is_same_v<Transport, transport::copy_engines>) {
     using namespace detail::symmetric;
     const bool summed = source == combine_source::summed_rows;
-    const std::int64_t max_tokens = expect_combine(comm, handle, summed, rows, returned, top_k, plus, y);
+    const std::int64_t max_tokens = expect_combine(comm, handle, summed, rows, returned, plus, y);
     expect_copy_streams(comm, transport.streams, transport.streams);
     TESSERA_EXPECTS(
         transport.chunks >= 1 && transport.chunks <= comm::max_symmetric_chunks,
@@ -98,7 +96,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
     task.rows = rows;
     task.expert_row_of = handle.expert_row_of;
     task.weights = weights == combine_weights::routing ? handle.pair_weights : nullptr;
-    task.top_k = top_k;
+    task.top_k = handle.top_k;
     task.summed = summed;
     task.max_tokens = max_tokens;
     task.returned = returned.data;
@@ -107,7 +105,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
     task.y = y;
     sum_and_copy(stream, comm, transport.streams, transport.chunks, task, returned.data, outgoing);
   } else {
-    combine_rows(stream, comm, handle, weights, source, rows, returned, top_k, plus, y);
+    combine_rows(stream, comm, handle, weights, source, rows, returned, plus, y);
   }
 }
 

@@ -78,7 +78,7 @@ std::int64_t expect_dispatch(const Comm& comm, const matrix_view<const S>& x, co
 // What every transport of a combine asks of its rows. @return max_tokens.
 template <class Comm, class A, class S, class Out>
 std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, bool summed,
-                            const matrix_view<const S>& rows, const matrix_view<S>& returned, int top_k,
+                            const matrix_view<const S>& rows, const matrix_view<S>& returned,
                             const matrix_view<const S>& plus, const matrix_view<Out>& y) {
   const std::int64_t max_tokens = tokens_of(returned.rows, comm.size(), "returned");
   expect_matrix(rows, -1, y.cols, "rows to combine");
@@ -86,9 +86,9 @@ std::int64_t expect_combine(const Comm& comm, const dispatch_handle<A>& handle, 
   TESSERA_EXPECTS(y.rows <= max_tokens, y.rows << " tokens, there is room for " << max_tokens << " of each rank");
   TESSERA_EXPECTS(!summed || rows.rows == returned.rows,
                   "summed rows: " << rows.rows << " rows, expected one for each of " << returned.rows << " tokens");
-  TESSERA_EXPECTS(top_k >= 1 && top_k <= warp_size, "top_k = " << top_k << ", expected 1 to 32");
+  TESSERA_EXPECTS(handle.top_k >= 1 && handle.top_k <= warp_size,
+                  "the handle is of top_k = " << handle.top_k << ", expected 1 to 32");
   expect_tokens(handle, max_tokens, "returned");
-  expect_top_k(handle, top_k);
   if (plus.data != nullptr) expect_matrix(plus, y.rows, y.cols, "rows to add");
   expect_bulk_rows(rows, "rows to combine");
   expect_bulk_rows(returned, "returned");

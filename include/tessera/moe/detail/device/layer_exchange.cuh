@@ -271,14 +271,13 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
       if (!weighted) weights.data = nullptr;
       combine_pairs(stream_, comm_, counts_of(saved), saved.lists, plan_.bounds, pairs, weights, plus, y, buffers_);
     } else {
-      combine_rows(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds,
+      combine_rows(stream_, comm_, counts_of(saved), saved.lists, saved.handle,
                    weighted ? combine_weights::routing : combine_weights::none, pairs, plus, y, buffers_);
     }
   }
 
   void values_home(const layer_saved<Layer>& saved, const A* values, matrix_view<A> home) {
-    return_pair_values(stream_, comm_, counts_of(saved), saved.lists, saved.handle, plan_.bounds, values, home,
-                       buffers_);
+    return_pair_values(stream_, comm_, counts_of(saved), saved.lists, saved.handle, values, home, buffers_);
   }
 
  private:
@@ -361,8 +360,8 @@ class layer_exchange<Layer, exchange_kind::peers> {
       combine_pairs(stream_, comm_, saved.handle, pairs, returned, weights, plus, y);
     } else {
       combine_rows(stream_, comm_, saved.handle, weighted ? combine_weights::routing : combine_weights::none,
-                   combine_source::expert_rows, pairs, view(returned.rows), layer_.dims().top_k, plus, y,
-                   plan_.transport, matrix_view<S>{returned.outgoing, plan_.rows_outgoing(), layer_.dims().hidden});
+                   combine_source::expert_rows, pairs, view(returned.rows), plus, y, plan_.transport,
+                   matrix_view<S>{returned.outgoing, plan_.rows_outgoing(), layer_.dims().hidden});
     }
   }
 
