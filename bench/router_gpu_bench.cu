@@ -139,8 +139,8 @@ void add_backward(const std::string& name, const size& s) {
       const trained<Router> t(s);
       const device_array<float> token_losses(std::int64_t{s.tokens} * Router::num_losses);
       measure(state, 4.0 * static_cast<double>(t.m.elements()), 20, [&](cudaStream_t stream) {
-        ts::route_losses(ts::device_stream(stream), t.router, t.m.inputs(false), t.counts, t.m.coefficients.data(), 0,
-                         ts::matrix_view<float>(t.m.losses.data(), 1, Router::num_losses), token_losses.data());
+        t.router.losses(ts::device_stream(stream), t.m.inputs(false), t.counts, t.m.coefficients.data(), 0,
+                        ts::matrix_view<float>(t.m.losses.data(), 1, Router::num_losses), token_losses.data());
       });
     });
     add_case(name_of((name + "_losses").c_str(), s), [=](benchmark::State& state) {

@@ -338,9 +338,9 @@ void check(const shape& s, unsigned seed) {
     CHECK(relative_error(losses, expected) <= 1e-5);
     p.d_losses.fill(0xff);
     buffer<float> token_losses(static_cast<std::size_t>(s.tokens * Router::num_losses));
-    ts::route_losses(ts::device_stream(cudaStream_t{}), device_router, p.device_inputs(), device_counts,
-                     p.d_coefficients.data(), chunk,
-                     ts::matrix_view<float>(p.d_losses.data(), rows, Router::num_losses), token_losses.data());
+    device_router.losses(ts::device_stream(cudaStream_t{}), p.device_inputs(), device_counts, p.d_coefficients.data(),
+                         chunk, ts::matrix_view<float>(p.d_losses.data(), rows, Router::num_losses),
+                         token_losses.data());
     device_test::synchronize();
     losses = p.d_losses.get();
     losses.resize(values);
@@ -367,9 +367,9 @@ void check(const shape& s, unsigned seed) {
   // run to run, and with the scale in device memory
   buffer<float> scale(std::vector<float>{0.75f});
   p.d_dlogits.fill(0xff);
-  ts::route_backward(ts::device_stream(cudaStream_t{}), device_router, p.device_inputs(), p.out(), dweights_view,
-                     device_counts, p.d_coefficients.data(), scale.data(),
-                     ts::matrix_view<float>(p.d_dlogits.data(), s.tokens, s.experts));
+  device_router.backward(ts::device_stream(cudaStream_t{}), p.device_inputs(), p.out(), dweights_view, device_counts,
+                         p.d_coefficients.data(), scale.data(),
+                         ts::matrix_view<float>(p.d_dlogits.data(), s.tokens, s.experts));
   p.d_ids.fill(0xff);
   p.sorted();
   device_test::synchronize();

@@ -43,16 +43,17 @@ void route_sorted(device_stream stream, const router<Score, Select, Weigh, Balan
 template <class Score, class Select, class Weigh, class... Balances>
 template <accumulate_type A>
 void router<Score, Select, Weigh, Balances...>::route(device_stream stream, const router_inputs<A>& in, routing<A> out,
-                                                      balance_counts local_counts) const {
-  detail::route_on_device(stream, *this, in, out, local_counts, nullptr, router_workspace{}, nullptr);
+                                                      balance_counts local_counts, device_status* status) const {
+  detail::route_on_device(stream, *this, in, out, local_counts, nullptr, router_workspace{}, status);
 }
 
 template <class Score, class Select, class Weigh, class... Balances>
 template <accumulate_type A>
 void router<Score, Select, Weigh, Balances...>::losses(device_stream stream, const router_inputs<A>& in,
                                                        const_balance_counts global_counts, const float* coefficients,
-                                                       std::int64_t chunk_tokens, matrix_view<A> chunk_losses) const {
-  detail::losses_on_device(stream, *this, in, global_counts, coefficients, chunk_tokens, chunk_losses, nullptr);
+                                                       std::int64_t chunk_tokens, matrix_view<A> chunk_losses,
+                                                       std::type_identity_t<A>* token_losses) const {
+  detail::losses_on_device(stream, *this, in, global_counts, coefficients, chunk_tokens, chunk_losses, token_losses);
 }
 
 template <class Score, class Select, class Weigh, class... Balances>
@@ -65,40 +66,13 @@ void router<Score, Select, Weigh, Balances...>::backward(device_stream stream, c
       stream, *this, in, routed.expert_ids, dweights, global_counts, coefficients, loss_scale, nullptr, dlogits);
 }
 
-/// `router::losses` by the whole device, where the caller has scratch: the member function, which has none, gives each
-/// chunk to 8 blocks at most. With `balance::sequence_loss` both are the same.
-/// @param stream        Where the work is enqueued.
-/// @param chosen        The router.
-/// @param in            Device memory.
-/// @param global_counts Device memory.
-/// @param coefficients  Device memory.
-/// @param chunk_tokens  Tokens per chunk; 0: one chunk.
-/// @param chunk_losses  Device memory, overwritten.
-/// @param token_losses  Device memory, scratch `[T, num_losses]`.
-template <class Score, class Select, class Weigh, class... Balances, accumulate_type A>
-void route_losses(device_stream stream, const router<Score, Select, Weigh, Balances...>& chosen,
-                  const router_inputs<A>& in, const_balance_counts global_counts, const float* coefficients,
-                  std::int64_t chunk_tokens, const matrix_view<A>& chunk_losses,
-                  std::type_identity_t<A>* token_losses) {
-  detail::losses_on_device(stream, chosen, in, global_counts, coefficients, chunk_tokens, chunk_losses, token_losses);
-}
-
-/// `router::backward` with the scale of the losses in device memory, so that graphs see a schedule.
-/// @param stream        Where the work is enqueued.
-/// @param chosen        The router.
-/// @param in            Device memory.
-/// @param routed        Device memory.
-/// @param dweights      Device memory.
-/// @param global_counts Device memory.
-/// @param coefficients  Device memory.
-/// @param loss_scale    A device scalar.
-/// @param dlogits       Device memory, overwritten.
-template <class Score, class Select, class Weigh, class... Balances, accumulate_type A>
-void route_backward(device_stream stream, const router<Score, Select, Weigh, Balances...>& chosen,
-                    const router_inputs<A>& in, const routing<A>& routed,
-                    std::type_identity_t<matrix_view<const A>> dweights, const_balance_counts global_counts,
-                    const float* coefficients, const float* loss_scale, matrix_view<A> dlogits) {
-  detail::backward_on_device<Score, Select, Weigh, Balances...>(stream, chosen, in, routed.expert_ids, dweights,
+template <class Score, class Select, class Weigh, class... Balances>
+template <accumulate_type A>
+void router<Score, Select, Weigh, Balances...>::backward(device_stream stream, const router_inputs<A>& in,
+                                                         const routing<A>& routed, matrix_view<const A> dweights,
+                                                         const_balance_counts global_counts, const float* coefficients,
+                                                         const float* loss_scale, matrix_view<A> dlogits) const {
+  detail::backward_on_device<Score, Select, Weigh, Balances...>(stream, *this, in, routed.expert_ids, dweights,
                                                                 global_counts, coefficients, A(1), loss_scale, dlogits);
 }
 

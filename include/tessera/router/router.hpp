@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 
+#include <tessera/core/device_status.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
@@ -158,8 +160,11 @@ class router {
   /// @param in           Device memory.
   /// @param out          Device memory.
   /// @param local_counts Device memory.
+  /// @param status       Device memory; null: faults are not reported.
+  /// @throws invalid_argument if shapes do not fit, cuda_error if the launch fails.
   template <accumulate_type A>
-  void route(device_stream stream, const router_inputs<A>& in, routing<A> out, balance_counts local_counts) const;
+  void route(device_stream stream, const router_inputs<A>& in, routing<A> out, balance_counts local_counts,
+             device_status* status = nullptr) const;
 
   /// `losses` in device memory, defined in the device half: enqueues, does not synchronise.
   /// @param stream        Where the work is enqueued.
@@ -168,9 +173,13 @@ class router {
   /// @param coefficients  Device memory.
   /// @param chunk_tokens  Tokens per chunk; 0: one chunk.
   /// @param chunk_losses  Device memory.
+  /// @param token_losses  Device memory, scratch `[T, num_losses]`, with which the whole device works; null: each chunk
+  ///                      is work of 8 blocks at most. With `balance::sequence_loss` both are the same.
+  /// @throws invalid_argument if shapes do not fit, cuda_error if a launch fails.
   template <accumulate_type A>
   void losses(device_stream stream, const router_inputs<A>& in, const_balance_counts global_counts,
-              const float* coefficients, std::int64_t chunk_tokens, matrix_view<A> chunk_losses) const;
+              const float* coefficients, std::int64_t chunk_tokens, matrix_view<A> chunk_losses,
+              std::type_identity_t<A>* token_losses = nullptr) const;
 
   /// `backward` in device memory, defined in the device half: enqueues, does not synchronise.
   /// @param stream        Where the work is enqueued.
@@ -181,10 +190,16 @@ class router {
   /// @param coefficients  Device memory.
   /// @param loss_scale    Factor of the losses' part.
   /// @param dlogits       Device memory.
+  /// @throws invalid_argument if shapes do not fit or views overlap, cuda_error if the launch fails.
   template <accumulate_type A>
   void backward(device_stream stream, const router_inputs<A>& in, const routing<A>& routed,
                 matrix_view<const A> dweights, const_balance_counts global_counts, const float* coefficients,
                 A loss_scale, matrix_view<A> dlogits) const;
+  /// The same with `loss_scale` a device scalar, so that graphs see a schedule. Parameters as there.
+  template <accumulate_type A>
+  void backward(device_stream stream, const router_inputs<A>& in, const routing<A>& routed,
+                matrix_view<const A> dweights, const_balance_counts global_counts, const float* coefficients,
+                const float* loss_scale, matrix_view<A> dlogits) const;
 
  private:
   options options_;

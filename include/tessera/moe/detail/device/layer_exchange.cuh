@@ -184,8 +184,7 @@ class layer_exchange<Layer, exchange_kind::alone> {
   // Without lists, which a capacity and a bound change.
   template <class Inputs>
   void choose(const Inputs& in, const routing<A>& chosen, const balance_counts& counts) {
-    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
-                    layer_.state().status);
+    layer_.get_router().route(stream_, in, chosen, counts, layer_.state().status);
   }
 
   void send_rows(const layer_saved<Layer>&, matrix_view<const S>, S*) {}
@@ -236,8 +235,7 @@ class layer_exchange<Layer, exchange_kind::host_sized> {
              const layer_forward_scratch<Layer>& scratch) {
     const int num_experts = layer_.dims().num_experts;
     const balance_counts counts = counting ? balance_counts(scratch.counts, num_experts) : balance_counts{};
-    route_on_device(stream_, layer_.get_router(), in, chosen, counts, nullptr, router_workspace{},
-                    layer_.state().status);
+    layer_.get_router().route(stream_, in, chosen, counts, layer_.state().status);
   }
   void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
                     const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) {
@@ -314,8 +312,7 @@ class layer_exchange<Layer, exchange_kind::peers> {
   template <class Inputs>
   void route(const Inputs& in, const routing<A>& chosen, bool counting, const layer_saved<Layer>&,
              const layer_forward_scratch<Layer>& scratch) {
-    route_on_device(stream_, layer_.get_router(), in, chosen, counts_of(counting, scratch), nullptr, router_workspace{},
-                    layer_.state().status);
+    layer_.get_router().route(stream_, in, chosen, counts_of(counting, scratch), layer_.state().status);
   }
   void send_routing(const routing<A>& chosen, bool counting, const layer_saved<Layer>& saved,
                     const layer_forward_window<Layer>& window, const layer_forward_scratch<Layer>& scratch) {

@@ -241,9 +241,10 @@ class layer_backward_steps {
   // The routing and the gate, whose part is added to dx.
   void gate(device_stream stream, matrix_view<S> dx, int sms = 0) {
     const matrix_view<A> dlogits{deferred_.dlogits, x_.rows, plan_.sizes.num_experts};
-    route_backward(stream, layer_.get_router(), router_view(saved_, layer_, in_), saved_.chosen(x_.rows, plan_.sizes),
-                   matrix_view<const A>(dweights()), const_balance_counts(saved_.counts, plan_.sizes.num_experts),
-                   layer_.state().coefficients, layer_.state().loss_scale, dlogits);
+    layer_.get_router().backward(stream, router_view(saved_, layer_, in_), saved_.chosen(x_.rows, plan_.sizes),
+                                 matrix_view<const A>(dweights()),
+                                 const_balance_counts(saved_.counts, plan_.sizes.num_experts),
+                                 layer_.state().coefficients, layer_.state().loss_scale, dlogits);
     gate_backward_input(stream, x_, matrix_view<const A>(dlogits), matrix_view<const A>(params_.gate), dx,
                         write::accumulate, scratch_.gate_parts, deferred_.dlogit_parts, scratch_.token_offsets, sms);
   }
