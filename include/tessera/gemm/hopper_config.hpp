@@ -97,8 +97,8 @@ constexpr config choose(const problem& p) {
   return c;
 }
 
-/// Whether an fp32 result that is added to is read through the operand ring, instead of being added to by the copy
-/// engine: where sums are short, additions take longer than the products that they could lie under. Measured:
+/// Whether an fp32 result that is added to is read through the operand ring, instead of being added to by the TMA:
+/// where sums are short, additions take longer than the products that they could lie under. Measured:
 /// bench/README.md. @param p Bounds.
 constexpr bool reads_old_fp32(const problem& p) {
   const std::int64_t length = !p.variable_k ? p.k : p.num_groups == 0 ? 0 : p.max_rows / p.num_groups;

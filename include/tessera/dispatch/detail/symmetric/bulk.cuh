@@ -6,7 +6,7 @@
 
 #include <tessera/core/config.hpp>
 
-// Copies of whole pieces of rows by the copy engine of an SM (cp.async.bulk, sm_90 and later), to memory of this device
+// Copies of whole pieces of rows by the TMA of an SM (cp.async.bulk, sm_90 and later), to memory of this device
 // or of a peer. Addresses and sizes are multiples of 16 bytes. A thread's stores are committed in groups, which it
 // waits for; barriers and other PTX are those of gemm/detail/hopper/ptx.cuh.
 
@@ -43,8 +43,8 @@ __device__ __forceinline__ void wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
-// Orders accesses of global memory by the copy engine and by this thread, such as what it has acquired before what it
-// asks the copy engine to read. Without a space it would be compiled to a fence of the whole device first, which waits
+// Orders accesses of global memory by the TMA and by this thread, such as what it has acquired before what it
+// asks the TMA to read. Without a space it would be compiled to a fence of the whole device first, which waits
 // for this thread's own stores.
 __device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ void wait_written() {
   fence_global();
 }
 
-// Orders this thread's writes to shared memory before the copy engine's reads.
+// Orders this thread's writes to shared memory before the TMA's reads.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace detail::bulk

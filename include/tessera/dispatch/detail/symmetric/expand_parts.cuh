@@ -99,7 +99,7 @@ class arrival_walk {
     if (lane_ == 0) {
       here = await(task_.view, task_.view.chunks + source * comm::max_symmetric_chunks + part, generation_, source,
                    symmetric_step::chunk);
-      bulk::fence_global();  // what the peer wrote is read by the copy engine, which this lane asks
+      bulk::fence_global();  // what the peer wrote is read by the TMA, which this lane asks
     }
     return __shfl_sync(full_warp, here ? 1 : 0, 0) != 0;
   }

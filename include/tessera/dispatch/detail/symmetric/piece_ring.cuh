@@ -60,7 +60,7 @@ class piece_ring {
     hopper::barrier_init_fence();
   }
 
-  // Asks the copy engine for piece `index`, counted from 0, whose stage nobody reads any more.
+  // Asks the TMA for piece `index`, counted from 0, whose stage nobody reads any more.
   __device__ void load(int index, const std::byte* from, int bytes) const {
     hopper::barrier_arrive_expect(barrier(index), static_cast<std::uint32_t>(bytes));
     bulk::load(piece(index), from, bytes, barrier(index));

@@ -20,7 +20,7 @@
 // lets home begin while rows are under way.
 //
 // A warp waits for nothing but its rows: where they are is looked up two tokens ahead, rows are brought to shared
-// memory by the copy engine as far ahead as there is room, and the flag of a unit is posted when later pieces have been
+// memory by the TMA as far ahead as there is room, and the flag of a unit is posted when later pieces have been
 // sent.
 
 // A kernel of a type from an unnamed namespace is local and needs no hiding; nvcc would say so.
@@ -212,7 +212,7 @@ __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std:
         usable = here;
         arrived = unit;
         __syncwarp();          // what some lanes have acquired, the one that asks has, too
-        bulk::fence_global();  // what peers wrote is read by the copy engine
+        bulk::fence_global();  // what peers wrote is read by the TMA
         return true;
       },
       [&](const sum_item<S, A>& item, int begin, A(&sum)[sum_vectors][width]) {

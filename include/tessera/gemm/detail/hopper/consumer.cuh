@@ -49,7 +49,7 @@ __device__ __forceinline__ void release_stage(const rings<Shape>& r, int slot) {
   }
 }
 
-/// Waits until the copy engine has read what this warpgroup sent in the last step of an epilogue, and gives the step's
+/// Waits until the TMA has read what this warpgroup sent in the last step of an epilogue, and gives the step's
 /// slot back. @param late That slot, then -1; if it is -1 already, there are no stores that anything waits for.
 template <class Shape, class Epilogue>
 __device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void release_late(const rings<Shape>& r, int& late) {
   }
 }
 
-/// Zeroes the lines from `valid` on that the copy engine brought into a stage of `variable_k`. They belong to the next
+/// Zeroes the lines from `valid` on that the TMA brought into a stage of `variable_k`. They belong to the next
 /// group or to nobody, and a zero in one operand alone does not silence a NaN in the other. Gathered lines are zero
 /// already. Warpgroups that both have rows of the tile share the work. @param steps Whether epilogues take steps: their
 /// stores into the slot are ordered before by barriers that tools do not follow, so warps meet once more then.

@@ -3,10 +3,10 @@
 #pragma once
 
 /// @file
-/// From accumulators to memory: one warp's rows through shared memory to the copy engine, and the epilogue that stores,
+/// From accumulators to memory: one warp's rows through shared memory to the TMA, and the epilogue that stores,
 /// with a bias or added to what is there.
 ///
-/// A warp puts 16 rows x 128 bytes into one of its two buffers and goes on while the copy engine stores them: the next
+/// A warp puts 16 rows x 128 bytes into one of its two buffers and goes on while the TMA stores them: the next
 /// tile's products start before this one's last store has left. Only where a group ends within the 16 rows does the
 /// warp store them itself, because the rows below are its neighbour's.
 ///
@@ -21,7 +21,7 @@
 /// tile, target, barrier, first_row, column)` for 16 rows of a step. A consumer warp calls `begin(params, first_row,
 /// row_end)` before the products, for what it keeps of its rows, and after them for each step `step<Chunk>(params,
 /// sums, rows, tile, output, blocks)`, then `send_step<Chunk>(params, rows, tile, first_row, output, blocks)`, between
-/// which all four warps wait until the copy engine has read what the step before sent. The blocks are the warp's from
+/// which all four warps wait until the TMA has read what the step before sent. The blocks are the warp's from
 /// the first call on: it may write into them, and sends them as it does its buffers, which it uses in turn.
 
 #include <cstdint>
@@ -40,7 +40,7 @@ enum class takes_steps { never, to_read_old, always };
 /// `8 j + lane % 4 * 2 + {0, 1}` in rows `lane / 4` and `lane / 4 + 8`.
 using fragment = std::uint32_t[16];
 
-/// A matrix that a kernel writes: as the copy engine sees it, in boxes of 16 rows x 128 bytes, and as threads do.
+/// A matrix that a kernel writes: as the TMA sees it, in boxes of 16 rows x 128 bytes, and as threads do.
 template <class T>
 struct output_matrix {
   CUtensorMap map;            ///< Rank 3: columns, rows, layers.
@@ -51,7 +51,7 @@ struct output_matrix {
   bool layer_per_group;       ///< Whether groups are layers; then nothing else lies below a group's rows.
 };
 
-/// A warp's two buffers of 16 rows x 128 bytes. Rows are swizzled as the copy engine expects: 16-byte unit `u` of row
+/// A warp's two buffers of 16 rows x 128 bytes. Rows are swizzled as the TMA expects: 16-byte unit `u` of row
 /// `r` stands at unit `u ^ r % 8`. All lanes call together.
 class warp_output {
  public:
@@ -105,7 +105,7 @@ class warp_output {
     }
   }
 
-  /// Shows the copy engine, and the other lanes, what this warp has put.
+  /// Shows the TMA, and the other lanes, what this warp has put.
   static __device__ __forceinline__ void show() {
     async_proxy_fence();
     __syncwarp();
@@ -227,7 +227,7 @@ __device__ __forceinline__ void for_each_chunk(F&& f) {
 }
 
 /// Stores the result, rounded once, or adds it to what is there. What is there comes through the ring, so that memory
-/// is read under the products; or the copy engine adds, fp32 alone, which leaves the ring to the next tile's operands
+/// is read under the products; or the TMA adds, fp32 alone, which leaves the ring to the next tile's operands
 /// but is slow where tiles are many and their sums short. `TC` is bfloat16 or float.
 template <class TC>
 struct store_epilogue {

@@ -20,7 +20,7 @@ enum class gathered { none, a, b };
 /// A kernel's compile-time choices.
 /// @tparam Product Which extent is variable.
 /// @tparam OrderB Order of B in `variable_m`; in `variable_k` both operands are `mn`.
-/// @tparam Gathered The operand that is copied row by row instead of by the copy engine.
+/// @tparam Gathered The operand that is copied row by row instead of by the TMA.
 /// @tparam TileN Columns of a tile: 128, 192 or 256. @tparam Stages Slots of the operand ring.
 /// @tparam Cluster Blocks that share B. @tparam PingPong Whether each consumer warpgroup computes tiles of its own, one
 /// in its epilogue while the other multiplies, instead of half a tile each. @tparam Parts Matrices whose sum is B, of

@@ -28,7 +28,7 @@ struct rings {
   __device__ std::uint32_t stage(int slot) const {
     return operands + static_cast<std::uint32_t>(slot) * Shape::stage_bytes;
   }
-  /// What a slot holds in a step of an epilogue: in B's place, where the copy engine alone writes.
+  /// What a slot holds in a step of an epilogue: in B's place, where the TMA alone writes.
   __device__ std::uint32_t step(int slot) const { return stage(slot) + Shape::chunks_a * chunk_bytes; }
 };
 
@@ -239,7 +239,7 @@ __device__ __forceinline__ void wait_empty(const rings<Shape>& r, const ring_pos
 }
 
 /// Fills the steps of a tile's epilogue, 16 rows behind one another, only those blocks of them that have rows. Where
-/// one operand is gathered, a slot is full when all threads have arrived, though the copy engine alone brings these.
+/// one operand is gathered, a slot is full when all threads have arrived, though the TMA alone brings these.
 /// @param leader Whether this thread feeds it.
 template <class Shape, class Epilogue, class P>
 __device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>& r, ring_position<Shape::stages>& at,
@@ -266,7 +266,7 @@ __device__ __forceinline__ void produce_epilogue(const P& p, const rings<Shape>&
   }
 }
 
-/// One warp, in which one thread feeds the copy engine with both operands.
+/// One warp, in which one thread feeds the TMA with both operands.
 template <class Shape, class Epilogue, int StepN, class P>
 __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, const P& p, const rings<Shape>& r,
                         int rank) {
@@ -301,8 +301,8 @@ __device__ void produce(const CUtensorMap& map_a, const CUtensorMap& map_b, cons
   if (leader) order.finish();
 }
 
-/// Four warps, of which one thread feeds the copy engine with B, and all copy rows of A, 16 bytes a time, placed as the
-/// copy engine would with its 128-byte swizzle.
+/// Four warps, of which one thread feeds the TMA with B, and all copy rows of A, 16 bytes a time, placed as the
+/// TMA would with its 128-byte swizzle.
 ///
 /// Copies announce themselves on the stage's barrier when they are complete, so that nobody here waits for memory and
 /// the whole ring is under way. They are ordinary writes to the matrix units, which is why consumers fence after the

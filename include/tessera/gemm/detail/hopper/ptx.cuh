@@ -3,8 +3,9 @@
 #pragma once
 
 /// @file
-/// The instructions of sm_90 that CUDA C++ has no words for: barriers in shared memory, the bulk tensor copy engine,
-/// asynchronous copies, proxy fences, matrix loads and stores, register budgets of warpgroups.
+/// The instructions of sm_90 that CUDA C++ has no words for: barriers in shared memory, bulk copies by the TMA (an SM's
+/// own, not one of the device's copy engines), asynchronous copies, proxy fences, matrix loads and stores, register
+/// budgets of warpgroups.
 ///
 /// Shared memory is addressed by 32-bit shared-window addresses throughout.
 
@@ -31,7 +32,7 @@ __device__ __forceinline__ void barrier_init(std::uint32_t barrier, std::uint32_
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-/// Shows barriers made by this thread to the copy engine and to the other blocks of the cluster.
+/// Shows barriers made by this thread to the TMA and to the other blocks of the cluster.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -51,7 +52,7 @@ __device__ __forceinline__ void barrier_arrive_remote(std::uint32_t barrier, std
       : "memory");
 }
 
-/// One arrival that also announces `bytes` to come from the copy engine in this phase.
+/// One arrival that also announces `bytes` to come from the TMA in this phase.
 __device__ __forceinline__ void barrier_arrive_expect(std::uint32_t barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -216,7 +217,7 @@ __device__ __forceinline__ void copy_async_wait() {
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /// Orders accesses to shared memory that this thread made or knows of, `copy_async` included, before later ones of the
-/// matrix units and the copy engine.
+/// matrix units and the TMA.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------------------

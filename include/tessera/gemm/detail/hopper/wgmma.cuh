@@ -5,7 +5,7 @@
 /// @file
 /// The matrix instruction of sm_90a on bf16 operands in shared memory: `d[64, N] (=|+=) a[64, 16] b[N, 16]^T`.
 ///
-/// Operands lie in chunks of 64 x 64 elements, 8 KiB, as the copy engine writes them with the 128-byte swizzle: 64
+/// Operands lie in chunks of 64 x 64 elements, 8 KiB, as the TMA writes them with the 128-byte swizzle: 64
 /// lines of 128 bytes, 16-byte unit `u` of line `l` at unit `u ^ (l % 8)`. A line is either 64 consecutive `k` of one
 /// row of the operand (`contiguous::k`) or 64 consecutive rows at one `k` (`contiguous::mn`).
 
