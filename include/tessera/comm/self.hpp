@@ -52,7 +52,7 @@ class self<space::device> {
   int rank() const noexcept { return 0; }
   /// 1.
   int size() const noexcept { return 1; }
-  /// The same again. @param color Not negative. @param key Any.
+  /// The same again. @param color Not negative. @param key Any. @throws invalid_argument for a negative color.
   self split(int color, int key);
   /// Nothing to wait for.
   void barrier(device_stream stream);
@@ -69,12 +69,13 @@ class self<space::device> {
   template <reducible T>
   void reduce_scatter(device_stream stream, const T* send, T* recv, std::int64_t count, reduce_op op = reduce_op::sum);
   /// Copies. @param stream Where. @param send Elements. @param send_counts,send_offsets,recv_counts,recv_offsets Host
-  /// arrays `[1]`. @param recv Elements.
+  /// arrays `[1]`. @param recv Elements. @throws invalid_argument if the two counts differ.
   template <transferable T>
   void all_to_all_v(device_stream stream, const T* send, const std::int64_t* send_counts,
                     const std::int64_t* send_offsets, T* recv, const std::int64_t* recv_counts,
                     const std::int64_t* recv_offsets);
   /// Copies. @param stream Where. @param sends Messages to itself. @param receives Where they go.
+  /// @throws invalid_argument if their numbers, sizes or ranks differ.
   void exchange(device_stream stream, std::span<const transfer> sends, std::span<const transfer> receives);
 };
 

@@ -34,7 +34,7 @@ TESSERA_NAMESPACE_BEGIN
 /// @param plus          `[T, d]`, added after a token's rows, such as outputs of shared experts; without data nothing
 /// is.
 /// @param y             `[T, d]`, overwritten.
-/// @throws invalid_argument if shapes do not fit.
+/// @throws invalid_argument if shapes do not fit, cuda_error if the launch fails.
 template <class S, class A, class Out>
 void combine_rows(device_stream stream, matrix_view<const S> pairs, const std::int32_t* expert_row_of,
                   matrix_view<const A> weights, matrix_view<const S> plus, matrix_view<Out> y) {
@@ -53,6 +53,7 @@ void combine_rows(device_stream stream, matrix_view<const S> pairs, const std::i
 /// @param expert_row_of `[T, K]`, -1 where there is no row.
 /// @param top_k         K.
 /// @param expanded      `[>= row_offsets[E], d]`, written where a pair names a row.
+/// @throws invalid_argument if widths differ or there are too many rows for one launch, cuda_error if it fails.
 template <class S>
 void expand_rows(device_stream stream, matrix_view<const S> x, const std::int32_t* expert_row_of, int top_k,
                  matrix_view<S> expanded) {
@@ -74,6 +75,8 @@ void expand_rows(device_stream stream, matrix_view<const S> x, const std::int32_
 /// @param received `[received_rows, d]`.
 /// @param rows     Gather list and offsets, in device memory; at most 6000 experts.
 /// @param expanded `[>= pairs, d]`; rows beyond `row_offsets[num_local_experts]` are not written.
+/// @throws invalid_argument if widths differ, or there are too many experts or rows for one launch; cuda_error if it
+/// fails.
 template <class S>
 void permute(device_stream stream, matrix_view<const S> received, const expert_rows& rows, matrix_view<S> expanded) {
   expect_matrix(expanded, -1, received.cols, "expanded rows");

@@ -154,7 +154,7 @@ void exchange_routing(device_stream stream, Comm& comm, const Layout& layout, co
 
 /// Sends each token once to every rank that owns one of its experts. Its adjoint is `combine` without weights.
 /// @param stream   Where the work is enqueued.
-/// @param comm     R ranks; its budget of SMs, or 16, are used.
+/// @param comm     R ranks; takes SMs as `symmetric_sms::choose` says: `rows`.
 /// @param handle   With `destinations`; forward and backward use the same.
 /// @param x        `[T, d]`; d, the rows' distance and the address are multiples of 16 bytes.
 /// @param received `[R * max_tokens, d]` in the window, packed; rows that nobody sends stay as they are.
@@ -184,7 +184,7 @@ enum class combine_source {
 /// Brings the outputs of experts home and adds them up: `combine::reduced`. A token without pairs becomes what is added
 /// to it, or zeros.
 /// @param stream   Where the work is enqueued.
-/// @param comm     R ranks; its budget of SMs, or all, are used.
+/// @param comm     R ranks; takes SMs as `symmetric_sms::choose` says: `sums`.
 /// @param handle   From `exchange_routing`, of top_k <= 32.
 /// @param weights  Whether expert rows are multiplied by their routing weights; not used for summed rows.
 /// @param source   What `rows` are.
@@ -228,7 +228,7 @@ void combine_rows(device_stream stream, Comm& comm, const dispatch_handle<A>& ha
 /// Brings the output of every expert home and adds it up there in the order of k: `combine::ordered`. The bits of a
 /// token are those that one GPU computes. A token without pairs becomes what is added to it, or zeros.
 /// @param stream   Where the work is enqueued.
-/// @param comm     R ranks; its budget of SMs, or 64, are used.
+/// @param comm     R ranks; takes SMs as `symmetric_sms::choose` says: `pairs`.
 /// @param handle   From `exchange_routing`.
 /// @param pairs    `[received_pairs, d]` outputs of experts in the order of the handle's rows; d, the rows' distance
 /// and the address are multiples of 16 bytes.

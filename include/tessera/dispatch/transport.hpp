@@ -47,9 +47,9 @@ struct all_gather {};
 /// peers, who may not have read yet what stood there. No flag follows them, so that the peer's operation fails in turn.
 struct copy_engines {
   /// Of the communicator's `symmetric_options::copy_streams`, those of copies to peers; own rows of a dispatch take one
-  /// more. More than one are slower between 4 GPUs behind NVSwitch, though each then serves a peer of its own: 831 us
-  /// with three against 494 for a dispatch of 4096 tokens of 14336 bytes (bench/results/gpu_ranks_4.json). Only a
-  /// combine of few gains: 95 us against 117 for 128 tokens.
+  /// more. More than one are slower between 4 GPUs behind NVSwitch, though each then serves a peer of its own: 834 us
+  /// with three against 496 for a dispatch of 4096 tokens of 14336 bytes (bench/results/gpu_ranks_4.json). Only combine
+  /// gains, up to 1024 tokens: 98 us against 117 for 128, 271 against 291 for 1024.
   int streams = 1;
   int chunks = 4;  ///< Of tokens, on the way home; the same on all ranks.
 };

@@ -3,8 +3,9 @@
 #pragma once
 
 /// @file
-/// Device half of the experts: three fused grouped products forward, five backward, in bf16, on the backend that the
-/// policy `Gemm` stands for (`gemm/automatic.hpp`): compute capability 8.0 or later.
+/// Device half of the experts: two grouped products forward (up, with the activation, and down), four backward (dH,
+/// with the activation's gradient, dX, dW2 and dW1), in bf16, on the backend that the policy `Gemm` stands for
+/// (`gemm/automatic.hpp`): compute capability 8.0 or later.
 ///
 /// Sizes d and n are multiples of 8; weights and rows start at multiples of 16 bytes. `P` is the last row offset, read
 /// on the device; buffers of `max_pairs` rows bound it.
