@@ -83,18 +83,6 @@ void permute(device_stream stream, matrix_view<const S> received, const expert_r
   detail::permute_on_device(stream, received, rows, expanded);
 }
 
-/// The handle of lists that `route_sorted` wrote. `total` stays null. @param lists Of one rank. @param num_experts E.
-template <class A>
-dispatch_handle<A> handle_of(const router_lists<A>& lists, int num_experts) {
-  dispatch_handle<A> handle;
-  handle.expert_offsets = lists.row_offsets;
-  handle.gather = lists.gather;
-  handle.expert_row_of = lists.expert_row_of;
-  handle.pair_weights = lists.pair_weights;
-  handle.num_local_experts = num_experts;
-  return handle;
-}
-
 /// Sorts a routing by expert: `exchange_routing` where nobody else is. `route_sorted` does the same in the router's own
 /// launch. One cooperative launch; a row bound below T * K, or a capacity that drops by weight, takes three. Enqueues,
 /// does not synchronise.
@@ -136,7 +124,7 @@ void combine_begin(device_stream, comm::self<space::device>&, const dispatch_han
 /// Adds up the rows of each token, as `combine_rows` does. Both policies are the same at one rank. Enqueues, does not
 /// synchronise.
 /// @param stream          Where the work is enqueued.
-/// @param handle          From `exchange_routing` or `handle_of`.
+/// @param handle          From `exchange_routing`.
 /// @param weights         Whether rows are multiplied by their routing weights.
 /// @param pairs           `[>= received_pairs, d]` expert rows.
 /// @param routing_weights `[T, K]`; its number of columns is K.
@@ -151,7 +139,7 @@ void combine_end(device_stream stream, comm::self<space::device>&, const dispatc
 
 /// `return_pair_values` in device memory: enqueues, does not synchronise.
 /// @param stream Where the work is enqueued.
-/// @param handle From `exchange_routing` or `handle_of`.
+/// @param handle From `exchange_routing`.
 /// @param values `[received_pairs]`.
 /// @param home   `[T, K]`, overwritten.
 template <class A>

@@ -150,8 +150,6 @@ class device_lanes {
     detail::check_cuda(cudaStreamWaitEvent(stream.get(), join, 0), "device_lanes: cudaStreamWaitEvent");
   }
 
-  /// The stream of the communication lane.
-  device_stream communication_stream() const noexcept { return communication_; }
   /// Multiprocessors of a phase of the communication lane, 0: no limit. @param sends Whether it sends rows.
   int communication_sms(bool sends = false) const noexcept { return sends ? dispatch_sms_ : communication_sms_; }
   /// Multiprocessors beside those, which the first product of a phase that communication begins with keeps to if there
