@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <random>
 #include <vector>
@@ -16,9 +15,12 @@
 
 #include <tessera/experts/experts.hpp>
 
+#include "../support/bits.hpp"
+
 namespace expert_test {
 
 namespace ts = tessera;
+using tessera_test::same_bits;
 
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 inline double normal_cdf(double x) { return (1 + std::erf(x / std::sqrt(2.0))) / 2; }
@@ -296,11 +298,5 @@ struct solution : arrays<typename Experts::storage, typename Experts::accumulate
   }
   void run() { forward(), backward_input(), backward_weights(); }
 };
-
-/// Whether two vectors have the same bits.
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
 
 }  // namespace expert_test

@@ -4,6 +4,7 @@
 // What the experts promise beside their values: which bits depend on what, memory, errors, concepts.
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <string>
 #include <vector>

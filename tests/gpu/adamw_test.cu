@@ -17,11 +17,14 @@
 
 #include <tessera/shard/adamw.cuh>
 
+#include "../support/bits.hpp"
+
 namespace {
 
 namespace ts = tessera;
 namespace sh = tessera::shard;
 using device_test::buffer;
+using tessera_test::same_bits;
 
 constexpr sh::adamw_options options{.beta1 = 0.9, .beta2 = 0.95, .epsilon = 1e-8, .weight_decay = 0.1};
 
@@ -104,11 +107,6 @@ struct fixture {
     return false;
   }
 };
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
 
 template <class S, class A, class M>
 void check_against_host(const std::vector<piece>& pieces, double tolerance) {

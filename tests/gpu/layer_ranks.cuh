@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +16,7 @@
 
 #include <tessera/moe/moe_layer.cuh>
 
+#include "../support/bits.hpp"
 #include "../support/layer_fixture.hpp"
 #include "device_fixture.cuh"
 
@@ -276,10 +276,6 @@ std::vector<double> widened(const std::vector<T>& values) {
   std::vector<double> out;
   for (const T& v : values) out.push_back(widen(v));
   return out;
-}
-
-inline bool same_bits(const std::vector<S>& a, const std::vector<S>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
 }
 
 // That evaluation gives the bits of an earlier pass.

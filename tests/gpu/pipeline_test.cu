@@ -39,6 +39,7 @@ namespace {
 namespace ts = tessera;
 namespace pl = tessera::pipeline;
 using comm_checks::require;
+using comm_checks::same_bits;
 using device_test::num_gpus;
 using device_test::on_ranks;
 using nccl = ts::comm::nccl;
@@ -184,10 +185,6 @@ std::vector<float> first_row(const kernel_stage& stage) {
   auto all = stage.gradients.get();
   all.resize(static_cast<std::size_t>(num_parameters));
   return all;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 // One micro-batch after another through all stages: the gradients of each stage.

@@ -16,9 +16,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -38,6 +38,7 @@ namespace {
 namespace ts = tessera;
 namespace sh = tessera::shard;
 using comm_checks::require;
+using comm_checks::same_bits;
 using device_test::num_gpus;
 using device_test::on_ranks;
 using nccl = ts::comm::nccl;
@@ -64,11 +65,6 @@ void send(cudaStream_t stream, T* to, const std::vector<T>& values) {
   if (values.empty()) return;
   device_test::require(cudaMemcpyAsync(to, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice, stream),
                        "copy");
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const T* b) {
-  return a.empty() || std::memcmp(a.data(), b, a.size() * sizeof(T)) == 0;
 }
 
 // Any number that looks random.
@@ -214,8 +210,7 @@ void compare_halves(threads& t, nccl& c, const plan& p, bool exact) {
           const auto whole = fetch(stream, d.full(g, i).data(), d.layout(g).elements(i));
           require(reinterpret_cast<std::uintptr_t>(d.full(g, i).data()) % ts::memory_alignment == 0, "alignment");
           if (step == 1) {
-            require(same_bits(whole, seen[next].data()), "group ", g, " parameter ", i,
-                    " is not gathered as it was set");
+            require(same_bits(whole, seen[next]), "group ", g, " parameter ", i, " is not gathered as it was set");
           } else {
             for (std::size_t k = 0; k < whole.size(); ++k) {
               const auto a = static_cast<double>(whole[k]), b = static_cast<double>(seen[next][k]);
@@ -269,8 +264,9 @@ void compare_halves(threads& t, nccl& c, const plan& p, bool exact) {
       each([&](int g, int i) {
         const auto local = d.local(g, i);
         require(local.count == h.local(g, i).count, "count");
-        require(same_bits(fetch(stream, local.gradient, local.count), h.local(g, i).gradient), "step ", step, " group ",
-                g, " parameter ", i, ": the gradient ", when, " has other bits than the host's");
+        const std::span expected(h.local(g, i).gradient, static_cast<std::size_t>(local.count));
+        require(same_bits(fetch(stream, local.gradient, local.count), expected), "step ", step, " group ", g,
+                " parameter ", i, ": the gradient ", when, " has other bits than the host's");
       });
     };
     compare_gradients("summed");
@@ -479,10 +475,9 @@ TEST_CASE("a gradient that is not finite skips the step and is reported with its
     const double* norm = model.gradient_norm(one.stream, 1.0);
     model.step(one.stream, {}, 2, 1e-2);
     CHECK(std::isnan(fetch(one.stream, norm, 1)[0]));
-    CHECK(same_bits(
-        before,
-        fetch(one.stream, one.device.state.data(), static_cast<std::int64_t>(model.memory().parameters)).data()));
-    CHECK(same_bits(master, fetch(one.stream, model.local(1, 0).master, 300).data()));
+    CHECK(same_bits(before,
+                    fetch(one.stream, one.device.state.data(), static_cast<std::int64_t>(model.memory().parameters))));
+    CHECK(same_bits(master, fetch(one.stream, model.local(1, 0).master, 300)));
     std::string text;
     try {
       model.wait_for_norm(one.stream);
@@ -565,7 +560,7 @@ TEST_CASE("a captured step is the same as steps that are enqueued one by one, on
     };
     const auto one_by_one = run(false);
     const auto replayed = run(true);
-    require(one_by_one.size() == replayed.size() && same_bits(one_by_one, replayed.data()), "the bits differ");
+    require(same_bits(one_by_one, replayed), "the bits differ");
     require(std::isfinite(one_by_one[0]) && one_by_one[0] != static_cast<float>(noise(0, 0)), "the steps do something");
   }));
 }

@@ -22,6 +22,7 @@
 #include <tessera/dispatch/transport.cuh>
 #include <tessera/layout/block.hpp>
 
+#include "../support/bits.hpp"
 #include "peer_ranks.cuh"
 
 namespace {
@@ -34,6 +35,7 @@ using device_test::peer_rank;
 using device_test::peer_ranks;
 using device_test::require;
 using device_test::text_of;
+using tessera_test::same_bits;
 
 // Streams of ranks that share a GPU must not wait for each other by chance.
 const int connections = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
@@ -261,10 +263,6 @@ class findings {
   std::mutex mutex_;
   std::vector<std::string> wrong_;
 };
-
-bool same_bits(const std::vector<bf16>& a, const std::vector<bf16>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(bf16)) == 0);
-}
 
 // Rows with an expert on this rank are what their ranks sent. @return how many there are.
 int check_rows(const rank_case& c, const problem& p, const std::vector<rank_data>& data,

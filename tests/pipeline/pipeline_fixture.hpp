@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <set>
@@ -20,10 +19,13 @@
 #include <tessera/pipeline/executor.hpp>
 #include <tessera/pipeline/mirrored_gradients.hpp>
 
+#include "../support/bits.hpp"
+
 namespace pipeline_test {
 
 namespace ts = tessera;
 namespace pl = tessera::pipeline;
+using tessera_test::same_bits;
 
 constexpr std::int64_t width = 5;
 constexpr std::int64_t vocabulary = 7;
@@ -279,10 +281,5 @@ struct pipeline_rank {
   std::unique_ptr<pl::executor<Comm, float>> runner;
   std::vector<std::unique_ptr<model_stage>> stages;
 };
-
-inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(),
-                                            [](float x, float y) { return std::memcmp(&x, &y, sizeof(float)) == 0; });
-}
 
 }  // namespace pipeline_test

@@ -4,7 +4,6 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <span>
 #include <string>
@@ -12,10 +11,13 @@
 
 #include <tessera/shard/adamw.hpp>
 
+#include "../support/bits.hpp"
+
 namespace {
 
 namespace ts = tessera;
 namespace sh = tessera::shard;
+using tessera_test::same_bits;
 
 double gradient_at(int i, int t) { return ((7 * i + 11 * t) % 13 - 6) / 4.0; }
 
@@ -44,11 +46,6 @@ struct owned {
             decays};
   }
 };
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
 
 // Values of torch 2 (torch.optim.AdamW, float64, foreach=False): lr = 0.01 t, betas (0.9, 0.95), eps 1e-8,
 // parameters (i - 2) * 0.75, gradients ((7 i + 11 t) % 13 - 6) / 4.

@@ -25,7 +25,11 @@
 #include <tessera/core/error.hpp>
 #include <tessera/core/memory.hpp>
 
+#include "bits.hpp"
+
 namespace comm_checks {
+
+using tessera_test::same_bits;
 
 /// Thrown by a check that does not hold.
 struct failed_check : std::logic_error {
@@ -76,12 +80,6 @@ std::vector<T> values(int rank, std::int64_t count, int salt = 0) {
   std::vector<T> result(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) result[static_cast<std::size_t>(i)] = value<T>(rank, i, salt);
   return result;
-}
-
-/// Bitwise equality.
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 /// One joined element, by definition.

@@ -27,6 +27,8 @@
 #include <tessera/gemm/gemm.hpp>
 #include <tessera/gemm/hopper.cuh>
 
+#include "bits.hpp"
+
 namespace grouped_test {
 
 namespace ts = tessera;
@@ -34,6 +36,7 @@ namespace hp = ts::gemm::hopper;
 using hp::contiguous;
 using hp::gathered;
 using hp::row_groups;
+using tessera_test::same_bits;
 using ts::bfloat16;
 using bf16_matrix = ts::matrix_view<bfloat16>;
 
@@ -83,11 +86,6 @@ std::vector<T> poison(std::int64_t count) {
   std::vector<T> values(static_cast<std::size_t>(count));
   std::memset(values.data(), 0xff, values.size() * sizeof(T));
   return values;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& x, const std::vector<T>& y) {
-  return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
 }
 
 // ||x - y|| / ||y||; NaN if x has one.
