@@ -19,6 +19,8 @@
 
 #include <tessera/checkpoint/checkpoint.hpp>
 
+#include "../support/messages.hpp"
+
 namespace tessera_test {
 
 namespace ts = tessera;
@@ -193,18 +195,5 @@ inline ck::save_plan model_plan(int num_ranks, int ep) {
   return ck::make_plan(num_ranks, [&](int rank) { return model_pieces(rank, num_ranks, ep); },
                        {.split_bytes = 2000, .block_bytes = 4096});
 }
-
-// Text of the exception that `f` throws, "" if it throws none.
-template <class Exception, class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const Exception& e) {
-    return e.what();
-  }
-  return "";
-}
-
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != text.npos; }
 
 }  // namespace tessera_test

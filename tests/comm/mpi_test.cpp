@@ -18,6 +18,7 @@
 #include <tessera/comm/mpi.hpp>
 
 #include "../support/comm_checks.hpp"
+#include "../support/messages.hpp"
 
 namespace {
 
@@ -25,12 +26,11 @@ namespace ts = tessera;
 using clock_type = std::chrono::steady_clock;
 using comm_checks::require;
 using std::chrono::milliseconds;
+using tessera_test::contains;
 
 constexpr milliseconds long_timeout{20000};
 constexpr milliseconds soon{8000};
 constexpr milliseconds short_timeout{500};
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 milliseconds since(clock_type::time_point start) {
   return std::chrono::duration_cast<milliseconds>(clock_type::now() - start);

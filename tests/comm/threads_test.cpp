@@ -16,19 +16,19 @@
 #include <tessera/comm/comm.hpp>
 
 #include "../support/comm_checks.hpp"
+#include "../support/messages.hpp"
 
 namespace {
 
 namespace ts = tessera;
 using clock_type = std::chrono::steady_clock;
 using std::chrono::milliseconds;
+using tessera_test::contains;
 
 // Sanitizers and busy machines slow ranks down: "fast" means far below the timeout that is in force then.
 constexpr milliseconds long_timeout{20000};
 constexpr milliseconds soon{5000};
 constexpr milliseconds short_timeout{150};
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 milliseconds since(clock_type::time_point start) {
   return std::chrono::duration_cast<milliseconds>(clock_type::now() - start);

@@ -12,9 +12,14 @@
 
 #include <tessera/core/memory.hpp>
 
+#include "../support/messages.hpp"
+
 namespace ts = tessera;
 
 namespace {
+
+using tessera_test::contains;
+using tessera_test::message_of;
 
 struct slices {
   float* a;
@@ -32,18 +37,6 @@ slices lay_out(ts::memory_builder& builder, std::int64_t a, std::int64_t b, std:
   s.d = builder.take<std::byte>("d", d);
   return s;
 }
-
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 }  // namespace
 

@@ -13,9 +13,14 @@
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/views.hpp>
 
+#include "../support/messages.hpp"
+
 namespace ts = tessera;
 
 namespace {
+
+using tessera_test::contains;
+using tessera_test::message_of;
 
 // What an engine's mdspan looks like, as far as a view can tell.
 template <class T, std::size_t Rank>
@@ -28,18 +33,6 @@ struct tiny_mdspan {
   long extent(std::size_t i) const { return extents[i]; }
   long stride(std::size_t i) const { return strides[i]; }
 };
-
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 }  // namespace
 

@@ -11,6 +11,7 @@
 
 #include <doctest/doctest.h>
 
+#include "../support/messages.hpp"
 #include "expert_case.hpp"
 #if defined(TESSERA_HAS_CBLAS)
 #include <tessera/gemm/blas.hpp>
@@ -18,6 +19,7 @@
 
 namespace ts = tessera;
 using namespace expert_test;
+using tessera_test::message_of;
 
 namespace {
 
@@ -109,16 +111,6 @@ void check_layouts_agree(bool same_sums) {
     CHECK(worst < 1e-12);
     CHECK(!a.dx.empty());
   }
-}
-
-template <class Call>
-std::string message_of(Call&& call) {
-  try {
-    call();
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
 }
 
 // An engine's own container: the library's with one thing changed.

@@ -14,12 +14,14 @@
 
 #include <tessera/gemm/gemm.hpp>
 
+#include "../support/messages.hpp"
 #include "gemm_case.hpp"
 
 namespace {
 
 namespace ts = tessera;
 using namespace gemm_case;
+using tessera_test::message_of;
 using ts::matrix_view;
 using ts::gemm::group_operand;
 using ts::gemm::reference;
@@ -387,16 +389,6 @@ TEST_CASE("a length of zero gives the bias, and nothing needs no data") {
                                nullptr, nothing);
   reference::variable_k<float>(offsets_of({2}), 0, 3, row_operand<float>{}, row_operand<float>{},
                                group_operand<float>{}, ts::write::overwrite);
-}
-
-template <class F>
-std::string message_of(F f) {
-  try {
-    f();
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "no exception";
 }
 
 TEST_CASE("bad arguments are told with their values, and nothing is written") {

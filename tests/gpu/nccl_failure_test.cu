@@ -28,6 +28,7 @@
 #include <tessera/comm/threads.hpp>
 
 #include "../support/comm_checks.hpp"
+#include "../support/messages.hpp"
 
 namespace {
 
@@ -39,6 +40,7 @@ using device_test::rank_memory;
 using nccl = ts::comm::nccl;
 using staged = device_test::staged<nccl>;
 using std::chrono::milliseconds;
+using tessera_test::contains;
 using clock_type = std::chrono::steady_clock;
 
 struct outcome {
@@ -60,8 +62,6 @@ outcome observe(const std::function<void()>& f) {
   result.took = std::chrono::duration_cast<milliseconds>(clock_type::now() - start);
   return result;
 }
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 TEST_CASE("a communicator that is given up says so on every call, its sub-communicators too") {
   rank_memory device;

@@ -28,6 +28,7 @@
 #include <tessera/comm/threads.hpp>
 
 #include "../support/comm_checks.hpp"
+#include "../support/messages.hpp"
 
 namespace {
 
@@ -37,6 +38,7 @@ using comm_checks::require;
 using device_test::num_gpus;
 using device_test::rank_memory;
 using std::chrono::milliseconds;
+using tessera_test::contains;
 using ts::comm::symmetric;
 using ts::comm::symmetric_channel;
 using ts::comm::symmetric_options;
@@ -209,20 +211,19 @@ outcome observe(F f) {
   return o;
 }
 
-bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 std::string name_of(int rank) { return "rank " + std::to_string(rank); }
 
 template <class Exception, class F>
 void expect_refused(const std::string& part, F f) {
   const std::string text = comm_checks::caught<Exception>(f).what();
-  require(has(text, part), "'", part, "' is missing: ", text);
+  require(contains(text, part), "'", part, "' is missing: ", text);
 }
 
 // What a wait of `me` for `peer`, ranks of the world, must have come to with a timeout of 300 ms.
 void expect_failure(const outcome& o, int me, int peer, const std::string& missing) {
   require(o.phase == "dispatch of rows" && o.rank == me && o.peer == peer, o.text);
-  require(has(o.text, name_of(me) + " in dispatch of rows: " + name_of(peer) + " " + missing), o.text);
-  require(has(o.text, "within 300 ms"), o.text);
+  require(contains(o.text, name_of(me) + " in dispatch of rows: " + name_of(peer) + " " + missing), o.text);
+  require(contains(o.text, "within 300 ms"), o.text);
   require(o.took > milliseconds(250) && o.took < milliseconds(3000), "it took ", o.took.count(), " ms");
 }
 
@@ -346,7 +347,7 @@ TEST_CASE("a rank that does not come is named by the others, and all go on after
     t.barrier({});
     if (me != last) {
       const outcome o = observe([&] { comm.reset(c.stream()); });
-      require(o.phase == "reset" && o.rank == me && o.peer == last && has(o.text, name_of(last) + " has not come"),
+      require(o.phase == "reset" && o.rank == me && o.peer == last && contains(o.text, name_of(last) + " has not come"),
               o.text);
       require(comm.failure().has_value(), "nothing has changed");
     }
@@ -520,7 +521,7 @@ TEST_CASE("wrong options are refused by all ranks, and a rank that does not shar
       symmetric_options options = options_of(20000);
       options.allow_direct = !is_last;
       symmetric apart = symmetric::create(over, options);
-      require(!apart.direct() && has(apart.reason(), name_of(last)), apart.reason());
+      require(!apart.direct() && contains(apart.reason(), name_of(last)), apart.reason());
       expect_refused<ts::invalid_argument>(apart.reason(), [&] { apart.view(symmetric_channel::rows); });
       require(apart.contains(apart.allocate(65536)), "it has memory all the same");
       apart.reset(memory.stream());

@@ -12,6 +12,8 @@
 
 #include <tessera/layout/layout.hpp>
 
+#include "../support/messages.hpp"
+
 namespace ts = tessera;
 
 namespace {
@@ -129,12 +131,7 @@ int mismatches(const Layout& placement, int num_experts, const lists& expected) 
 }
 
 std::string message_of(int num_experts, const lists& experts_of_rank) {
-  try {
-    const ts::layout::table_storage storage(num_experts, experts_of_rank);
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "no error";
+  return tessera_test::message_of([&] { const ts::layout::table_storage storage(num_experts, experts_of_rank); });
 }
 
 }  // namespace

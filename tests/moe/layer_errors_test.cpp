@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../support/layer_fixture.hpp"
+#include "../support/messages.hpp"
 
 namespace {
 
@@ -30,15 +31,10 @@ layer_problem problem() { return make_problem(sizes, 8, true, 3); }
 // Runs `f`, which must throw an `invalid_argument` with `text` in it.
 template <class F>
 void refused(const std::string& text, F&& f) {
-  std::string message = "(nothing was thrown)";
-  try {
-    f();
-  } catch (const ts::invalid_argument& e) {
-    message = e.what();
-  }
+  const std::string message = message_of(f);
   CAPTURE(message);
   CAPTURE(text);
-  CHECK(message.find(text) != std::string::npos);
+  CHECK(contains(message, text));
 }
 
 // A rank whose state must be the same bytes after the refusal.

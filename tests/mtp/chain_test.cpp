@@ -3,11 +3,14 @@
 
 #include <doctest/doctest.h>
 
+#include "../support/messages.hpp"
 #include "chain_case.hpp"
 
 namespace {
 
 using namespace mtp_test;
+using tessera_test::contains;
+using tessera_test::message_of;
 using hidden_first = mtp::concat::hidden_first;
 using embedding_first = mtp::concat::embedding_first;
 
@@ -337,75 +340,66 @@ TEST_CASE("wrong calls are refused with the numbers") {
   auto p = make_problem(2, 4, 7, {{5}}, false, 17);
   using model_type = library_model<ts::precision::fp32, hidden_first>;
   model_type model(p);
-  const auto message = [](const auto& call) -> std::string {
-    try {
-      call();
-    } catch (const ts::invalid_argument& e) {
-      return e.what();
-    }
-    return "";
-  };
-  const auto contains = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
   {
     auto wrong = p;
     wrong.targets.pop_back();
-    CHECK(contains(message([&] { model.forward(wrong); }), "5 token ids, 4 targets"));
+    CHECK(contains(message_of([&] { model.forward(wrong); }), "5 token ids, 4 targets"));
   }
   {
     auto wrong = p;
     wrong.sequence_offsets = {0, 4};
-    CHECK(contains(message([&] { model.forward(wrong); }), "run from 0 to 4"));
+    CHECK(contains(message_of([&] { model.forward(wrong); }), "run from 0 to 4"));
     wrong.sequence_offsets = {0, 4, 3, 5};
-    CHECK(contains(message([&] { model.forward(wrong); }), "exceeds"));
+    CHECK(contains(message_of([&] { model.forward(wrong); }), "exceeds"));
   }
   {
     auto wrong = p;
     wrong.chunk_offsets = {0, 2, 5};
-    CHECK(contains(message([&] { model.forward(wrong); }), "2 chunks, the chain has room for 1"));
+    CHECK(contains(message_of([&] { model.forward(wrong); }), "2 chunks, the chain has room for 1"));
   }
   {
     auto wrong = p;
     wrong.token_ids[3] = 7;
-    CHECK(contains(message([&] { model.forward(wrong); }), "ids are below 7"));
+    CHECK(contains(message_of([&] { model.forward(wrong); }), "ids are below 7"));
     wrong = p;
     wrong.targets[3] = 9;
-    CHECK(contains(message([&] { model.forward(wrong); }), "is 9, ids are below 7"));
+    CHECK(contains(message_of([&] { model.forward(wrong); }), "is 9, ids are below 7"));
   }
   {
     const auto larger = make_problem(2, 4, 7, {{6}}, false, 18);
-    CHECK(contains(message([&] {
+    CHECK(contains(message_of([&] {
                      std::vector<double> losses(2);
                      model.chain->forward({}, ts::pass::train, larger.batch(), {model.hidden.data(), 6, 4}, losses,
                                           model.saved, model.workspace);
                    }),
                    "6 rows, the chain has room for 5"));
   }
-  CHECK(contains(message([&] {
+  CHECK(contains(message_of([&] {
                    model.chain->forward({}, ts::pass::train, p.batch(), model.hidden_view(), model.losses, {},
                                         model.workspace);
                  }),
                  "mtp saved memory is too small"));
   model.forward(p);
-  CHECK(contains(message([&] { model.backward(p, std::vector<double>{1.0}); }), "1 factors for 2 depths"));
+  CHECK(contains(message_of([&] { model.backward(p, std::vector<double>{1.0}); }), "1 factors for 2 depths"));
   {
     auto wrong = p;
     wrong.token_ids.pop_back();
     wrong.targets.pop_back();
     wrong.sequence_offsets = {0, 4};
-    CHECK(contains(message([&] {
+    CHECK(contains(message_of([&] {
                      model.chain->backward_input({}, wrong.batch(), {model.hidden.data(), 4, 4},
                                                  std::vector<double>{1, 1}, {model.hidden_gradient.data(), 4, 4},
                                                  ts::write::overwrite, model.saved, model.deferred, model.workspace);
                    }),
                    "forward has saved 5 rows"));
   }
-  CHECK(contains(message([&] {
+  CHECK(contains(message_of([&] {
                    std::vector<typename model_type::chain_type::parts> none;
                    typename model_type::chain_type chain({.hidden = 4, .max_rows = 4}, none, model.embedding,
                                                          model.head);
                  }),
                  "the parts of 0 depths"));
-  CHECK(contains(message([&] {
+  CHECK(contains(message_of([&] {
                    std::vector<typename model_type::chain_type::parts> lacking(1);
                    typename model_type::chain_type chain({.hidden = 4, .max_rows = 4}, lacking, model.embedding,
                                                          model.head);

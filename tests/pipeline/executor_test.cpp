@@ -20,11 +20,14 @@
 #include <tessera/pipeline/validate.hpp>
 #include <tessera/pipeline/zb1p.hpp>
 
+#include "../support/messages.hpp"
 #include "pipeline_fixture.hpp"
 
 namespace {
 
 using namespace pipeline_test;
+using tessera_test::contains;
+using tessera_test::message_of;
 using clock_type = std::chrono::steady_clock;
 using ts::comm::threads;
 
@@ -115,18 +118,6 @@ int slots_of_list(const pl::schedule& s, int rank, int chunk) {
   }
   return peak;
 }
-
-template <class Exception, class F>
-std::string caught(F&& f) {
-  try {
-    f();
-  } catch (const Exception& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 }  // namespace
 
@@ -249,8 +240,8 @@ TEST_CASE("a stage that throws is reported to every rank with stage, micro-batch
               };
             }
             const int there = s.rank_of(culprit, micro_batch);
-            const std::string text = comm.rank() == there ? caught<pl::stage_error>([&] { rank.run(rows); })
-                                                          : caught<ts::comm_error>([&] { rank.run(rows); });
+            const std::string text = comm.rank() == there ? message_of<pl::stage_error>([&] { rank.run(rows); })
+                                                          : message_of<ts::comm_error>([&] { rank.run(rows); });
             const bool complete =
                 contains(text, "stage " + std::to_string(culprit) + " (rank " + std::to_string(there) +
                                    "), micro-batch " + std::to_string(micro_batch)) &&
@@ -288,10 +279,10 @@ TEST_CASE("the exception of a stage is nested in the error that its rank throws"
     CHECK(e.stage() == 0);
     CHECK(e.micro_batch() == 0);
     CHECK(e.during() == pl::action_kind::backward_weights);
-    CHECK(caught<std::out_of_range>([&] { std::rethrow_if_nested(e); }) == "inner");
+    CHECK(message_of<std::out_of_range>([&] { std::rethrow_if_nested(e); }) == "inner");
   }
   rank.stages[0]->before = [](const pl::work_item&, pl::action_kind) { throw 3; };
-  CHECK(contains(caught<pl::stage_error>([&] { rank.run(rows); }), "not a std::exception"));
+  CHECK(contains(message_of<pl::stage_error>([&] { rank.run(rows); }), "not a std::exception"));
 }
 
 TEST_CASE("a rank that dies in the middle gives an error on the others, and not after the timeout only") {
@@ -303,7 +294,7 @@ TEST_CASE("a rank that dies in the middle gives an error on the others, and not 
   threads::run(4, [&](threads& comm) {
     pipeline_rank<threads> rank(s, comm, 3);
     if (comm.rank() == 2) return;  // gone without a word
-    const std::string text = caught<ts::comm_error>([&] { rank.run(rows); });
+    const std::string text = message_of<ts::comm_error>([&] { rank.run(rows); });
     told += contains(text, "rank 2 has left") ? 1 : 0;
   });
   CHECK(told == 3);
@@ -321,7 +312,7 @@ TEST_CASE("a rank that hangs is named within the communicator's timeout") {
                    std::this_thread::sleep_for(std::chrono::milliseconds(700));
                    return;
                  }
-                 const std::string text = caught<ts::comm_error>([&] { rank.run(rows); });
+                 const std::string text = message_of<ts::comm_error>([&] { rank.run(rows); });
                  told += contains(text, "rank 1 did not arrive") ? 1 : 0;
                },
                {.timeout = std::chrono::milliseconds(200)});
@@ -333,14 +324,14 @@ TEST_CASE("arguments that do not fit are refused before anything runs") {
   using comm_type = ts::comm::self<ts::space::host>;
   using runner = pl::executor<comm_type, float>;
   const pl::schedule two = pl::one_f_one_b(2, 2);
-  CHECK(contains(caught<ts::invalid_argument>([&] { runner(two, comm, {}, {2, width}); }), "2 ranks"));
+  CHECK(contains(message_of([&] { runner(two, comm, {}, {2, width}); }), "2 ranks"));
   const pl::schedule s = pl::dualpipev(1, 2);  // both stages here: two buffers at least
-  CHECK(contains(caught<ts::invalid_argument>([&] { runner(s, comm, {}, {2, width}); }), "too small"));
-  CHECK(contains(caught<ts::invalid_argument>([&] { runner(s, comm, {}, {-1, width}); }), "max_rows = -1"));
+  CHECK(contains(message_of([&] { runner(s, comm, {}, {2, width}); }), "too small"));
+  CHECK(contains(message_of([&] { runner(s, comm, {}, {-1, width}); }), "max_rows = -1"));
   pipeline_rank<comm_type> rank(s, comm, 2);
   const std::vector<std::int64_t> few{1}, large{1, 3};
-  CHECK(contains(caught<ts::invalid_argument>([&] { rank.run(few); }), "1 micro-batches"));
-  CHECK(contains(caught<ts::invalid_argument>([&] { rank.run(large); }), "max_rows = 2"));
+  CHECK(contains(message_of([&] { rank.run(few); }), "1 micro-batches"));
+  CHECK(contains(message_of([&] { rank.run(large); }), "max_rows = 2"));
   CHECK(rank.stages[0]->buffers.empty());
 }
 
@@ -349,7 +340,7 @@ TEST_CASE("a list that cannot be run is refused, naming the action") {
   const auto refused = [](std::vector<pl::action> list) {
     pl::schedule s = pl::one_f_one_b(1, 1);
     s.actions[0] = std::move(list);
-    return caught<ts::invalid_argument>([&] { pl::plan_execution(s, 0); });
+    return message_of([&] { pl::plan_execution(s, 0); });
   };
   CHECK(contains(refused({{k::backward, 0, 0}}), "before the forward"));
   CHECK(contains(refused({{k::forward, 0, 0}, {k::forward, 0, 0}}), "comes twice"));

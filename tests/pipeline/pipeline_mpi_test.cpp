@@ -22,19 +22,19 @@
 #include <tessera/pipeline/one_f_one_b.hpp>
 #include <tessera/pipeline/zb1p.hpp>
 
+#include "../support/messages.hpp"
 #include "pipeline_fixture.hpp"
 
 namespace {
 
 using namespace pipeline_test;
+using tessera_test::contains;
 using ts::comm::mpi;
 using clock_type = std::chrono::steady_clock;
 
 void require(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
 }
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 std::vector<pl::schedule> schedules(int ranks) {
   std::vector<pl::schedule> list{pl::one_f_one_b(ranks, 1), pl::one_f_one_b(ranks, 2 * ranks + 1),

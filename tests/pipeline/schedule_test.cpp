@@ -13,11 +13,15 @@
 #include <tessera/pipeline/schedules.hpp>
 #include <tessera/pipeline/validate.hpp>
 
+#include "../support/messages.hpp"
+
 namespace ts = tessera;
 namespace pipeline = tessera::pipeline;
 using pipeline::action;
 using pipeline::action_kind;
 using pipeline::schedule;
+using tessera_test::contains;
+using tessera_test::message_of;
 
 namespace {
 
@@ -130,13 +134,9 @@ schedule all_forwards_first(int num_ranks, int num_micro_batches, int chunks = 1
   return pipeline::with_communication(s);
 }
 
+// What is wrong with a schedule, "" if nothing.
 std::string refusal(const schedule& s) {
-  try {
-    pipeline::validate(s);
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "accepted";
+  return message_of([&] { pipeline::validate(s); });
 }
 
 std::size_t find(const schedule& s, int rank, const char* text) {
@@ -148,15 +148,13 @@ std::size_t find(const schedule& s, int rank, const char* text) {
   return 0;
 }
 
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
-
 }  // namespace
 
 TEST_CASE("every schedule of up to 16 stages is complete, in order, within its memory, and never waits forever") {
   int made = 0;
   const auto check = [&](const schedule& s) {
     ++made;
-    REQUIRE_MESSAGE(refusal(s) == "accepted", s.name, " ", s.num_stages, " ", s.num_micro_batches);
+    REQUIRE_MESSAGE(refusal(s) == "", s.name, " ", s.num_stages, " ", s.num_micro_batches);
     REQUIRE_MESSAGE(plays_message_by_message(s), s.name, " ", s.num_stages, " ", s.num_micro_batches);
   };
   for (int stages = 1; stages <= 16; ++stages) {
@@ -277,7 +275,7 @@ TEST_CASE("a user's schedule gets its messages and the same proof") {
     for (int ranks = 1; ranks <= 5; ++ranks) {
       for (int m = 1; m <= 7; ++m) {
         const schedule s = all_forwards_first(ranks, m, chunks);
-        CHECK(refusal(s) == "accepted");
+        CHECK(refusal(s) == "");
         CHECK(plays_message_by_message(s));
       }
     }
@@ -286,7 +284,7 @@ TEST_CASE("a user's schedule gets its messages and the same proof") {
   for (const auto name : pipeline::schedule_names) {
     const schedule s = pipeline::with_communication(pipeline::named_schedule(name, 8, 20),
                                                     {.stages = {{7, 9, 4, 5, 11}}, .latency = 3});
-    CHECK(refusal(s) == "accepted");
+    CHECK(refusal(s) == "");
     CHECK(plays_message_by_message(s));
   }
   CHECK_THROWS_WITH_AS(pipeline::with_communication(pipeline::one_f_one_b(2, 2), {.stages = {{0, 2, 1, 1, 2}}}),
@@ -315,7 +313,7 @@ TEST_CASE("a schedule with a fault is refused by name of the fault") {
     auto& list = s.actions[std::size_t(rank)];
     list.insert(list.begin() + static_cast<std::ptrdiff_t>(find(s, rank, before)), a);
   };
-  CHECK(broken([](schedule&) {}) == "accepted");
+  CHECK(broken([](schedule&) {}) == "");
 
   CHECK(contains(broken([&](schedule& s) { erase(s, 2, "B3"); }), "sends a gradient that has not been computed"));
   CHECK(contains(broken([&](schedule& s) { erase(s, 0, "B3"); }), "micro-batch 3 has no backward at stage 0"));
@@ -398,7 +396,7 @@ TEST_CASE("messages in another order than they are awaited in are refused, and s
 
   // Both ranks of DualPipe send before they receive: in batches of their own, each waits for the other's receive.
   schedule circle = pipeline::dualpipe(2, 4);
-  CHECK(refusal(circle) == "accepted");
+  CHECK(refusal(circle) == "");
   circle.actions = {{{k::forward, 0, 0}, {k::send_forward, 0, 0}, {k::forward, 0, 1}, {k::receive_forward, 1, 2}},
                     {{k::forward, 1, 2}, {k::send_forward, 1, 2}, {k::forward, 1, 3}, {k::receive_forward, 0, 0}}};
   CHECK_THROWS_WITH_AS(pipeline::simulate(circle, {}, pipeline::messages::rendezvous),

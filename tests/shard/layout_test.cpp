@@ -12,6 +12,8 @@
 #include <tessera/layout/layout.hpp>
 #include <tessera/shard/group_layout.hpp>
 
+#include "../support/messages.hpp"
+
 namespace {
 
 namespace ts = tessera;
@@ -40,12 +42,7 @@ TEST_CASE("ranks divide a dimension as torch.chunk does") {
 }
 
 std::string refusal(std::vector<sh::parameter> parameters, int ranks) {
-  try {
-    sh::group_layout(std::move(parameters), ranks);
-  } catch (const ts::invalid_argument& e) {
-    return e.what();
-  }
-  return "nothing was thrown";
+  return tessera_test::message_of([&] { sh::group_layout(std::move(parameters), ranks); });
 }
 
 TEST_CASE("what cannot be divided is refused by name") {
