@@ -10,8 +10,8 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
-#include "../support/grouped_products.cuh"
-#include "../support/stay.cuh"
+#include "grouped_products.cuh"
+#include "stay.cuh"
 
 namespace {
 

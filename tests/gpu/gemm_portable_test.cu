@@ -7,7 +7,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
-#include "../support/grouped_products.cuh"
+#include "grouped_products.cuh"
 
 #include <string>
 

@@ -19,8 +19,8 @@
 #include <tessera/pipeline/moe_chunk.cuh>
 #include <tessera/pipeline/overlap.cuh>
 
-#include "../support/stay.cuh"
 #include "device_fixture.cuh"
+#include "stay.cuh"
 
 namespace chunk_test {
 

@@ -31,7 +31,7 @@
 #include <tessera/shard/shard.hpp>
 
 #include "../support/comm_checks.hpp"
-#include "../support/stay.cuh"
+#include "stay.cuh"
 
 namespace {
 

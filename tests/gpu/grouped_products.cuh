@@ -10,11 +10,11 @@
 // `variants(all)`, `options(variant)`, `describe(variant)`. Define DOCTEST_CONFIG_IMPLEMENT before including this.
 
 #include <doctest/doctest.h>
+#undef DOCTEST_CONFIG_IMPLEMENT  // the main function is that of the backend's test
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -27,12 +27,14 @@
 #include <tessera/gemm/gemm.hpp>
 #include <tessera/gemm/hopper.cuh>
 
-#include "bits.hpp"
+#include "../support/bits.hpp"
+#include "device_fixture.cuh"
 
 namespace grouped_test {
 
 namespace ts = tessera;
 namespace hp = ts::gemm::hopper;
+using device_test::require;
 using hp::contiguous;
 using hp::gathered;
 using hp::row_groups;
@@ -41,12 +43,6 @@ using ts::bfloat16;
 using bf16_matrix = ts::matrix_view<bfloat16>;
 
 inline constexpr int skip_return_code = 77;
-
-inline void require(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
 
 // Device memory with the host's copy of it.
 template <class T>
