@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include <cuda_runtime.h>
@@ -35,13 +36,18 @@ inline void finish_default_stream() { require(cudaStreamSynchronize(cudaStream_t
 template <class T>
 class buffer {
  public:
+  buffer() = default;
   explicit buffer(std::size_t size) : size_(size) {
     if (size > 0) require(cudaMalloc(&data_, size * sizeof(T)), "cudaMalloc");
     fill(0xff);
   }
   explicit buffer(const std::vector<T>& values) : buffer(values.size()) { set(values); }
-  buffer(const buffer&) = delete;
-  buffer& operator=(const buffer&) = delete;
+  buffer(buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  buffer& operator=(buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
   ~buffer() { cudaFree(data_); }
 
   void fill(int byte) {

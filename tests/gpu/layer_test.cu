@@ -5,6 +5,7 @@
 
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
+#undef DOCTEST_CONFIG_IMPLEMENT  // the main function is the last one below
 
 #include <cuda_runtime.h>
 
@@ -19,55 +20,15 @@
 #include <tessera/moe/moe_layer.cuh>
 
 #include "../support/layer_fixture.hpp"
+#include "device_fixture.cuh"
 
 namespace {
 
 using namespace tessera_test;
+using device_test::buffer;
+using device_test::relative_error;
 
 void check(cudaError_t result) { REQUIRE_MESSAGE(result == cudaSuccess, cudaGetErrorString(result)); }
-
-// Device memory, filled with NaN unless it is given values.
-template <class T>
-class device_array {
- public:
-  explicit device_array(std::size_t count = 0) : count_(count) {
-    if (count == 0) return;
-    check(cudaMalloc(&data_, count * sizeof(T)));
-    check(cudaMemset(data_, 0xff, count * sizeof(T)));
-  }
-  explicit device_array(const std::vector<T>& values) : device_array(values.size()) { set(values); }
-  device_array(device_array&& other) noexcept : data_(std::exchange(other.data_, nullptr)), count_(other.count_) {}
-  device_array& operator=(device_array&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(count_, other.count_);
-    return *this;
-  }
-  ~device_array() { cudaFree(data_); }
-  void set(const std::vector<T>& values) {
-    if (!values.empty()) check(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  T* data() const { return data_; }
-  std::size_t size() const { return count_; }
-  std::vector<T> host() const {
-    std::vector<T> values(count_);
-    if (count_ > 0) check(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  std::size_t count_ = 0;
-};
-
-double relative_error(const std::vector<double>& got, const std::vector<double>& expected) {
-  REQUIRE(got.size() == expected.size());
-  double norm = 0, error = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    norm += expected[i] * expected[i];
-    error += (got[i] - expected[i]) * (got[i] - expected[i]);
-  }
-  return norm == 0 ? std::sqrt(error) : std::sqrt(error / norm);  // NaN stays NaN
-}
 
 template <class T>
 std::vector<double> widened(const std::vector<T>& values) {
@@ -103,10 +64,10 @@ struct device_case {
     options.chunk_tokens = p.chunk_tokens;
     const ts::layout::block placement(sizes.num_experts, 1);
     const auto bytes = layer::sizes(sizes, placement, 0, options);
-    state = device_array<std::byte>(bytes.state_bytes);
-    saved = device_array<std::byte>(bytes.saved_bytes);
-    deferred = device_array<std::byte>(bytes.deferred_bytes);
-    workspace = device_array<std::byte>(std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes));
+    state = buffer<std::byte>(bytes.state_bytes);
+    saved = buffer<std::byte>(bytes.saved_bytes);
+    deferred = buffer<std::byte>(bytes.deferred_bytes);
+    workspace = buffer<std::byte>(std::max(bytes.workspace_bytes, bytes.eval_workspace_bytes));
     moe.emplace(sizes, routing, placement, comm, ts::state_memory(state.data(), state.size()), options);
     check(cudaStreamCreate(&stream));
     moe->reset_state(stream);
@@ -115,33 +76,33 @@ struct device_case {
       const auto bias = cast<float>(p.bias);
       check(cudaMemcpy(moe->state().bias, bias.data(), bias.size() * sizeof(float), cudaMemcpyHostToDevice));
     }
-    x = device_array<S>(cast<S>(p.x));
-    dy = device_array<S>(cast<S>(p.dy));
-    residual = device_array<S>(cast<S>(p.residual));
-    y = device_array<S>(p.x.size());
-    dx = device_array<S>(p.x.size());
-    gate = device_array<float>(cast<float>(p.gate));
-    gate_bias = device_array<float>(cast<float>(p.gate_bias));
-    up = device_array<S>(cast<S>(p.up));
-    down = device_array<S>(cast<S>(p.down));
-    up_bias = device_array<S>(cast<S>(p.up_bias));
-    down_bias = device_array<S>(cast<S>(p.down_bias));
-    shared_up = device_array<S>(cast<S>(p.shared_up));
-    shared_down = device_array<S>(cast<S>(p.shared_down));
-    shared_up_bias = device_array<S>(cast<S>(p.shared_up_bias));
-    shared_down_bias = device_array<S>(cast<S>(p.shared_down_bias));
-    sequences = device_array<std::int32_t>(p.sequence_offsets);
+    x = buffer<S>(cast<S>(p.x));
+    dy = buffer<S>(cast<S>(p.dy));
+    residual = buffer<S>(cast<S>(p.residual));
+    y = buffer<S>(p.x.size());
+    dx = buffer<S>(p.x.size());
+    gate = buffer<float>(cast<float>(p.gate));
+    gate_bias = buffer<float>(cast<float>(p.gate_bias));
+    up = buffer<S>(cast<S>(p.up));
+    down = buffer<S>(cast<S>(p.down));
+    up_bias = buffer<S>(cast<S>(p.up_bias));
+    down_bias = buffer<S>(cast<S>(p.down_bias));
+    shared_up = buffer<S>(cast<S>(p.shared_up));
+    shared_down = buffer<S>(cast<S>(p.shared_down));
+    shared_up_bias = buffer<S>(cast<S>(p.shared_up_bias));
+    shared_down_bias = buffer<S>(cast<S>(p.shared_down_bias));
+    sequences = buffer<std::int32_t>(p.sequence_offsets);
     const auto chunks = static_cast<std::size_t>(ts::num_chunks(tokens, p.chunk_tokens));
-    gate_grad = device_array<float>(chunks * gate.size());
-    gate_bias_grad = device_array<float>(chunks * gate_bias.size());
-    up_grad = device_array<G>(up.size());
-    down_grad = device_array<G>(down.size());
-    up_bias_grad = device_array<G>(up_bias.size());
-    down_bias_grad = device_array<G>(down_bias.size());
-    shared_up_grad = device_array<float>(chunks * shared_up.size());
-    shared_down_grad = device_array<float>(chunks * shared_down.size());
-    shared_up_bias_grad = device_array<float>(chunks * shared_up_bias.size());
-    shared_down_bias_grad = device_array<float>(chunks * shared_down_bias.size());
+    gate_grad = buffer<float>(chunks * gate.size());
+    gate_bias_grad = buffer<float>(chunks * gate_bias.size());
+    up_grad = buffer<G>(up.size());
+    down_grad = buffer<G>(down.size());
+    up_bias_grad = buffer<G>(up_bias.size());
+    down_bias_grad = buffer<G>(down_bias.size());
+    shared_up_grad = buffer<float>(chunks * shared_up.size());
+    shared_down_grad = buffer<float>(chunks * shared_down.size());
+    shared_up_bias_grad = buffer<float>(chunks * shared_up_bias.size());
+    shared_down_bias_grad = buffer<float>(chunks * shared_down_bias.size());
   }
   ~device_case() { cudaStreamDestroy(stream); }
 
@@ -190,14 +151,14 @@ struct device_case {
   std::int64_t tokens;
   ts::comm::self<ts::space::device> comm;
   cudaStream_t stream = nullptr;
-  device_array<std::byte> state, saved, deferred, workspace;
+  buffer<std::byte> state, saved, deferred, workspace;
   std::optional<layer> moe;
-  device_array<S> x, dy, residual, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias,
+  buffer<S> x, dy, residual, y, dx, up, down, up_bias, down_bias, shared_up, shared_down, shared_up_bias,
       shared_down_bias;
-  device_array<float> gate, gate_bias, gate_grad, gate_bias_grad;
-  device_array<G> up_grad, down_grad, up_bias_grad, down_bias_grad;
-  device_array<float> shared_up_grad, shared_down_grad, shared_up_bias_grad, shared_down_bias_grad;
-  device_array<std::int32_t> sequences;
+  buffer<float> gate, gate_bias, gate_grad, gate_bias_grad;
+  buffer<G> up_grad, down_grad, up_bias_grad, down_bias_grad;
+  buffer<float> shared_up_grad, shared_down_grad, shared_up_bias_grad, shared_down_bias_grad;
+  buffer<std::int32_t> sequences;
 };
 
 // Sum of `[chunks, width]` over chunks.
@@ -235,17 +196,17 @@ void check_layer(ts::shape sizes, std::int64_t tokens, std::int64_t chunk_tokens
     CAPTURE(which);
     CHECK(relative_error(got, want) <= bound);
   };
-  compare("y", widened(device.y.host()), expected.y, 1e-2);
-  compare("dx", widened(device.dx.host()), expected.dx, 1e-2);
-  compare("gate", over_chunks(device.gate_grad.host(), p.gate.size()), expected.gate, 2e-2);
-  compare("gate_bias", over_chunks(device.gate_bias_grad.host(), p.gate_bias.size()), expected.gate_bias, 2e-2);
-  compare("up", widened(device.up_grad.host()), expected.up, 1e-2);
-  compare("down", widened(device.down_grad.host()), expected.down, 1e-2);
-  compare("up_bias", widened(device.up_bias_grad.host()), expected.up_bias, 1e-2);
-  compare("down_bias", widened(device.down_bias_grad.host()), expected.down_bias, 1e-2);
-  compare("shared_up", over_chunks(device.shared_up_grad.host(), p.shared_up.size()), expected.shared_up, 1e-2);
-  compare("shared_down", over_chunks(device.shared_down_grad.host(), p.shared_down.size()), expected.shared_down, 1e-2);
-  compare("shared_up_bias", over_chunks(device.shared_up_bias_grad.host(), p.shared_up_bias.size()),
+  compare("y", widened(device.y.get()), expected.y, 1e-2);
+  compare("dx", widened(device.dx.get()), expected.dx, 1e-2);
+  compare("gate", over_chunks(device.gate_grad.get(), p.gate.size()), expected.gate, 2e-2);
+  compare("gate_bias", over_chunks(device.gate_bias_grad.get(), p.gate_bias.size()), expected.gate_bias, 2e-2);
+  compare("up", widened(device.up_grad.get()), expected.up, 1e-2);
+  compare("down", widened(device.down_grad.get()), expected.down, 1e-2);
+  compare("up_bias", widened(device.up_bias_grad.get()), expected.up_bias, 1e-2);
+  compare("down_bias", widened(device.down_bias_grad.get()), expected.down_bias, 1e-2);
+  compare("shared_up", over_chunks(device.shared_up_grad.get(), p.shared_up.size()), expected.shared_up, 1e-2);
+  compare("shared_down", over_chunks(device.shared_down_grad.get(), p.shared_down.size()), expected.shared_down, 1e-2);
+  compare("shared_up_bias", over_chunks(device.shared_up_bias_grad.get(), p.shared_up_bias.size()),
           expected.shared_up_bias, 1e-2);
   const auto& state = device.moe->state();
   std::vector<std::int64_t> load(static_cast<std::size_t>(sizes.num_experts));
@@ -336,7 +297,7 @@ TEST_CASE("where the experts give zeros, y is the residual in every pass") {
       check(cudaDeviceSynchronize());
       c.forward(mode);
       c.sync();
-      CHECK(widened(c.y.host()) == p.residual);
+      CHECK(widened(c.y.get()) == p.residual);
     }
   }
 }
@@ -394,17 +355,17 @@ TEST_CASE("eval and recompute give the bits of train, and two runs are the same 
     c->backward();
     c->sync();
   }
-  const auto y = bits(a.y.host()), dx = bits(a.dx.host());
-  CHECK(bits(b.y.host()) == y);
-  CHECK(bits(b.dx.host()) == dx);
-  CHECK(a.up_grad.host() == b.up_grad.host());
+  const auto y = bits(a.y.get()), dx = bits(a.dx.get());
+  CHECK(bits(b.y.get()) == y);
+  CHECK(bits(b.dx.get()) == dx);
+  CHECK(a.up_grad.get() == b.up_grad.get());
   b.forward(ts::pass::eval);
   b.sync();
-  CHECK(bits(b.y.host()) == y);
+  CHECK(bits(b.y.get()) == y);
   b.forward(ts::pass::recompute);
   b.backward();
   b.sync();
-  CHECK(bits(b.dx.host()) == dx);
+  CHECK(bits(b.dx.get()) == dx);
 }
 
 TEST_CASE("shared experts on a second stream give the bits of one stream, in a graph too") {
@@ -422,11 +383,11 @@ TEST_CASE("shared experts on a second stream give the bits of one stream, in a g
     c->sync();
   }
   const auto check_same = [&] {
-    CHECK(widened(two.y.host()) == widened(one.y.host()));
-    CHECK(widened(two.dx.host()) == widened(one.dx.host()));
-    CHECK(two.up_grad.host() == one.up_grad.host());
-    CHECK(two.shared_up_grad.host() == one.shared_up_grad.host());
-    CHECK(two.shared_down_grad.host() == one.shared_down_grad.host());
+    CHECK(widened(two.y.get()) == widened(one.y.get()));
+    CHECK(widened(two.dx.get()) == widened(one.dx.get()));
+    CHECK(two.up_grad.get() == one.up_grad.get());
+    CHECK(two.shared_up_grad.get() == one.shared_up_grad.get());
+    CHECK(two.shared_down_grad.get() == one.shared_down_grad.get());
   };
   check_same();
   cudaGraph_t graph = nullptr;
@@ -454,8 +415,8 @@ TEST_CASE("the weights' gradients on a stream of their own, beside other calls, 
   c.forward(ts::pass::train);
   c.backward();
   c.sync();
-  const auto y = c.y.host();
-  const auto up = c.up_grad.host(), down = c.down_grad.host(), shared = c.shared_up_grad.host();
+  const auto y = c.y.get();
+  const auto up = c.up_grad.get(), down = c.down_grad.get(), shared = c.shared_up_grad.get();
   cudaStream_t own = nullptr;
   check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
   for (int i = 0; i < 10; ++i) {
@@ -466,10 +427,10 @@ TEST_CASE("the weights' gradients on a stream of their own, beside other calls, 
     for (int forwards = 0; forwards < 4; ++forwards) c.forward(ts::pass::eval);
     c.sync();
     check(cudaStreamSynchronize(own));
-    CHECK(widened(c.y.host()) == widened(y));
-    CHECK(c.up_grad.host() == up);
-    CHECK(c.down_grad.host() == down);
-    CHECK(c.shared_up_grad.host() == shared);
+    CHECK(widened(c.y.get()) == widened(y));
+    CHECK(c.up_grad.get() == up);
+    CHECK(c.down_grad.get() == down);
+    CHECK(c.shared_up_grad.get() == shared);
   }
   cudaStreamDestroy(own);
 }
@@ -499,10 +460,10 @@ TEST_CASE("a captured step is right when it is replayed with other tokens") {
   replayed.x.set(cast<ts::bfloat16>(second.x));
   check(cudaGraphLaunch(exec, replayed.stream));
   replayed.sync();
-  CHECK(widened(replayed.y.host()) == widened(direct.y.host()));
-  CHECK(widened(replayed.dx.host()) == widened(direct.dx.host()));
-  CHECK(replayed.up_grad.host() == direct.up_grad.host());
-  CHECK(replayed.gate_grad.host() == direct.gate_grad.host());
+  CHECK(widened(replayed.y.get()) == widened(direct.y.get()));
+  CHECK(widened(replayed.dx.get()) == widened(direct.dx.get()));
+  CHECK(replayed.up_grad.get() == direct.up_grad.get());
+  CHECK(replayed.gate_grad.get() == direct.gate_grad.get());
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
 }
