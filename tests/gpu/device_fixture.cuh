@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Device memory for tests, and the main function of a doctest program that needs a GPU: define
+// Device memory for tests, reasons to skip them, and the main function of a doctest program that needs a GPU: define
 // DOCTEST_CONFIG_IMPLEMENT before including it.
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,23 @@
 #include <doctest/doctest.h>
 
 namespace device_test {
+
+/// What CTest reports as skipped.
+inline constexpr int skip_return_code = 77;
+
+/// Says why nothing can be tested here, if there is a reason. @return whether there is one.
+inline bool skips(const std::string& reason) {
+  if (!reason.empty()) std::printf("skipped: %s\n", reason.c_str());
+  return !reason.empty();
+}
+
+/// A reason to skip: there is no GPU. "" if there is one.
+inline std::string no_device() {
+  int devices = 0;
+  const cudaError_t found = cudaGetDeviceCount(&devices);
+  if (found == cudaSuccess && devices > 0) return "";
+  return std::string("no CUDA device (") + (found == cudaSuccess ? "none found" : cudaGetErrorString(found)) + ")";
+}
 
 inline void require(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -120,17 +138,12 @@ cudaGraphExec_t capture(cudaStream_t stream, F&& work) {
 
 #if defined(DOCTEST_CONFIG_IMPLEMENT)
 int main(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return 77;
-  }
+  if (device_test::skips(device_test::no_device())) return device_test::skip_return_code;
   cudaDeviceProp properties{};
   device_test::require(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   if (properties.major < 8) {
     std::printf("skipped: compute capability %d.%d, 8.0 is needed\n", properties.major, properties.minor);
-    return 77;
+    return device_test::skip_return_code;
   }
   return doctest::Context(argc, argv).run();
 }

@@ -4,27 +4,27 @@
 // The shared functions give the same bits on the device as on the host: every bfloat16 word widened and rounded back,
 // and the words in between. Without a GPU it says so and exits with 77, which CTest reports as skipped.
 
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+#undef DOCTEST_CONFIG_IMPLEMENT  // the main function is the last one below
+
 #include <bit>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include <cuda_runtime.h>
 
 #include <tessera/tessera.cuh>
 
+#include "device_fixture.cuh"
+
 namespace ts = tessera;
 
 namespace {
 
-constexpr int skip_return_code = 77;
-
-void require(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
+using device_test::buffer;
+using device_test::require;
 
 // A float near bfloat16 word `word`: the word itself, and floats below, on and above the tie to the next word.
 TESSERA_HD float probe(std::uint32_t word, int which) {
@@ -44,38 +44,27 @@ __global__ void round_kernel(ts::matrix_view<ts::bfloat16> rounded, ts::matrix_v
   }
 }
 
+// A reason to skip: the program has no code for this device. "" if it has.
+std::string no_code() {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, round_kernel) == cudaSuccess) return "";
+  cudaDeviceProp properties{};
+  require(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  return "compiled for other architectures than this device's " + std::to_string(properties.major) + "." +
+         std::to_string(properties.minor);
+}
+
 }  // namespace
 
-int main() {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return skip_return_code;
-  }
-  cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, round_kernel) != cudaSuccess) {
-    cudaDeviceProp properties{};
-    require(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-    std::printf("skipped: compiled for other architectures than this device's %d.%d\n", properties.major,
-                properties.minor);
-    return skip_return_code;
-  }
-
+TEST_CASE("bfloat16 words and floats between them are rounded and widened as on the host") {
   constexpr std::size_t elements = static_cast<std::size_t>(num_words) * num_probes;
-  ts::bfloat16* rounded = nullptr;
-  float* widened = nullptr;
-  require(cudaMalloc(&rounded, elements * sizeof(ts::bfloat16)), "cudaMalloc");
-  require(cudaMalloc(&widened, elements * sizeof(float)), "cudaMalloc");
-  round_kernel<<<num_words / 256, 256>>>({rounded, num_words, num_probes}, {widened, num_words, num_probes});
+  const buffer<ts::bfloat16> rounded(elements);
+  const buffer<float> widened(elements);
+  round_kernel<<<num_words / 256, 256>>>({rounded.data(), num_words, num_probes},
+                                         {widened.data(), num_words, num_probes});
   require(cudaGetLastError(), "round_kernel");
-
-  std::vector<ts::bfloat16> device_rounded(elements);
-  std::vector<float> device_widened(elements);
-  require(cudaMemcpy(device_rounded.data(), rounded, elements * sizeof(ts::bfloat16), cudaMemcpyDeviceToHost), "copy");
-  require(cudaMemcpy(device_widened.data(), widened, elements * sizeof(float), cudaMemcpyDeviceToHost), "copy");
-  require(cudaFree(rounded), "cudaFree");
-  require(cudaFree(widened), "cudaFree");
+  const auto device_rounded = rounded.get();
+  const auto device_widened = widened.get();
 
   int differences = 0;
   for (int word = 0; word < num_words; ++word) {
@@ -84,14 +73,18 @@ int main() {
       const ts::bfloat16 host(probe(static_cast<std::uint32_t>(word), which));
       const auto host_bits = std::bit_cast<std::uint32_t>(static_cast<float>(host));
       const auto device_bits = std::bit_cast<std::uint32_t>(device_widened[i]);
-      if (host.bits != device_rounded[i].bits || host_bits != device_bits) {
-        if (++differences <= 5) {
-          std::printf("word %04x probe %d: host %04x, device %04x\n", static_cast<unsigned>(word), which,
-                      static_cast<unsigned>(host.bits), static_cast<unsigned>(device_rounded[i].bits));
-        }
+      if (host.bits == device_rounded[i].bits && host_bits == device_bits) continue;
+      if (++differences <= 5) {
+        FAIL_CHECK("word " << word << " probe " << which << ": host " << host.bits << ", device "
+                           << device_rounded[i].bits);
       }
     }
   }
-  std::printf("%zu roundings compared, %d differ\n", elements, differences);
-  return differences == 0 ? 0 : 1;
+  CHECK(differences == 0);
+}
+
+int main(int argc, char** argv) {
+  using device_test::skips;
+  if (skips(device_test::no_device()) || skips(no_code())) return device_test::skip_return_code;
+  return doctest::Context(argc, argv).run();
 }

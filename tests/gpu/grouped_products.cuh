@@ -14,7 +14,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -28,6 +27,7 @@
 #include <tessera/gemm/hopper.cuh>
 
 #include "../support/bits.hpp"
+#include "../support/messages.hpp"
 #include "device_fixture.cuh"
 
 namespace grouped_test {
@@ -41,8 +41,6 @@ using hp::row_groups;
 using tessera_test::same_bits;
 using ts::bfloat16;
 using bf16_matrix = ts::matrix_view<bfloat16>;
-
-inline constexpr int skip_return_code = 77;
 
 // Device memory with the host's copy of it.
 template <class T>
@@ -532,18 +530,9 @@ void check_refusals() {
 // The main function of a test of `Backend`.
 template <class Backend>
 int run_tests(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return skip_return_code;
-  }
-  try {
-    Backend::device::current();
-  } catch (const ts::error& e) {
-    std::printf("skipped: %s\n", e.what());
-    return skip_return_code;
-  }
+  using device_test::skips;
+  if (skips(device_test::no_device()) || skips(tessera_test::message_of<ts::error>([] { Backend::device::current(); })))
+    return device_test::skip_return_code;
   return doctest::Context(argc, argv).run();
 }
 

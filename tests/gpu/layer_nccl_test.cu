@@ -281,15 +281,9 @@ TEST_CASE("a layer says what its communicator cannot do before anything is enque
 
 int main(int argc, char** argv) {
   if (const int code = rank_launcher::instance().parse(argc, argv); code >= 0) return code;
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device\n");
-    return 77;
-  }
-  if (const std::string problem = tessera::detail::nccl::version_problem(); !problem.empty()) {
-    std::printf("skipped: %s\n", problem.c_str());
-    return 77;
-  }
+  using device_test::skips;
+  if (skips(device_test::no_device()) || skips(tessera::detail::nccl::version_problem()))
+    return device_test::skip_return_code;
   return doctest::Context(argc, argv).run();
 }
 

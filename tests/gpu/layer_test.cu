@@ -10,7 +10,6 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -20,6 +19,7 @@
 #include <tessera/moe/moe_layer.cuh>
 
 #include "../support/layer_fixture.hpp"
+#include "../support/messages.hpp"
 #include "device_fixture.cuh"
 
 namespace {
@@ -483,17 +483,8 @@ TEST_CASE("logits that are not finite are reported by token") {
 }
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return 77;
-  }
-  try {
-    ts::gemm::portable::device::current();
-  } catch (const ts::error& e) {
-    std::printf("skipped: %s\n", e.what());
-    return 77;
-  }
+  using device_test::skips;
+  if (skips(device_test::no_device()) || skips(message_of<ts::error>([] { ts::gemm::portable::device::current(); })))
+    return device_test::skip_return_code;
   return doctest::Context(argc, argv).run();
 }

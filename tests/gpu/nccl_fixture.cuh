@@ -28,19 +28,12 @@ int main() {
 #include "gpu_ranks.cuh"
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  const cudaError_t found = cudaGetDeviceCount(&devices);
-  if (found != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device (%s)\n", found == cudaSuccess ? "none found" : cudaGetErrorString(found));
-    return 77;
-  }
-  if (const std::string problem = tessera::detail::nccl::version_problem(); !problem.empty()) {
-    std::printf("skipped: %s\n", problem.c_str());
-    return 77;
-  }
+  using device_test::skips;
+  if (skips(device_test::no_device()) || skips(tessera::detail::nccl::version_problem()))
+    return device_test::skip_return_code;
   int version = 0;
   static_cast<void>(ncclGetVersion(&version));
-  std::printf("%d GPUs, NCCL %s\n", devices, tessera::detail::nccl::version_text(version).c_str());
+  std::printf("%d GPUs, NCCL %s\n", device_test::num_gpus(), tessera::detail::nccl::version_text(version).c_str());
   return doctest::Context(argc, argv).run();
 }
 
