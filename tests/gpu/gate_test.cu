@@ -19,6 +19,7 @@
 #include <tessera/core/chunks.hpp>
 #include <tessera/moe/detail/device/gate_product.cuh>
 
+#include "../support/cast.hpp"
 #include "device_fixture.cuh"
 
 namespace {
@@ -27,6 +28,7 @@ namespace ts = tessera;
 using device_test::buffer;
 using device_test::normal;
 using device_test::relative_error;
+using tessera_test::widened;
 using ts::bfloat16;
 
 constexpr double logit_bound = 2e-6, weight_gradient_bound = 1e-5;
@@ -51,8 +53,6 @@ std::vector<double> in_parts(const std::vector<float>& values, int parts) {
   for (const float v : values) sums.push_back(in_parts(v, parts));
   return sums;
 }
-
-std::vector<double> widened(const std::vector<float>& values) { return {values.begin(), values.end()}; }
 
 struct gate_case {
   int num_experts;

@@ -7,6 +7,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
+#include "../support/cast.hpp"
 #include "grouped_products.cuh"
 
 #include <string>
@@ -17,6 +18,7 @@
 namespace {
 
 using namespace grouped_test;
+using tessera_test::widened;
 namespace pp = ts::gemm::portable;
 
 struct portable {
@@ -45,13 +47,6 @@ struct portable {
     pp::variable_k<Rows>(arguments...);
   }
 };
-
-std::vector<double> widened(const std::vector<bfloat16>& values) {
-  std::vector<double> result;
-  for (const bfloat16 v : values) result.push_back(static_cast<double>(static_cast<float>(v)));
-  return result;
-}
-std::vector<double> widened(const std::vector<float>& values) { return {values.begin(), values.end()}; }
 
 // Forward and backward of experts on the device, and of the same experts on the host in double.
 template <class Activation, class WeightLayout>

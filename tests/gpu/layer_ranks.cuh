@@ -271,13 +271,6 @@ inline outcome join(const std::vector<outcome>& ranks) {
   return all;
 }
 
-template <class T>
-std::vector<double> widened(const std::vector<T>& values) {
-  std::vector<double> out;
-  for (const T& v : values) out.push_back(widen(v));
-  return out;
-}
-
 // That evaluation gives the bits of an earlier pass.
 template <class Layer>
 void check_eval(rank_layer<Layer>& layer, const outcome& earlier) {

@@ -30,13 +30,6 @@ using device_test::relative_error;
 
 void check(cudaError_t result) { REQUIRE_MESSAGE(result == cudaSuccess, cudaGetErrorString(result)); }
 
-template <class T>
-std::vector<double> widened(const std::vector<T>& values) {
-  std::vector<double> out;
-  for (const T v : values) out.push_back(widen(v));
-  return out;
-}
-
 // `Oracle` is the host's precision: double, but where a clamp cuts gradients off, because bf16 moves values over its
 // border.
 template <class Router, class Activation, class WeightLayout, class Precision = ts::precision::bf16,

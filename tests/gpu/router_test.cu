@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "../support/cast.hpp"
 #include "device_fixture.cuh"
 
 #include <tessera/router/router.cuh>
@@ -29,6 +30,7 @@ namespace weigh = ts::weigh;
 namespace balance = ts::balance;
 using device_test::buffer;
 using device_test::relative_error;
+using tessera_test::widened;
 
 // Policies as a user writes them.
 struct slow_tanh {
@@ -65,8 +67,6 @@ struct shape {
 
 template <class Select>
 inline constexpr bool is_grouped = Select::by == ts::select_by::group;
-
-std::vector<double> widened(const std::vector<float>& x) { return {x.begin(), x.end()}; }
 
 // Device and host copies of what a router reads and writes.
 template <class Router, class A = float>

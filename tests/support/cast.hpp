@@ -38,4 +38,12 @@ double widen(S v) {
     return static_cast<double>(v);
 }
 
+template <class S>
+std::vector<double> widened(const std::vector<S>& values) {
+  std::vector<double> out;
+  out.reserve(values.size());
+  for (const S v : values) out.push_back(widen(v));
+  return out;
+}
+
 }  // namespace tessera_test
