@@ -291,4 +291,29 @@ inline void check_same(const outcome& a, const outcome& b) {
   CHECK(a.dropped_by_capacity == b.dropped_by_capacity);
 }
 
+inline void check_near(const char* name, const std::vector<double>& got, const std::vector<double>& expected,
+                       double bound) {
+  const std::string which = name;
+  CAPTURE(which);
+  CHECK(device_test::relative_error(got, expected) <= bound);
+}
+
+// That rows and the gradients of what every layer has are the host's, which are in double of the same bf16 numbers.
+inline void check_rows_and_gradients(const outcome& got, const layer_result& expected) {
+  check_near("y", widened(got.y), expected.y, 1e-2);
+  check_near("dx", widened(got.dx), expected.dx, 1e-2);
+  check_near("gate", widened(got.gate), expected.gate, 2e-2);
+  check_near("up", widened(got.up), expected.up, 1e-2);
+  check_near("down", widened(got.down), expected.down, 1e-2);
+  CHECK(got.load == expected.load);
+}
+
+// The same of all that a step leaves behind.
+inline void check_step(const outcome& got, const layer_result& expected) {
+  check_rows_and_gradients(got, expected);
+  check_near("shared_up", widened(got.shared_up), expected.shared_up, 1e-2);
+  check_near("losses", widened(got.losses), expected.losses, 1e-4);
+  CHECK(widened(got.bias) == expected.bias);
+}
+
 }  // namespace layer_ranks

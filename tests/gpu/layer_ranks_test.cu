@@ -119,20 +119,7 @@ TEST_CASE("the layer spread over GPUs follows the host in double, and has the we
   const outcome got = join(parts);
   const auto expected = run_problem<deepseek_like::host_layer>(p, ts::layout::block(p.sizes.num_experts, 1),
                                                                {0, p.num_tokens}, router_options(), {});
-  const auto compare = [](const char* name, const std::vector<double>& a, const std::vector<double>& b, double bound) {
-    const std::string which = name;
-    CAPTURE(which);
-    CHECK(device_test::relative_error(a, b) <= bound);
-  };
-  compare("y", widened(got.y), expected.y, 1e-2);
-  compare("dx", widened(got.dx), expected.dx, 1e-2);
-  compare("gate", widened(got.gate), expected.gate, 2e-2);
-  compare("up", widened(got.up), expected.up, 1e-2);
-  compare("down", widened(got.down), expected.down, 1e-2);
-  compare("shared_up", widened(got.shared_up), expected.shared_up, 1e-2);
-  compare("losses", widened(got.losses), expected.losses, 1e-4);
-  CHECK(got.load == expected.load);
-  CHECK(widened(got.bias) == expected.bias);
+  check_step(got, expected);
 
   require(cudaSetDevice(0), "cudaSetDevice");
   ts::comm::self<ts::space::device> self;
@@ -373,21 +360,10 @@ TEST_CASE("a capacity drops what the host drops, by position and by weight, dire
     deepseek_like::host_layer::options options;
     options.dispatch = chosen.dispatch;
     const auto expected = run_problem<deepseek_like::host_layer>(p, placement, offsets, router_options(), options);
-    const auto compare = [](const char* name, const std::vector<double>& a, const std::vector<double>& b,
-                            double bound) {
-      const std::string which = name;
-      CAPTURE(which);
-      CHECK(device_test::relative_error(a, b) <= bound);
-    };
     CHECK(got.dropped_by_capacity == expected.dropped_by_capacity);
     CHECK(got.dropped_by_capacity > 0);
     CHECK(got.dropped_by_capacity < p.num_tokens * p.sizes.top_k);
-    CHECK(got.load == expected.load);
-    compare("y", widened(got.y), expected.y, 1e-2);
-    compare("dx", widened(got.dx), expected.dx, 1e-2);
-    compare("gate", widened(got.gate), expected.gate, 2e-2);
-    compare("up", widened(got.up), expected.up, 1e-2);
-    compare("down", widened(got.down), expected.down, 1e-2);
+    check_rows_and_gradients(got, expected);
   }
 }
 
