@@ -124,60 +124,88 @@ struct rank_memory {
   }
 };
 
+// One round on one rank: rows go out, sums and values come back, and all of it is what the host makes. Ranks call the
+// members in one order, whatever they find.
 template <class Layout>
-void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const world_data& data,
-                 const std::vector<expected_lists>& lists, const std::vector<std::vector<bf16>>& outputs,
-                 const Layout& layout, const ts::dispatch_options& options, findings& found) {
-  const auto me = static_cast<std::size_t>(rank.rank());
-  const int tokens = c.tokens[me];
-  const auto stream = rank.stream();
+struct round_check {
+  peer_rank& rank;
+  rank_memory& m;
+  const routing_case& c;
+  const world_data& data;
+  const std::vector<expected_lists>& lists;
+  const std::vector<std::vector<bf16>>& outputs;
+  const Layout& layout;
+  const ts::dispatch_options& options;
+  findings& found;
+
+  std::size_t me = static_cast<std::size_t>(rank.rank());
   const expected_lists& own = lists[me];
-  put(rank, m.ids, data.ids[me]);
-  put(rank, m.weights, data.weights[me]);
-  put(rank, m.x, data.x[me]);
-  put(rank, m.plus, data.plus[me]);
-  put(rank, m.pairs, outputs[me]);
-  const auto rows = m.bounds.addressed_rows();
-  const ts::routing<float> chosen{{m.ids, tokens, c.top_k}, {m.weights, tokens, c.top_k}};
-  const ts::matrix_view<bf16> received{m.received, rows, c.hidden};
-  const ts::matrix_view<bf16> returned{m.returned, rows, c.hidden};
-  const ts::matrix_view<bf16> y{m.y, tokens, c.hidden};
-  const ts::matrix_view<const bf16> plus{m.plus, tokens, c.hidden};
-  const ts::matrix_view<const bf16> pairs{m.pairs, m.bounds.max_pairs, c.hidden};
+  std::size_t count = own.gather.size();
+  std::size_t width = static_cast<std::size_t>(c.hidden);
+  int tokens = c.tokens[me];
+  std::int64_t rows = m.bounds.addressed_rows();
+  ts::device_stream stream = rank.stream();
+  ts::routing<float> chosen{{m.ids, tokens, c.top_k}, {m.weights, tokens, c.top_k}};
+  ts::matrix_view<const bf16> x{m.x, tokens, c.hidden};
+  ts::matrix_view<const bf16> plus{m.plus, tokens, c.hidden};
+  ts::matrix_view<const bf16> nothing{};
+  ts::matrix_view<const bf16> pairs{m.pairs, m.bounds.max_pairs, c.hidden};
+  ts::matrix_view<bf16> received{m.received, rows, c.hidden};
+  ts::matrix_view<bf16> returned{m.returned, rows, c.hidden};
+  ts::matrix_view<bf16> y{m.y, tokens, c.hidden};
 
-  ts::exchange_routing_begin(stream, rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
-  ts::dispatch_begin(stream, rank, m.handle, ts::matrix_view<const bf16>{m.x, tokens, c.hidden}, received);
-  ts::exchange_routing_end(stream, rank);
-  ts::dispatch_end(stream, rank, received);
-
-  const std::size_t count = own.gather.size();
-  if (get(rank, m.handle.expert_offsets, own.offsets.size()) != own.offsets) found.add(rank.rank(), "row offsets");
-  if (get(rank, m.handle.gather, count) != own.gather) found.add(rank.rank(), "gather list");
-  if (get(rank, m.handle.pair_weights, count) != own.pair_weights) found.add(rank.rank(), "pair weights");
-  if (get(rank, m.handle.expert_row_of, own.expert_row_of.size()) != own.expert_row_of) {
-    found.add(rank.rank(), "expert rows of pairs");
+  void run() {
+    put(rank, m.ids, data.ids[me]);
+    put(rank, m.weights, data.weights[me]);
+    put(rank, m.x, data.x[me]);
+    put(rank, m.plus, data.plus[me]);
+    put(rank, m.pairs, outputs[me]);
+    ts::exchange_routing_begin(stream, rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
+    ts::dispatch_begin(stream, rank, m.handle, x, received);
+    ts::exchange_routing_end(stream, rank);
+    ts::dispatch_end(stream, rank, received);
+    check_lists();
+    check_rows();
+    for (const int way : {0, 1, 2, 3, 4}) check_expanded(way);
+    check_sums();
+    check_pairs();
+    check_summed_rows();
+    check_values();
   }
-  const auto total = get(rank, m.handle.total, 1)[0];
-  if (total.overflow_drops != own.dropped) found.add(rank.rank(), "drops");
-  if (total.capacity_drops != data.capacity_drops[me]) found.add(rank.rank(), "drops of the capacity");
-  if (total.received_pairs != static_cast<std::int64_t>(count)) found.add(rank.rank(), "received pairs");
 
-  const auto arrived = get(rank, m.received, static_cast<std::size_t>(rows * c.hidden));
-  for (std::size_t row = 0; row < own.arrives.size(); ++row) {
-    if (!own.arrives[row]) continue;
-    const std::size_t s = row / static_cast<std::size_t>(c.max_tokens);
-    const std::size_t t = row % static_cast<std::size_t>(c.max_tokens);
-    const auto width = static_cast<std::size_t>(c.hidden);
-    if (std::memcmp(arrived.data() + row * width, data.x[s].data() + t * width, width * sizeof(bf16)) != 0) {
-      found.add(rank.rank(), "row of token " + std::to_string(t) + " of rank " + std::to_string(s));
-      break;
+  void wrong(const std::string& what) { found.add(rank.rank(), what); }
+
+  void check_lists() {
+    if (get(rank, m.handle.expert_offsets, own.offsets.size()) != own.offsets) wrong("row offsets");
+    if (get(rank, m.handle.gather, count) != own.gather) wrong("gather list");
+    if (get(rank, m.handle.pair_weights, count) != own.pair_weights) wrong("pair weights");
+    if (get(rank, m.handle.expert_row_of, own.expert_row_of.size()) != own.expert_row_of) wrong("expert rows of pairs");
+    const auto total = get(rank, m.handle.total, 1)[0];
+    if (total.overflow_drops != own.dropped) wrong("drops");
+    if (total.capacity_drops != data.capacity_drops[me]) wrong("drops of the capacity");
+    if (total.received_pairs != static_cast<std::int64_t>(count)) wrong("received pairs");
+  }
+
+  // Whether `row` is token `t` of rank `s`.
+  bool is_token(const bf16* row, std::size_t s, std::size_t t) const {
+    return std::memcmp(row, data.x[s].data() + t * width, width * sizeof(bf16)) == 0;
+  }
+
+  void check_rows() {
+    const auto arrived = get(rank, m.received, static_cast<std::size_t>(rows * c.hidden));
+    for (std::size_t row = 0; row < own.arrives.size(); ++row) {
+      if (!own.arrives[row]) continue;
+      const std::size_t s = row / static_cast<std::size_t>(c.max_tokens);
+      const std::size_t t = row % static_cast<std::size_t>(c.max_tokens);
+      if (is_token(arrived.data() + row * width, s, t)) continue;
+      wrong("row of token " + std::to_string(t) + " of rank " + std::to_string(s));
+      return;
     }
   }
 
-  // the same rows in the order of experts, as they come, behind them all, or as the library chooses: with lists that
-  // are under way, and with those of before
-  const ts::matrix_view<bf16> expanded{m.expanded, m.bounds.max_pairs, c.hidden};
-  for (const int way : {0, 1, 2, 3, 4}) {
+  // The same rows in the order of experts, as they come, behind them all, or as the library chooses: with lists that
+  // are under way, and with those of before.
+  void check_expanded(int way) {
     const bool lists_too = way % 2 == 0, as_they_come = way < 2;
     const auto poison = [&](bf16* where, std::int64_t rows_there) {
       require(
@@ -186,123 +214,127 @@ void check_round(peer_rank& rank, rank_memory& m, const routing_case& c, const w
     };
     poison(m.received, rows);
     poison(m.expanded, m.bounds.max_pairs + 1);
+    const ts::matrix_view<bf16> expanded{m.expanded, m.bounds.max_pairs, c.hidden};
     if (lists_too) ts::exchange_routing_begin(stream, rank, layout, m.bounds, options, chosen, m.handle, m.workspace);
-    const ts::matrix_view<const bf16> x{m.x, tokens, c.hidden};
     if (way == 4)
       ts::dispatch_expanded_begin(stream, rank, m.handle, x, received, expanded);
     else
       ts::detail::symmetric::begin_expanded(stream, rank, m.handle, x, received, expanded, as_they_come);
     ts::dispatch_expanded_end(stream, rank);
-    const auto width = static_cast<std::size_t>(c.hidden);
     const auto got = get(rank, m.expanded, static_cast<std::size_t>(m.bounds.max_pairs + 1) * width);
     for (std::size_t row = 0; row < count; ++row) {
       const std::size_t s = static_cast<std::size_t>(own.gather[row] / c.max_tokens);
       const std::size_t t = static_cast<std::size_t>(own.gather[row] % c.max_tokens);
-      if (std::memcmp(got.data() + row * width, data.x[s].data() + t * width, width * sizeof(bf16)) != 0) {
-        found.add(rank.rank(), "expanded row " + std::to_string(row) + " of token " + std::to_string(t) + " of rank " +
-                                   std::to_string(s));
-        break;
-      }
+      if (is_token(got.data() + row * width, s, t)) continue;
+      wrong("expanded row " + std::to_string(row) + " of token " + std::to_string(t) + " of rank " + std::to_string(s));
+      break;
     }
     const std::vector<bf16> untouched(got.begin() + static_cast<std::ptrdiff_t>(count * width), got.end());
     const std::vector<unsigned char> poisoned(untouched.size() * sizeof(bf16), 0xff);
-    if (std::memcmp(untouched.data(), poisoned.data(), poisoned.size()) != 0)
-      found.add(rank.rank(), "expanded rows beyond the last");
+    if (std::memcmp(untouched.data(), poisoned.data(), poisoned.size()) != 0) wrong("expanded rows beyond the last");
   }
 
-  const auto check_sums = [&](const char* what, bool weighted, bool summed, bool with_plus) {
-    const auto sums = get(rank, m.y, static_cast<std::size_t>(tokens * c.hidden));
+  // y has the bits of `sum(t, j)`, with `plus` if that was to be added.
+  template <class F>
+  void check_y(const char* what, bool with_plus, const F& sum) {
+    const auto got = get(rank, m.y, static_cast<std::size_t>(tokens * c.hidden));
     for (int t = 0; t < tokens; ++t) {
       for (int j = 0; j < c.hidden; ++j) {
-        const int row = rank.rank() * c.max_tokens + t;
-        float sum = owner_sum(c, own, outputs[me], row, j, weighted);
-        if (summed) sum = as_float(bf16(sum));
-        for (int r = 0; r < rank.size(); ++r) {
-          const auto other = static_cast<std::size_t>(r);
-          if (r == rank.rank() || !lists[other].arrives[static_cast<std::size_t>(row)]) continue;
-          sum += as_float(bf16(owner_sum(c, lists[other], outputs[other], row, j, weighted)));
-        }
+        float expected = sum(t, j);
         const auto at = static_cast<std::size_t>(t * c.hidden + j);
-        if (with_plus) sum += as_float(data.plus[me][at]);
-        if (!same_bits(sums[at], bf16(sum))) {
-          found.add(rank.rank(), std::string(what) + " of token " + std::to_string(t) + " column " + std::to_string(j) +
-                                     ": " + std::to_string(as_float(sums[at])) + " for " + std::to_string(sum));
-          return;
-        }
-      }
-    }
-  };
-  const ts::matrix_view<const bf16> nothing{};
-  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
-                   returned, plus, y);
-  check_sums("weighted sum", true, false, true);
-  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs, returned,
-                   nothing, y);
-  check_sums("plain sum", false, false, false);
-  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
-                   received, plus, y);
-  check_sums("weighted sum where rows had arrived", true, false, true);
-
-  // pairs that are added at home, in the order of k
-  const auto check_pairs = [&](const char* what, bool weighted, bool with_plus) {
-    const auto sums = get(rank, m.y, static_cast<std::size_t>(tokens * c.hidden));
-    for (int t = 0; t < tokens; ++t) {
-      for (int j = 0; j < c.hidden; ++j) {
-        float sum = home_sum(c, data, lists, outputs, rank.rank(), t, j, weighted);
-        const auto at = static_cast<std::size_t>(t * c.hidden + j);
-        if (with_plus) sum += as_float(data.plus[me][at]);
-        if (!same_bits(sums[at], bf16(sum))) {
-          found.add(rank.rank(), std::string(what) + " of token " + std::to_string(t) + " column " + std::to_string(j) +
-                                     ": " + std::to_string(as_float(sums[at])) + " for " + std::to_string(sum));
-          return;
-        }
-      }
-    }
-  };
-  ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs,
-                    ts::matrix_view<const float>{m.weights, tokens, c.top_k}, plus, y);
-  check_pairs("weighted sum of pairs", true, true);
-  ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs,
-                    ts::matrix_view<const float>{nullptr, tokens, c.top_k}, nothing, y);
-  check_pairs("plain sum of pairs", false, false);
-
-  // rows that an engine has summed
-  std::vector<bf16> sums(static_cast<std::size_t>(rows * c.hidden), bf16(99.0f));
-  for (std::size_t row = 0; row < own.arrives.size(); ++row) {
-    if (!own.arrives[row]) continue;
-    for (int j = 0; j < c.hidden; ++j) {
-      sums[row * static_cast<std::size_t>(c.hidden) + static_cast<std::size_t>(j)] =
-          bf16(owner_sum(c, own, outputs[me], static_cast<int>(row), j, true));
-    }
-  }
-  put(rank, m.summed, sums);
-  ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::summed_rows,
-                   ts::matrix_view<const bf16>{m.summed, rows, c.hidden}, returned, plus, y);
-  check_sums("sum of sums", true, true, true);
-
-  std::vector<float> values;
-  for (std::size_t i = 0; i < count; ++i)
-    values.push_back(static_cast<float>(1000 * rank.rank()) + static_cast<float>(i));
-  put(rank, m.values, values);
-  ts::return_pair_values(stream, rank, m.handle, m.values,
-                         ts::matrix_view<float>{m.home_values, c.max_tokens, c.top_k});
-  const auto home = get(rank, m.home_values, static_cast<std::size_t>(c.max_tokens * c.top_k));
-  for (int t = 0; t < c.max_tokens; ++t) {
-    for (int k = 0; k < c.top_k; ++k) {
-      float expected = 0;
-      for (int r = 0; r < rank.size(); ++r) {
-        const std::int32_t place =
-            lists[static_cast<std::size_t>(r)]
-                .expert_row_of[static_cast<std::size_t>((rank.rank() * c.max_tokens + t) * c.top_k + k)];
-        if (place >= 0) expected = static_cast<float>(1000 * r) + static_cast<float>(place);
-      }
-      if (home[static_cast<std::size_t>(t * c.top_k + k)] != expected) {
-        found.add(rank.rank(), "value of pair " + std::to_string(t) + ", " + std::to_string(k));
+        if (with_plus) expected += as_float(data.plus[me][at]);
+        if (same_bits(got[at], bf16(expected))) continue;
+        wrong(std::string(what) + " of token " + std::to_string(t) + " column " + std::to_string(j) + ": " +
+              std::to_string(as_float(got[at])) + " for " + std::to_string(expected));
         return;
       }
     }
   }
-}
+
+  // y is the sum of what owners have summed; `rounded`: this rank's own part, too, was rounded before.
+  void check_owner_sums(const char* what, bool weighted, bool rounded, bool with_plus) {
+    check_y(what, with_plus, [&](int t, int j) {
+      const int row = rank.rank() * c.max_tokens + t;
+      float sum = owner_sum(c, own, outputs[me], row, j, weighted);
+      if (rounded) sum = as_float(bf16(sum));
+      for (int r = 0; r < rank.size(); ++r) {
+        const auto other = static_cast<std::size_t>(r);
+        if (r == rank.rank() || !lists[other].arrives[static_cast<std::size_t>(row)]) continue;
+        sum += as_float(bf16(owner_sum(c, lists[other], outputs[other], row, j, weighted)));
+      }
+      return sum;
+    });
+  }
+
+  void check_sums() {
+    ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
+                     returned, plus, y);
+    check_owner_sums("weighted sum", true, false, true);
+    ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::expert_rows, pairs,
+                     returned, nothing, y);
+    check_owner_sums("plain sum", false, false, false);
+    ts::combine_rows(stream, rank, m.handle, ts::combine_weights::routing, ts::combine_source::expert_rows, pairs,
+                     received, plus, y);
+    check_owner_sums("weighted sum where rows had arrived", true, false, true);
+  }
+
+  // Pairs that are added at home, in the order of k.
+  void check_pairs() {
+    const auto check = [&](const char* what, bool weighted, bool with_plus) {
+      check_y(what, with_plus,
+              [&](int t, int j) { return home_sum(c, data, lists, outputs, rank.rank(), t, j, weighted); });
+    };
+    ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs,
+                      ts::matrix_view<const float>{m.weights, tokens, c.top_k}, plus, y);
+    check("weighted sum of pairs", true, true);
+    ts::combine_pairs(stream, rank, m.handle, pairs, m.returned_pairs,
+                      ts::matrix_view<const float>{nullptr, tokens, c.top_k}, nothing, y);
+    check("plain sum of pairs", false, false);
+  }
+
+  // Rows that an engine has summed.
+  void check_summed_rows() {
+    std::vector<bf16> sums(static_cast<std::size_t>(rows * c.hidden), bf16(99.0f));
+    for (std::size_t row = 0; row < own.arrives.size(); ++row) {
+      if (!own.arrives[row]) continue;
+      for (int j = 0; j < c.hidden; ++j) {
+        sums[row * width + static_cast<std::size_t>(j)] =
+            bf16(owner_sum(c, own, outputs[me], static_cast<int>(row), j, true));
+      }
+    }
+    put(rank, m.summed, sums);
+    ts::combine_rows(stream, rank, m.handle, ts::combine_weights::none, ts::combine_source::summed_rows,
+                     ts::matrix_view<const bf16>{m.summed, rows, c.hidden}, returned, plus, y);
+    check_owner_sums("sum of sums", true, true, true);
+  }
+
+  // One number for each pair, which comes home.
+  void check_values() {
+    const auto value = [](int owner, std::int64_t place) {
+      return static_cast<float>(1000 * owner) + static_cast<float>(place);
+    };
+    std::vector<float> values;
+    for (std::size_t i = 0; i < count; ++i) values.push_back(value(rank.rank(), static_cast<std::int64_t>(i)));
+    put(rank, m.values, values);
+    ts::return_pair_values(stream, rank, m.handle, m.values,
+                           ts::matrix_view<float>{m.home_values, c.max_tokens, c.top_k});
+    const auto home = get(rank, m.home_values, static_cast<std::size_t>(c.max_tokens * c.top_k));
+    for (int t = 0; t < c.max_tokens; ++t) {
+      for (int k = 0; k < c.top_k; ++k) {
+        float expected = 0;
+        for (int r = 0; r < rank.size(); ++r) {
+          const std::int32_t place =
+              lists[static_cast<std::size_t>(r)]
+                  .expert_row_of[static_cast<std::size_t>((rank.rank() * c.max_tokens + t) * c.top_k + k)];
+          if (place >= 0) expected = value(r, place);
+        }
+        if (home[static_cast<std::size_t>(t * c.top_k + k)] == expected) continue;
+        wrong("value of pair " + std::to_string(t) + ", " + std::to_string(k));
+        return;
+      }
+    }
+  }
+};
 
 // `make_layout(rank)` on the device of a rank; `host_layout` reads host memory.
 template <class HostLayout, class MakeLayout>
@@ -326,7 +358,8 @@ void check_case(peer_ranks& ranks, const routing_case& c, const HostLayout& host
     const auto layout = make_layout(rank);
     rank_memory memory(rank, c, options, host_layout.num_slots(rank.rank()));
     for (std::size_t round = 0; round < static_cast<std::size_t>(rounds); ++round) {
-      check_round(rank, memory, c, data[round], lists[round], outputs[round], layout, options, found);
+      round_check<decltype(layout)>{rank, memory, c, data[round], lists[round], outputs[round], layout, options, found}
+          .run();
     }
     const auto failure = rank.failure();
     if (failure.state != 0)
