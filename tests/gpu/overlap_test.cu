@@ -6,9 +6,11 @@
 // pair takes less than three quarters of the sum of its phases. Without a GPU it says so and exits with 77, which CTest
 // reports as skipped.
 
-#include <cstdint>
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,10 +19,13 @@
 
 #include <tessera/pipeline/overlap.cuh>
 
+#include "device_fixture.cuh"
+
 namespace {
 
 namespace ts = tessera;
 namespace pl = tessera::pipeline;
+using device_test::require;
 
 constexpr int layers = 4;
 constexpr long long compute_ns = 300000;        // 6 phases of a layer
@@ -50,19 +55,6 @@ __global__ void spin_kernel(record* r, long long ns, ts::sm_share share) {
   while (global_ns() - begin < static_cast<unsigned long long>(ns)) {
   }
   atomicMax(&r->end, global_ns());
-}
-
-void require(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
-
-int failures = 0;
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what.c_str());
 }
 
 constexpr int blocks_without_limit = 4;
@@ -112,155 +104,157 @@ struct run_result {
   }
 };
 
-template <class Lanes>
-run_result run_pair(Lanes& lanes, cudaStream_t stream, record* records) {
-  spinning_chunk forward{records}, backward{records};
-  pl::overlap_stage<spinning_chunk, Lanes> f(forward, lanes), b(backward, lanes);
-  const std::vector<record> empty(num_records, nothing);
-  require(cudaMemcpy(records, empty.data(), num_records * sizeof(record), cudaMemcpyHostToDevice), "copy");
-  cudaEvent_t begin, end;
-  require(cudaEventCreate(&begin), "cudaEventCreate");
-  require(cudaEventCreate(&end), "cudaEventCreate");
-  require(cudaEventRecord(begin, stream), "cudaEventRecord");
-  f.overlapped(stream, {}, {}, {}, b, {}, {}, {}, {});
-  require(cudaEventRecord(end, stream), "cudaEventRecord");
-  require(cudaEventSynchronize(end), "cudaEventSynchronize");
-  run_result result;
-  result.records.resize(num_records);
-  require(cudaEventElapsedTime(&result.ms, begin, end), "cudaEventElapsedTime");
-  require(cudaMemcpy(result.records.data(), records, num_records * sizeof(record), cudaMemcpyDeviceToHost), "copy");
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  return result;
-}
+std::string name_of(const pl::overlap_node& node) { return pl::symbol_of(node.what) + std::to_string(node.layer); }
 
-void expect_order(const run_result& result, const char* what) {
+constexpr double sum_ms = 1e-6 * layers * (6.0 * compute_ns + 4.0 * communication_ns);
+
+// A stream, memory for what phases write down, and lanes of two budgets.
+struct overlap_case {
+  const int sms = [] {
+    int count = 0;
+    require(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "cudaDeviceGetAttribute");
+    return count;
+  }();
+  const int budget = sms > 20 ? 20 : sms / 2;
+  static constexpr int dispatch_budget = 6;
   const pl::overlap_order order = pl::make_overlap_order(layers, layers);
-  const record* last[2] = {nullptr, nullptr};
-  for (const pl::overlap_node& node : order.nodes) {
-    const std::string name = std::string(what) + ": " + pl::symbol_of(node.what) + std::to_string(node.layer);
-    const record& r = result.of(node);
-    expect(r.blocks > 0, name + " did not run");
-    if (node.after >= 0)
-      expect(result.of(order.nodes[static_cast<std::size_t>(node.after)]).end <= r.begin,
-             name + " began before what it needs had ended");
-    const record*& previous = last[pl::is_communication(node.what) ? 1 : 0];
-    if (previous != nullptr) expect(previous->end <= r.begin, name + " began before the phase before it in its lane");
-    previous = &r;
+  device_test::buffer<record> records{num_records};
+  const cudaStream_t stream = device_test::make_stream();
+  pl::device_lanes lanes{
+      {.communication_sms = budget, .dispatch_sms = dispatch_budget, .head_start = std::chrono::nanoseconds(0)}};
+
+  overlap_case() = default;
+  overlap_case(const overlap_case&) = delete;
+  overlap_case& operator=(const overlap_case&) = delete;
+  ~overlap_case() { cudaStreamDestroy(stream); }
+
+  int budget_of(bool sends) const { return sends ? dispatch_budget : budget; }
+
+  void clear() { records.set(std::vector<record>(num_records, nothing)); }
+
+  template <class Lanes>
+  run_result run_pair(Lanes& on) {
+    spinning_chunk forward{records.data()}, backward{records.data()};
+    pl::overlap_stage<spinning_chunk, Lanes> f(forward, on), b(backward, on);
+    clear();
+    cudaEvent_t begin, end;
+    require(cudaEventCreate(&begin), "cudaEventCreate");
+    require(cudaEventCreate(&end), "cudaEventCreate");
+    require(cudaEventRecord(begin, stream), "cudaEventRecord");
+    f.overlapped(stream, {}, {}, {}, b, {}, {}, {}, {});
+    require(cudaEventRecord(end, stream), "cudaEventRecord");
+    require(cudaEventSynchronize(end), "cudaEventSynchronize");
+    run_result result;
+    require(cudaEventElapsedTime(&result.ms, begin, end), "cudaEventElapsedTime");
+    result.records = records.get();
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return result;
   }
-}
+
+  // That every phase ran after what it needs and after the phase before it in its lane.
+  void check_order(const run_result& result) const {
+    const record* last[2] = {nullptr, nullptr};
+    for (const pl::overlap_node& node : order.nodes) {
+      const std::string name = name_of(node);
+      CAPTURE(name);
+      const record& r = result.of(node);
+      CHECK(r.blocks > 0);
+      if (node.after >= 0) CHECK(result.of(order.nodes[static_cast<std::size_t>(node.after)]).end <= r.begin);
+      const record*& previous = last[pl::is_communication(node.what) ? 1 : 0];
+      if (previous != nullptr) CHECK(previous->end <= r.begin);
+      previous = &r;
+    }
+  }
+
+  // That computing phases, and they alone, were told that they share the device, and how many multiprocessors their
+  // first product has: beside communication `first_sms(node)`, otherwise all.
+  template <class F>
+  void check_shares(const run_result& result, const F& first_sms) const {
+    for (const pl::overlap_node& node : order.nodes) {
+      const std::string name = name_of(node);
+      CAPTURE(name);
+      const bool communicates = pl::is_communication(node.what);
+      const bool beside = !communicates && node.communication > 0;
+      CHECK(result.of(node).share.shares == !communicates);
+      CHECK(result.of(node).share.first_sms == (beside ? first_sms(node) : 0));
+    }
+  }
+};
 
 }  // namespace
 
-int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("skipped: no CUDA device\n");
-    return 77;
-  }
-  int sms = 0;
-  require(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0), "cudaDeviceGetAttribute");
-  record* records = nullptr;
-  require(cudaMalloc(&records, num_records * sizeof(record)), "cudaMalloc");
-  cudaStream_t stream = nullptr;
-  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-
+TEST_CASE("a pair on two streams keeps the order and the budgets, and takes less than its phases in sum") {
+  overlap_case c;
   pl::serial_lanes<ts::space::device> serial;
-  run_pair(serial, stream, records);  // warms up
-  const run_result one = run_pair(serial, stream, records);
-  const double sum_ms = 1e-6 * layers * (6.0 * compute_ns + 4.0 * communication_ns);
-  expect(one.ms >= 0.95 * sum_ms, "one stream took " + std::to_string(one.ms) + " ms, less than its phases");
+  c.run_pair(serial);  // warms up
+  const run_result one = c.run_pair(serial);
+  CHECK(one.ms >= 0.95 * sum_ms);
 
-  const int budget = sms > 20 ? 20 : sms / 2;
-  constexpr int dispatch_budget = 6;
-  pl::device_lanes lanes(
-      {.communication_sms = budget, .dispatch_sms = dispatch_budget, .head_start = std::chrono::nanoseconds(0)});
-  const auto budget_of = [&](bool sends) { return sends ? dispatch_budget : budget; };
-  for (const bool sends : {false, true})
-    expect(lanes.communication_sms(sends) == budget_of(sends) && lanes.compute_sms(sends) == sms - budget_of(sends),
-           "the budgets are not the device");
-  run_pair(lanes, stream, records);
-  const run_result two = run_pair(lanes, stream, records);
-  expect_order(two, "two streams");
-  const pl::overlap_order order = pl::make_overlap_order(layers, layers);
-  for (const pl::overlap_node& node : order.nodes) {
-    const int computes_on = node.communication > 0 ? sms - budget_of(node.sends) : blocks_without_limit;
-    const int communicates_on = budget_of(pl::sends_rows(node.what));
-    expect(
-        two.of(node).blocks == static_cast<unsigned>(pl::is_communication(node.what) ? communicates_on : computes_on),
-        std::string(pl::symbol_of(node.what)) + " did not get its budget");
+  for (const bool sends : {false, true}) {
+    CHECK(c.lanes.communication_sms(sends) == c.budget_of(sends));
+    CHECK(c.lanes.compute_sms(sends) == c.sms - c.budget_of(sends));
   }
+  c.run_pair(c.lanes);
+  const run_result two = c.run_pair(c.lanes);
+  c.check_order(two);
+  for (const pl::overlap_node& node : c.order.nodes) {
+    const std::string name = name_of(node);
+    CAPTURE(name);
+    const int computes_on = node.communication > 0 ? c.sms - c.budget_of(node.sends) : blocks_without_limit;
+    const int communicates_on = c.budget_of(pl::sends_rows(node.what));
+    CHECK(two.of(node).blocks ==
+          static_cast<unsigned>(pl::is_communication(node.what) ? communicates_on : computes_on));
+  }
+  c.check_shares(two, [&](const pl::overlap_node& node) { return c.sms - c.budget_of(node.sends); });
   const double hidden = (sum_ms - two.ms) / (1e-6 * layers * 4.0 * communication_ns);
   std::printf("phases in sum %.3f ms, one stream %.3f ms, two streams %.3f ms: %.0f %% of the communication hidden\n",
               sum_ms, one.ms, two.ms, 100 * hidden);
-  expect(two.ms < 0.75 * sum_ms, "the pair took " + std::to_string(two.ms) + " ms of " + std::to_string(sum_ms));
+  CHECK(two.ms < 0.75 * sum_ms);
+}
 
-  // With a head start computation has no budget.
-  pl::device_lanes ahead({.communication_sms = budget, .dispatch_sms = 0});
-  const run_result given = run_pair(ahead, stream, records);
-  expect_order(given, "with a head start");
-  for (const pl::overlap_node& node : order.nodes) {
-    const bool communicates = pl::is_communication(node.what);
-    const std::string name = pl::symbol_of(node.what);
-    expect(given.of(node).blocks == static_cast<unsigned>(communicates ? budget : blocks_without_limit),
-           name + " did not get its budget with a head start");
-    const bool beside = !communicates && node.communication > 0;
-    expect(given.of(node).share.shares == !communicates && given.of(node).share.first_sms == (beside ? sms : 0) &&
-               two.of(node).share.shares == !communicates &&
-               two.of(node).share.first_sms == (beside ? sms - budget_of(node.sends) : 0),
-           name + " was not told how it shares the device");
+TEST_CASE("with a head start computation has no budget") {
+  overlap_case c;
+  pl::device_lanes ahead({.communication_sms = c.budget, .dispatch_sms = 0});
+  const run_result given = c.run_pair(ahead);
+  c.check_order(given);
+  for (const pl::overlap_node& node : c.order.nodes) {
+    const std::string name = name_of(node);
+    CAPTURE(name);
+    CHECK(given.of(node).blocks ==
+          static_cast<unsigned>(pl::is_communication(node.what) ? c.budget : blocks_without_limit));
   }
+  c.check_shares(given, [&](const pl::overlap_node&) { return c.sms; });
+}
 
-  // Work on the caller's stream comes before and after the pair, and a pair may be captured.
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  spinning_chunk chunk{records};
-  pl::overlap_stage<spinning_chunk, pl::device_lanes> stage(chunk, lanes);
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  stage.overlapped(stream, {}, {}, {}, stage, {}, {}, {}, {});
-  require(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  require(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-  const std::vector<record> empty(num_records, nothing);
-  require(cudaMemcpy(records, empty.data(), num_records * sizeof(record), cudaMemcpyHostToDevice), "copy");
-  require(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
-  require(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  run_result captured;
-  captured.records.resize(num_records);
-  require(cudaMemcpy(captured.records.data(), records, num_records * sizeof(record), cudaMemcpyDeviceToHost), "copy");
-  expect_order(captured, "captured");
-
-  // A phase that throws leaves the streams joined and the lanes usable.
-  chunk.throw_at_layer = 1;
-  bool thrown = false;
-  try {
-    stage.overlapped(stream, {}, {}, {}, stage, {}, {}, {}, {});
-  } catch (const std::runtime_error&) {
-    thrown = true;
-  }
-  expect(thrown, "an exception of a phase did not reach the caller");
-  require(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  expect_order(run_pair(lanes, stream, records), "after an exception");
-
-  for (const int wrong : {-1, sms}) {
-    bool refused = false;
-    try {
-      pl::device_lanes none({.communication_sms = wrong});
-    } catch (const ts::invalid_argument&) {
-      refused = true;
-    }
-    expect(refused, "a budget of " + std::to_string(wrong) + " multiprocessors was taken");
-  }
-  bool refused = false;
-  try {
-    pl::device_lanes none({.communication_sms = budget, .dispatch_sms = -1});
-  } catch (const ts::invalid_argument&) {
-    refused = true;
-  }
-  expect(refused, "a dispatch of -1 multiprocessors was taken");
+TEST_CASE("a captured pair keeps the order") {
+  overlap_case c;
+  c.run_pair(c.lanes);  // loads the kernel
+  spinning_chunk chunk{c.records.data()};
+  pl::overlap_stage<spinning_chunk, pl::device_lanes> stage(chunk, c.lanes);
+  const cudaGraphExec_t exec =
+      device_test::capture(c.stream, [&] { stage.overlapped(c.stream, {}, {}, {}, stage, {}, {}, {}, {}); });
+  c.clear();
+  require(cudaGraphLaunch(exec, c.stream), "cudaGraphLaunch");
+  require(cudaStreamSynchronize(c.stream), "cudaStreamSynchronize");
+  c.check_order({.records = c.records.get()});
   cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  cudaFree(records);
-  std::printf(failures == 0 ? "ok\n" : "%d checks failed\n", failures);
-  return failures == 0 ? 0 : 1;
+}
+
+TEST_CASE("a phase that throws leaves the streams joined and the lanes usable") {
+  overlap_case c;
+  spinning_chunk chunk{.records = c.records.data(), .throw_at_layer = 1};
+  pl::overlap_stage<spinning_chunk, pl::device_lanes> stage(chunk, c.lanes);
+  CHECK_THROWS_AS(stage.overlapped(c.stream, {}, {}, {}, stage, {}, {}, {}, {}), std::runtime_error);
+  require(cudaStreamSynchronize(c.stream), "cudaStreamSynchronize");
+  c.check_order(c.run_pair(c.lanes));
+}
+
+TEST_CASE("a budget that leaves nothing or is negative is refused") {
+  const overlap_case c;
+  for (const int wrong : {-1, c.sms}) {
+    CAPTURE(wrong);
+    CHECK_THROWS_AS(pl::device_lanes({.communication_sms = wrong}), ts::invalid_argument);
+  }
+  CHECK_THROWS_AS(pl::device_lanes({.communication_sms = c.budget, .dispatch_sms = -1}), ts::invalid_argument);
 }
