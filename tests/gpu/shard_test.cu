@@ -149,130 +149,159 @@ std::vector<sh::group<Comm>> make_groups(const plan& p, bool keeps_chunks, int w
   return groups;
 }
 
-// Three steps of the device half and of the host half side by side. `exact`: sums have the same bits.
+// The device half and the host half side by side. `exact`: sums have the same bits whatever is added; without it small
+// integers are.
 template <class P, class M, class R>
-void compare_halves(threads& t, nccl& c, const plan& p, bool exact) {
+struct halves {
   using S = typename P::storage;
   using A = typename P::accumulate;
   using G = typename P::gradient;
-  const int rank = t.rank();
-  threads host_ranks = t.split(rank / p.shard_ranks, rank);
-  threads host_replicas = t.split(rank % p.shard_ranks, rank);
-  nccl ranks = c.split(rank / p.shard_ranks, rank);
-  nccl replicas = c.split(rank % p.shard_ranks, rank);
-  nccl gather = ranks.split(0, ranks.rank());
-  const sh::options choices{.prefetch = p.prefetch, .accumulate_unsharded = p.accumulation == plan::hold_all};
-  plan foreground = p;
-  foreground.background = false;
-  host_model<P, M, R> host(
-      make_groups<threads>(foreground, R::keeps_chunks, rank, &host_ranks, &host_replicas, nullptr), choices);
-  device_model<P, M, R, nccl> device(make_groups<nccl>(p, R::keeps_chunks, rank, &ranks, &replicas, &gather), choices);
-  auto& h = host.model;
-  auto& d = device.model;
-  const cudaStream_t stream = device_test::make_stream();
-  t.barrier({});
 
-  const auto each = [&](auto&& body) {
+  plan p;
+  bool exact;
+  int rank;
+  threads host_ranks, host_replicas;
+  nccl ranks, replicas, gather;
+  host_model<P, M, R> host;
+  device_model<P, M, R, nccl> device;
+  sh::fully_sharded<P, M, R, threads>& h = host.model;
+  sh::fully_sharded<P, M, R, nccl>& d = device.model;
+  cudaStream_t stream = device_test::make_stream();
+
+  halves(threads& t, nccl& c, const plan& how, bool exact_sums)
+      : p(how),
+        exact(exact_sums),
+        rank(t.rank()),
+        host_ranks(t.split(rank / p.shard_ranks, rank)),
+        host_replicas(t.split(rank % p.shard_ranks, rank)),
+        ranks(c.split(rank / p.shard_ranks, rank)),
+        replicas(c.split(rank % p.shard_ranks, rank)),
+        gather(ranks.split(0, ranks.rank())),
+        host(make_groups<threads>(foreground(how), R::keeps_chunks, rank, &host_ranks, &host_replicas, nullptr),
+             choices(how)),
+        device(make_groups<nccl>(p, R::keeps_chunks, rank, &ranks, &replicas, &gather), choices(how)) {}
+  halves(const halves&) = delete;
+  halves& operator=(const halves&) = delete;
+
+  static plan foreground(plan how) {
+    how.background = false;
+    return how;
+  }
+  static sh::options choices(const plan& how) {
+    return {.prefetch = how.prefetch, .accumulate_unsharded = how.accumulation == plan::hold_all};
+  }
+
+  // `body(g, i)` for every parameter.
+  template <class F>
+  void each(F&& body) {
     for (int g = 0; g < h.num_groups(); ++g) {
       for (int i = 0; i < h.layout(g).num_parameters(); ++i) body(g, i);
     }
-  };
-  each([&](int g, int i) {
-    std::vector<A> whole;
-    for (std::int64_t k = 0; k < h.layout(g).elements(i); ++k) whole.push_back(static_cast<A>(noise(10 * g + i, k)));
-    h.set(g, i, whole);
-    d.set(stream, g, i, whole);
-  });
-  const sh::adamw_options coefficients{.beta1 = 0.9, .beta2 = 0.95, .epsilon = 1e-8, .weight_decay = 0.1};
-  for (int step = 1; step <= 3; ++step) {
-    for (int micro = 0; micro < p.micro_batches; ++micro) {
-      const bool last = micro + 1 == p.micro_batches;
-      for (const bool on_device : {false, true}) {
-        const auto choose = [&](auto& model) {
-          model.set_requires_all_reduce(p.accumulation != plan::hold_all_reduce || last);
-          if (p.accumulation == plan::hold_all) model.set_requires_gradient_sync(last);
-        };
-        if (on_device) {
-          choose(d);
+  }
+
+  void set_parameters() {
+    each([&](int g, int i) {
+      std::vector<A> whole;
+      for (std::int64_t k = 0; k < h.layout(g).elements(i); ++k) whole.push_back(static_cast<A>(noise(10 * g + i, k)));
+      h.set(g, i, whole);
+      d.set(stream, g, i, whole);
+    });
+  }
+
+  // Forward of both, with the same parameters: the same bits at first, and near each other after AdamW.
+  void check_forward(int step) {
+    std::vector<std::vector<S>> seen;
+    h.forward([&](int g) {
+      for (int i = 0; i < h.layout(g).num_parameters(); ++i) {
+        seen.emplace_back(h.full(g, i).begin(), h.full(g, i).end());
+      }
+    });
+    std::size_t next = 0;
+    d.forward(stream, [&](int g) {
+      for (int i = 0; i < d.layout(g).num_parameters(); ++i, ++next) {
+        const auto whole = fetch(stream, d.full(g, i).data(), d.layout(g).elements(i));
+        require(reinterpret_cast<std::uintptr_t>(d.full(g, i).data()) % ts::memory_alignment == 0, "alignment");
+        if (step == 1) {
+          require(same_bits(whole, seen[next]), "group ", g, " parameter ", i, " is not gathered as it was set");
         } else {
-          choose(h);
+          for (std::size_t k = 0; k < whole.size(); ++k) {
+            const auto a = static_cast<double>(whole[k]), b = static_cast<double>(seen[next][k]);
+            const double unit = sizeof(S) == 2 ? 1.0 / 128 : 1e-6, slack = sizeof(S) == 2 ? 1e-3 : 1e-5;
+            require(std::abs(a - b) <= unit * std::abs(b) + slack, "step ", step, " group ", g, " parameter ", i,
+                    " element ", k, ": ", a, " on the device, ", b, " on the host");
+          }
         }
       }
-      std::vector<std::vector<S>> seen;
-      h.forward([&](int g) {
-        for (int i = 0; i < h.layout(g).num_parameters(); ++i) {
-          seen.emplace_back(h.full(g, i).begin(), h.full(g, i).end());
+    });
+  }
+
+  // What this rank adds to a gradient. Held micro-batches write once and add; contributions do not depend on the
+  // parameters.
+  std::vector<G> contribution(int step, int micro, int g, int i, std::int64_t chunk) const {
+    std::vector<G> values;
+    const std::int64_t seed = ((((step * 4 + micro) * 8 + rank) * 4 + chunk) * 8 + g) * 8 + i;
+    const std::int64_t count = h.layout(g).elements(i);
+    for (int m = p.accumulation == plan::hold_all ? 0 : micro; m <= micro; ++m) {
+      for (std::int64_t k = 0; k < count; ++k) {
+        const double x = noise(seed + 100000 * m, k);
+        const double value = exact ? x : std::round(x * 16);
+        if (static_cast<std::int64_t>(values.size()) < count) {
+          values.push_back(sh::detail::to_element<G>(value));
+        } else {
+          auto& v = values[static_cast<std::size_t>(k)];
+          v = sh::detail::to_element<G>(static_cast<double>(v) + value);
         }
-      });
-      std::size_t next = 0;
-      d.forward(stream, [&](int g) {
-        for (int i = 0; i < d.layout(g).num_parameters(); ++i, ++next) {
-          const auto whole = fetch(stream, d.full(g, i).data(), d.layout(g).elements(i));
-          require(reinterpret_cast<std::uintptr_t>(d.full(g, i).data()) % ts::memory_alignment == 0, "alignment");
-          if (step == 1) {
-            require(same_bits(whole, seen[next]), "group ", g, " parameter ", i, " is not gathered as it was set");
-          } else {
-            for (std::size_t k = 0; k < whole.size(); ++k) {
-              const auto a = static_cast<double>(whole[k]), b = static_cast<double>(seen[next][k]);
-              const double unit = sizeof(S) == 2 ? 1.0 / 128 : 1e-6, slack = sizeof(S) == 2 ? 1e-3 : 1e-5;
-              require(std::abs(a - b) <= unit * std::abs(b) + slack, "step ", step, " group ", g, " parameter ", i,
-                      " element ", k, ": ", a, " on the device, ", b, " on the host");
-            }
-          }
-        }
-      });
-      // Held micro-batches write once and add; contributions do not depend on the parameters.
-      const auto contribution = [&](int g, int i, std::int64_t chunk) {
-        std::vector<G> values;
-        const std::int64_t seed = ((((step * 4 + micro) * 8 + rank) * 4 + chunk) * 8 + g) * 8 + i;
-        const std::int64_t count = h.layout(g).elements(i);
-        for (int m = p.accumulation == plan::hold_all ? 0 : micro; m <= micro; ++m) {
-          for (std::int64_t k = 0; k < count; ++k) {
-            const double x = noise(seed + 100000 * m, k);
-            const double value = exact ? x : std::round(x * 16);
-            if (static_cast<std::int64_t>(values.size()) < count) {
-              values.push_back(sh::detail::to_element<G>(value));
-            } else {
-              auto& v = values[static_cast<std::size_t>(k)];
-              v = sh::detail::to_element<G>(static_cast<double>(v) + value);
-            }
-          }
-        }
-        return values;
-      };
-      h.backward([&](int g) {
-        for (int i = 0; i < h.layout(g).num_parameters(); ++i) {
-          for (std::int64_t chunk = 0; chunk < chunks_of(R::keeps_chunks, rank); ++chunk) {
-            const auto values = contribution(g, i, chunk);
-            std::copy(values.begin(), values.end(), h.full_gradient(g, i, chunk).begin());
-          }
-        }
-      });
-      std::vector<std::vector<G>> alive;  // until the copies are done
-      d.backward(stream, [&](int g) {
-        for (int i = 0; i < d.layout(g).num_parameters(); ++i) {
-          for (std::int64_t chunk = 0; chunk < chunks_of(R::keeps_chunks, rank); ++chunk) {
-            alive.push_back(contribution(g, i, chunk));
-            send(stream, d.full_gradient(g, i, chunk).data(), alive.back());
-          }
-        }
-      });
-      ranks.wait(stream);
+      }
     }
-    const auto compare_gradients = [&](const char* when) {
-      d.join(stream);
-      each([&](int g, int i) {
-        const auto local = d.local(g, i);
-        require(local.count == h.local(g, i).count, "count");
-        const std::span expected(h.local(g, i).gradient, static_cast<std::size_t>(local.count));
-        require(same_bits(fetch(stream, local.gradient, local.count), expected), "step ", step, " group ", g,
-                " parameter ", i, ": the gradient ", when, " has other bits than the host's");
-      });
+    return values;
+  }
+
+  void backward(int step, int micro) {
+    h.backward([&](int g) {
+      for (int i = 0; i < h.layout(g).num_parameters(); ++i) {
+        for (std::int64_t chunk = 0; chunk < chunks_of(R::keeps_chunks, rank); ++chunk) {
+          const auto values = contribution(step, micro, g, i, chunk);
+          std::copy(values.begin(), values.end(), h.full_gradient(g, i, chunk).begin());
+        }
+      }
+    });
+    std::vector<std::vector<G>> alive;  // until the copies are done
+    d.backward(stream, [&](int g) {
+      for (int i = 0; i < d.layout(g).num_parameters(); ++i) {
+        for (std::int64_t chunk = 0; chunk < chunks_of(R::keeps_chunks, rank); ++chunk) {
+          alive.push_back(contribution(step, micro, g, i, chunk));
+          send(stream, d.full_gradient(g, i, chunk).data(), alive.back());
+        }
+      }
+    });
+    ranks.wait(stream);
+  }
+
+  void check_micro_batch(int step, int micro) {
+    const bool last = micro + 1 == p.micro_batches;
+    const auto choose = [&](auto& model) {
+      model.set_requires_all_reduce(p.accumulation != plan::hold_all_reduce || last);
+      if (p.accumulation == plan::hold_all) model.set_requires_gradient_sync(last);
     };
-    compare_gradients("summed");
-    h.divide_gradients(37 * step);
-    d.divide_gradients(stream, 37 * step);
-    compare_gradients("divided");
+    choose(h);
+    choose(d);
+    check_forward(step);
+    backward(step, micro);
+  }
+
+  void check_gradients(int step, const char* when) {
+    d.join(stream);
+    each([&](int g, int i) {
+      const auto local = d.local(g, i);
+      require(local.count == h.local(g, i).count, "count");
+      const std::span expected(h.local(g, i).gradient, static_cast<std::size_t>(local.count));
+      require(same_bits(fetch(stream, local.gradient, local.count), expected), "step ", step, " group ", g,
+              " parameter ", i, ": the gradient ", when, " has other bits than the host's");
+    });
+  }
+
+  // The norm and AdamW's step with it.
+  void check_step(int step) {
     const double expected = h.gradient_norm();
     const double max_norm = step == 2 ? 0.0 : expected * 0.7;
     const double* norm = d.gradient_norm(stream, max_norm);
@@ -280,6 +309,7 @@ void compare_halves(threads& t, nccl& c, const plan& p, bool exact) {
             fetch(stream, norm, 1)[0], " on the device, ", expected, " on the host");
     const auto control = fetch(stream, d.control(), 1)[0];
     require(control.scale == sh::clip_factor(expected, max_norm), "step ", step, ": factor ", control.scale);
+    const sh::adamw_options coefficients{.beta1 = 0.9, .beta2 = 0.95, .epsilon = 1e-8, .weight_decay = 0.1};
     h.step(coefficients, step, 1e-2, sh::clip_factor(expected, max_norm));
     d.step(stream, coefficients, step, 1e-2);
     require(fetch(stream, d.control(), 1)[0].step == step, "the kernel counts");
@@ -294,9 +324,25 @@ void compare_halves(threads& t, nccl& c, const plan& p, bool exact) {
       }
     });
   }
-  ranks.wait(stream);
+};
+
+// Three steps of both halves.
+template <class P, class M, class R>
+void compare_halves(threads& t, nccl& c, const plan& p, bool exact) {
+  halves<P, M, R> both(t, c, p, exact);
   t.barrier({});
-  device_test::require(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  both.set_parameters();
+  for (int step = 1; step <= 3; ++step) {
+    for (int micro = 0; micro < p.micro_batches; ++micro) both.check_micro_batch(step, micro);
+    both.check_gradients(step, "summed");
+    both.h.divide_gradients(37 * step);
+    both.d.divide_gradients(both.stream, 37 * step);
+    both.check_gradients(step, "divided");
+    both.check_step(step);
+  }
+  both.ranks.wait(both.stream);
+  t.barrier({});
+  device_test::require(cudaStreamDestroy(both.stream), "cudaStreamDestroy");
 }
 
 std::vector<plan> plans_for(int ranks) {
