@@ -4,8 +4,7 @@
 // Dispatch and combine on the host: rows to their experts and back. Times are those of the slowest rank; ranks are
 // threads.
 
-#include <algorithm>
-#include <chrono>
+#include <type_traits>
 #include <vector>
 
 #include <tessera/comm/comm.hpp>
@@ -15,12 +14,12 @@
 #include "../tests/support/routing_cases.hpp"
 #include "context.hpp"
 #include "defaults.hpp"
+#include "rank_loop.hpp"
 
 namespace {
 
 namespace ts = tessera;
 using namespace tessera_test;
-using clock_type = std::chrono::steady_clock;
 
 constexpr int num_experts = 64;
 constexpr int top_k = 6;
@@ -32,7 +31,7 @@ void run_case(benchmark::State& bench, double& bytes, Work&& work) {
   const int ranks = static_cast<int>(bench.range(0));
   const std::int64_t tokens = bench.range(1);
   auto batch = make_routing<float>(tokens * ranks, num_experts, top_k, skew::uniform, 1);
-  std::vector<double> seconds(static_cast<std::size_t>(ranks));
+  tessera_bench::rank_loop loop(bench, ranks);
   bytes = 0;
   ts::comm::threads::run(ranks, [&](ts::comm::threads& comm) {
     dispatch_rank<ts::layout::block, float, float, Combine> rank(ts::layout::block(num_experts, ranks), comm.rank(),
@@ -43,22 +42,10 @@ void run_case(benchmark::State& bench, double& bytes, Work&& work) {
     rank.exchange(comm, chosen);
     std::vector<float> pairs(static_cast<std::size_t>(rank.handle.total->received_pairs * hidden), 1.0F);
     std::vector<float> y(x.size());
-    bool running = true;
-    while (running) {
-      if (comm.rank() == 0) running = bench.KeepRunning();
-      int go = running ? 1 : 0;
-      comm.broadcast(ts::host_stream{}, &go, 1, 0);
-      running = go == 1;
-      if (!running) break;
-      const auto begin = clock_type::now();
+    loop.run(comm, [&] {
       const double moved = work(rank, comm, chosen, x, pairs, y);
-      seconds[static_cast<std::size_t>(comm.rank())] = std::chrono::duration<double>(clock_type::now() - begin).count();
-      comm.barrier(ts::host_stream{});
-      if (comm.rank() == 0) {
-        bench.SetIterationTime(*std::max_element(seconds.begin(), seconds.end()));
-        bytes = moved;
-      }
-    }
+      if (comm.rank() == 0) bytes = moved;
+    });
   });
 }
 

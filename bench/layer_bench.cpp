@@ -3,8 +3,7 @@
 
 // The whole layer on the host. Counted flops: 6TKnd forward, 12TKnd backward (gated experts); the gate is not counted.
 
-#include <algorithm>
-#include <chrono>
+#include <string>
 
 #include <tessera/gemm/gemm.hpp>
 #if defined(TESSERA_HAS_CBLAS)
@@ -14,11 +13,11 @@
 #include "../tests/support/layer_fixture.hpp"
 #include "context.hpp"
 #include "defaults.hpp"
+#include "rank_loop.hpp"
 
 namespace {
 
 using namespace tessera_test;
-using clock_type = std::chrono::steady_clock;
 
 using router = ts::router<ts::score::sigmoid, ts::select::top_k, ts::weigh::normalized, ts::balance::bias>;
 
@@ -39,28 +38,18 @@ void layer(benchmark::State& bench, work what) {
                         .intermediate = static_cast<int>(bench.range(5))};
   const auto problem = make_problem(sizes, tokens, true, 1);
   const std::int64_t part = tokens / ranks;
-  std::vector<double> seconds(static_cast<std::size_t>(ranks));
+  tessera_bench::rank_loop loop(bench, ranks);
   ts::comm::threads::run(ranks, [&](ts::comm::threads& comm) {
     layer_rank<Layer> rank(problem, ts::layout::block(sizes.num_experts, ranks), comm, comm.rank() * part, part, part,
                            {}, {});
-    bool running = true;
-    while (running) {
-      if (comm.rank() == 0) running = bench.KeepRunning();
-      int go = running ? 1 : 0;
-      comm.broadcast(ts::host_stream{}, &go, 1, 0);
-      running = go == 1;
-      if (!running) break;
-      auto begin = clock_type::now();
-      rank.forward(ts::pass::recompute);
-      if (what == work::backward) {
-        comm.barrier(ts::host_stream{});
-        begin = clock_type::now();
+    const auto forward = [&] { rank.forward(ts::pass::recompute); };
+    if (what == work::forward) {
+      loop.run(comm, forward);
+    } else {
+      loop.run(comm, forward, [&] {
         rank.backward_input();
         rank.backward_weights();
-      }
-      seconds[static_cast<std::size_t>(comm.rank())] = std::chrono::duration<double>(clock_type::now() - begin).count();
-      comm.barrier(ts::host_stream{});
-      if (comm.rank() == 0) bench.SetIterationTime(*std::max_element(seconds.begin(), seconds.end()));
+      });
     }
   });
   const double flops = (what == work::forward ? 6.0 : 12.0) * static_cast<double>(tokens * sizes.top_k) *

@@ -6,8 +6,6 @@
 
 #include <benchmark/benchmark.h>
 
-#include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -18,12 +16,12 @@
 #include <tessera/shard/shard.hpp>
 
 #include "context.hpp"
+#include "rank_loop.hpp"
 
 namespace {
 
 namespace ts = tessera;
 namespace sh = tessera::shard;
-using clock_type = std::chrono::steady_clock;
 
 constexpr std::int64_t num_elements = std::int64_t{1} << 24;  // far more than any cache holds
 
@@ -84,7 +82,7 @@ template <class Reduction, class Work>
 void run_group(benchmark::State& bench, std::int64_t chunks, double bytes_per_element, Work&& work) {
   constexpr std::int64_t side = 1024;
   const int ranks = static_cast<int>(bench.range(0));
-  std::vector<double> seconds(static_cast<std::size_t>(ranks));
+  tessera_bench::rank_loop loop(bench, ranks);
   ts::comm::threads::run(ranks, [&](ts::comm::threads& comm) {
     sh::group<ts::comm::threads> group{.name = "layer", .ranks = &comm, .chunks = chunks, .max_chunks = chunks};
     for (int i = 0; i < 4; ++i) {
@@ -95,19 +93,7 @@ void run_group(benchmark::State& bench, std::int64_t chunks, double bytes_per_el
     ts::host_buffer state(sizes.state()), step(sizes.step());
     sh::fully_sharded<ts::precision::bf16, float, Reduction, ts::comm::threads> model(
         {group}, {}, ts::state_memory(state), sh::step_memory(step));
-    bool running = true;
-    while (running) {
-      if (comm.rank() == 0) running = bench.KeepRunning();
-      int go = running ? 1 : 0;
-      comm.broadcast(ts::host_stream{}, &go, 1, 0);
-      running = go == 1;
-      if (!running) break;
-      const auto begin = clock_type::now();
-      work(model);
-      seconds[static_cast<std::size_t>(comm.rank())] = std::chrono::duration<double>(clock_type::now() - begin).count();
-      comm.barrier(ts::host_stream{});
-      if (comm.rank() == 0) bench.SetIterationTime(*std::max_element(seconds.begin(), seconds.end()));
-    }
+    loop.run(comm, [&] { work(model); });
   });
   const auto elements = static_cast<double>(4 * side * side);
   report(bench, elements, elements * bytes_per_element);
