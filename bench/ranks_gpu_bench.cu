@@ -38,9 +38,9 @@ using ts::bfloat16;
 struct exchange_shape {
   std::int64_t T, d;
   int E, K;
-  bool ordered = false;          // rows are added with combine::ordered
-  ts::dispatch_options options;  // such as a capacity
-  bool in_place = false;         // rows come home to where others have arrived
+  bool ordered = false;               // rows are added with combine::ordered
+  ts::dispatch_options options = {};  // such as a capacity
+  bool in_place = false;              // rows come home to where others have arrived
 };
 
 // One rank's memory, with uniform random routing.
@@ -414,7 +414,7 @@ int main(int argc, char** argv) {
     add_case(name + "/T:" + std::to_string(s.T) + (sms > 0 ? "/sms:" + std::to_string(sms) : ""),
              [=](benchmark::State& state) { measure_exchange(state, s, op, sms, how); });
   };
-  const auto at = [](std::int64_t tokens) { return exchange_shape{tokens, 7168, 256, 8, false, {}}; };
+  const auto at = [](std::int64_t tokens) { return exchange_shape{.T = tokens, .d = 7168, .E = 256, .K = 8}; };
   for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
     exchange("dispatch", at(T), operation::dispatch, 0);
     exchange("dispatch_cached", at(T), operation::rows, 0);
@@ -422,25 +422,27 @@ int main(int argc, char** argv) {
     exchange("combine_summed_rows", at(T), operation::combine_sums, 0);
     exchange("pair", at(T), operation::pair, 0);
   }
-  exchange("pair_in_place", {4096, 7168, 256, 8, false, {}, true}, operation::pair, 0);
+  exchange("pair_in_place", {.T = 4096, .d = 7168, .E = 256, .K = 8, .in_place = true}, operation::pair, 0);
   // Rows of Qwen3-30B.
-  const exchange_shape narrow{8192, 2048, 128, 8, false, {}};
+  const exchange_shape narrow{.T = 8192, .d = 2048, .E = 128, .K = 8};
   exchange("dispatch_d2048", narrow, operation::dispatch, 0);
   exchange("combine_expert_rows_d2048", narrow, operation::combine_rows, 0);
   exchange("combine_summed_rows_d2048", narrow, operation::combine_sums, 0);
   // For engines with products of their own; what arrives is bounded by twice an even share.
   for (const std::int64_t T : {128, 512, 1024, 2048, 4096, 8192}) {
-    exchange("dispatch_expanded", {T, 7168, 256, 8, false, {}, true}, operation::expanded, 0);
+    exchange("dispatch_expanded", {.T = T, .d = 7168, .E = 256, .K = 8, .in_place = true}, operation::expanded, 0);
     exchange("dispatch_then_expanded", at(T), operation::then_expanded, 0);
   }
   for (const std::int64_t T : {128, 4096}) {
-    exchange("combine_ordered", {T, 7168, 256, 8, true, {}}, operation::combine_rows, 0);
+    exchange("combine_ordered", {.T = T, .d = 7168, .E = 256, .K = 8, .ordered = true}, operation::combine_rows, 0);
   }
   for (const std::int64_t T : {128, 4096}) {
     exchange("lists", at(T), operation::lists, 0);
-    exchange("lists_capacity", {T, 7168, 256, 8, false, {.capacity_factor = 1}}, operation::lists, 0);
+    exchange("lists_capacity", {.T = T, .d = 7168, .E = 256, .K = 8, .options = {.capacity_factor = 1}},
+             operation::lists, 0);
     exchange("lists_capacity_by_weight",
-             {T, 7168, 256, 8, false, {.capacity_factor = 1, .order = ts::drop_order::weight}}, operation::lists, 0);
+             {.T = T, .d = 7168, .E = 256, .K = 8, .options = {.capacity_factor = 1, .order = ts::drop_order::weight}},
+             operation::lists, 0);
   }
   for (const int sms : {4, 8, 12, 16, 24, 32, 48, 64, 96, 132}) {
     exchange("dispatch", at(4096), operation::dispatch, sms);
