@@ -331,7 +331,6 @@ class world {
     send.parts = view(rank, symmetric_channel::parts);
     send.part_tokens = 3;
     stream.launch_early(send_parts_kernel, of_.row_blocks, (plan.warps + 1) * 32, send);
-    stream.launch_early(await_kernel, 1, 32, send.view);  // for rows that this rank has no use for
     expand_task expand{};
     expand.view = send.parts;
     expand.received = send.received;
@@ -345,6 +344,7 @@ class world {
     expand.part_tokens = send.part_tokens;
     expand.plan = plan;
     side.launch(expand_parts_kernel, of_.row_blocks, plan.warps * 32, expand);
+    side.launch_early(await_kernel, 1, 32, send.view);
   }
 
   // What experts do, and owners that add up by themselves.

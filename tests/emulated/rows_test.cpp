@@ -7,9 +7,12 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -309,71 +312,103 @@ TEST_CASE("expert rows come home to their pairs' places") {
   });
 }
 
+namespace {
+
+using sums_kernel = void (*)(sums_task<float, float, float>);
+
+// Numbers that do not come home as they should. @param summed Whether owners have made sums before.
+// @param end After rank 1's kernel.
+int count_wrong_sums(world& w, std::uint32_t generation, bool summed, sums_kernel kernel, std::uint64_t timeout_ns,
+                     const std::function<void()>& end) {
+  // Whole numbers: every order of adding them gives the same.
+  const auto ranks = static_cast<std::size_t>(w.of.ranks());
+  const auto tokens = static_cast<std::size_t>(w.of.max_tokens), columns = w.row() / sizeof(float);
+  std::vector<std::vector<float>> rows(ranks), weights(ranks), plus(ranks), y(ranks), expected(ranks);
+  const auto number = [&] { return static_cast<float>(w.random() % 64); };
+  for (std::size_t r = 0; r < ranks; ++r) {
+    const std::size_t count = summed ? ranks * tokens : w.gather[r].size();
+    for (std::size_t i = 0; i < count * columns; ++i) rows[r].push_back(number());
+    for (std::size_t i = 0; i < w.gather[r].size(); ++i) weights[r].push_back(static_cast<float>(1 + w.random() % 3));
+    for (std::size_t i = 0; i < tokens * columns; ++i) plus[r].push_back(number());
+    y[r].assign(tokens * columns, -1);
+    expected[r] = plus[r];
+  }
+  for (std::size_t r = 0; r < ranks; ++r) {
+    const auto add = [&](std::size_t arrived, const float* row, float weight) {
+      float* const to = expected[arrived / tokens].data() + arrived % tokens * columns;
+      for (std::size_t j = 0; j < columns; ++j) to[j] += weight * row[j];
+    };
+    for (std::size_t i = 0; i < w.gather[r].size() && !summed; ++i)
+      add(w.gather[r][i] / static_cast<std::size_t>(w.of.top_k), rows[r].data() + i * columns, weights[r][i]);
+    for (std::size_t arrived = 0; arrived < ranks * tokens && summed; ++arrived) {
+      const bool comes = (w.destinations[arrived / tokens][arrived % tokens] >> r & 1) != 0;
+      if (comes) add(arrived, rows[r].data() + arrived * columns, 1);
+    }
+  }
+  // What nobody sends is no number.
+  for (int r = 0; r < w.of.ranks(); ++r)
+    std::memset(w.received(r), 0xff, static_cast<std::size_t>(w.of.rows()) * w.row());
+  const auto row_bytes = static_cast<std::int64_t>(w.of.row_bytes);
+  const auto plan = sums_plan::make(w.of.max_tokens, row_bytes, w.of.ranks() - 1);
+  {
+    for (int rank = 0; rank < w.of.ranks(); ++rank) {
+      const auto r = static_cast<std::size_t>(rank);
+      const auto width = static_cast<std::int64_t>(columns);
+      sums_task<float, float, float> task{};
+      task.view = w.view(rank, 0);
+      task.view.timeout_ns = timeout_ns;
+      task.pairs = {rows[r].data(), static_cast<std::int64_t>(rows[r].size() / columns), width};
+      task.expert_row_of = w.expert_row_of[r].data();
+      task.weights = summed ? nullptr : weights[r].data();
+      task.returned = reinterpret_cast<float*>(w.received(rank));
+      task.destinations = w.destinations[r].data();
+      task.num_tokens = w.of.tokens[r];
+      task.max_tokens = w.of.max_tokens;
+      task.top_k = w.of.top_k;
+      task.plan = plan;
+      task.home_plan = plan.at_home(row_bytes);
+      task.summed = summed;
+      task.senders = 1 + static_cast<int>((generation + r) % send_warps);
+      task.plus = {plus[r].data(), w.of.tokens[r], width};
+      task.y = {y[r].data(), w.of.tokens[r], width};
+      w.stream_of(rank).launch(kernel, w.of.blocks, sums_threads, task);
+      if (rank == 1) w.stream_of(rank).call(end);
+    }
+  }
+  run(w.streams);
+  int wrong = 0;
+  for (std::size_t r = 0; r < ranks; ++r) {
+    const auto own = static_cast<std::size_t>(w.of.tokens[r]) * columns;
+    for (std::size_t i = 0; i < tokens * columns; ++i) wrong += y[r][i] != (i < own ? expected[r][i] : -1.0f);
+  }
+  return wrong;
+}
+
+std::atomic<bool> has_room;
+// Something else has the multiprocessor of a block of rank 0, and waits for what comes behind rank 1's kernel.
+void held_sums_kernel(sums_task<float, float, float> task) {
+  if (task.view.rank == 0 && blockIdx.x == 1) emulated::block::own()->wait([] { return has_room.load(); });
+  send_sums_kernel<float, float, float>(task);
+}
+
+}  // namespace
+
 TEST_CASE("sums of expert rows, and of sums that owners have made, come home") {
   for_all_shapes([](world& w, std::uint32_t generation) {
-    // Whole numbers: every order of adding them gives the same.
-    const auto ranks = static_cast<std::size_t>(w.of.ranks());
-    const auto tokens = static_cast<std::size_t>(w.of.max_tokens), columns = w.row() / sizeof(float);
-    const bool summed = generation == 2;
-    std::vector<std::vector<float>> rows(ranks), weights(ranks), plus(ranks), y(ranks), expected(ranks);
-    const auto number = [&] { return static_cast<float>(w.random() % 64); };
-    for (std::size_t r = 0; r < ranks; ++r) {
-      const std::size_t count = summed ? ranks * tokens : w.gather[r].size();
-      for (std::size_t i = 0; i < count * columns; ++i) rows[r].push_back(number());
-      for (std::size_t i = 0; i < w.gather[r].size(); ++i) weights[r].push_back(static_cast<float>(1 + w.random() % 3));
-      for (std::size_t i = 0; i < tokens * columns; ++i) plus[r].push_back(number());
-      y[r].assign(tokens * columns, -1);
-      expected[r] = plus[r];
-    }
-    for (std::size_t r = 0; r < ranks; ++r) {
-      const auto add = [&](std::size_t arrived, const float* row, float weight) {
-        float* const to = expected[arrived / tokens].data() + arrived % tokens * columns;
-        for (std::size_t j = 0; j < columns; ++j) to[j] += weight * row[j];
-      };
-      for (std::size_t i = 0; i < w.gather[r].size() && !summed; ++i)
-        add(w.gather[r][i] / static_cast<std::size_t>(w.of.top_k), rows[r].data() + i * columns, weights[r][i]);
-      for (std::size_t arrived = 0; arrived < ranks * tokens && summed; ++arrived) {
-        const bool comes = (w.destinations[arrived / tokens][arrived % tokens] >> r & 1) != 0;
-        if (comes) add(arrived, rows[r].data() + arrived * columns, 1);
-      }
-    }
-    // What nobody sends is no number.
-    for (int r = 0; r < w.of.ranks(); ++r)
-      std::memset(w.received(r), 0xff, static_cast<std::size_t>(w.of.rows()) * w.row());
-    const auto row_bytes = static_cast<std::int64_t>(w.of.row_bytes);
-    const auto plan = sums_plan::make(w.of.max_tokens, row_bytes, w.of.ranks() - 1);
-    {
-      for (int rank = 0; rank < w.of.ranks(); ++rank) {
-        const auto r = static_cast<std::size_t>(rank);
-        const auto width = static_cast<std::int64_t>(columns);
-        sums_task<float, float, float> task{};
-        task.view = w.view(rank, 0);
-        task.pairs = {rows[r].data(), static_cast<std::int64_t>(rows[r].size() / columns), width};
-        task.expert_row_of = w.expert_row_of[r].data();
-        task.weights = summed ? nullptr : weights[r].data();
-        task.returned = reinterpret_cast<float*>(w.received(rank));
-        task.destinations = w.destinations[r].data();
-        task.num_tokens = w.of.tokens[r];
-        task.max_tokens = w.of.max_tokens;
-        task.top_k = w.of.top_k;
-        task.plan = plan;
-        task.home_plan = plan.at_home(row_bytes);
-        task.summed = summed;
-        task.senders = 1 + static_cast<int>((generation + r) % send_warps);
-        task.plus = {plus[r].data(), w.of.tokens[r], width};
-        task.y = {y[r].data(), w.of.tokens[r], width};
-        w.stream_of(rank).launch(send_sums_kernel<float, float, float>, w.of.blocks, sums_threads, task);
-      }
-    }
-    run(w.streams);
+    CHECK(count_wrong_sums(w, generation, generation == 2, send_sums_kernel<float, float, float>, 30'000'000'000,
+                           [] {}) == 0);
     w.expect_finished(generation, 1);
-    int wrong = 0;
-    for (std::size_t r = 0; r < ranks; ++r) {
-      const auto own = static_cast<std::size_t>(w.of.tokens[r]) * columns;
-      for (std::size_t i = 0; i < tokens * columns; ++i) wrong += y[r][i] != (i < own ? expected[r][i] : -1.0f);
-    }
-    CHECK(wrong == 0);
   });
+}
+
+// Known to fail: a warp's first unit is its own, which a peer may wait for before the block has found room. Units that
+// all come from the counter mend it (`first` and `warps` of send_role's walk 0), which is to be timed on a GPU first.
+TEST_CASE("sums come home though a block finds no room before another rank's kernel has ended" *
+          doctest::should_fail() * doctest::skip(emulated::is_watched)) {
+  world w({{40, 40}, 40, 4, 96, 1, 4}, 3);
+  w.route();
+  has_room = false;
+  CHECK(count_wrong_sums(w, 1, false, held_sums_kernel, 500'000'000, [] { has_room = true; }) == 0);
 }
 
 TEST_CASE("enough warps send sums, and more where few tokens, narrow rows or few blocks leave them little to do") {

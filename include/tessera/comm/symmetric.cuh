@@ -163,15 +163,19 @@ inline void symmetric::reset(std::span<const device_stream> streams) {
                                                 " has not come to it within " +
                                                 std::to_string(window_->patience().count()) + " ms");
   };
-  const std::uint32_t before = window_->meetings();
-  meet();  // nobody's kernels run any more
-  window_->clear(false);
-  try {
-    meet();  // nobody's flags are old any more
-  } catch (...) {
-    window_->withdraw(before);
-    throw;
+  // Whoever has seen this rank come to the second meeting goes on, and what it posts from then on is not old: a rank
+  // that has cleared its flags and misses somebody has only to come to that meeting again.
+  if (!window_->is_cleared()) {
+    const std::uint32_t before = window_->meetings();
+    meet();  // nobody's kernels run any more
+    try {
+      window_->clear(false);
+    } catch (...) {
+      window_->withdraw(before);
+      throw;
+    }
   }
+  meet();  // nobody's flags are old any more
   window_->forget_failure();
 }
 

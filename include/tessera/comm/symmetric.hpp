@@ -60,9 +60,11 @@ struct symmetric_options {
 /// **Slots.** Operations of one slot are enqueued in the same order on all ranks, on one stream. `on_slot` gives a
 /// handle for another slot, whose operations may run at the same time on another stream: two micro-batches that
 /// overlap. Kernels of overlapping slots wait for those of other ranks at the same time, so their SMs must add up to no
-/// more than the device has: the library's choice shares them among the slots, see `symmetric_sms`. Streams that share
-/// a hardware queue wait for each other: with slots that overlap, or with more streams than eight, set
-/// CUDA_DEVICE_MAX_CONNECTIONS=32. Loading a kernel when it is first launched may wait for kernels that wait for
+/// more than the device has: the library's choice shares them among the slots, see `symmetric_sms`. Other kernels that
+/// wait for ranks while these run, such as NCCL's collectives on another stream, count too, and the library's choice
+/// leaves them nothing: give operations a budget (`num_sms`) that does, or order such collectives before or after them.
+/// Streams that share a hardware queue wait for each other: with slots that overlap, or with more streams than eight,
+/// set CUDA_DEVICE_MAX_CONNECTIONS=32. Loading a kernel when it is first launched may wait for kernels that wait for
 /// another rank's: a layer loads its kernels when it is made, and engines with kernels of their own call `load_kernels`
 /// (`comm/load_kernels.cuh`) in their files, or set CUDA_MODULE_LOADING=EAGER.
 ///
@@ -71,6 +73,10 @@ struct symmetric_options {
 /// stream. When all ranks are back, `reset` makes the communicator usable again. A failure of NCCL is final, see
 /// `comm::nccl`; memory stays valid then, too. What a call that failed has written, lists and
 /// saved memory included, must not be used.
+///
+/// Operations are numbered modulo 2^32, and a flag that has not been posted for 2^31 operations of its slot and kind
+/// counts as posted: an engine that changes the shape or the way of its combine after so many (a month at 800 a second)
+/// calls `reset` before.
 ///
 /// Handles are copies that share all of this, used by one thread at a time; destroy CUDA graphs of operations first.
 /// NVLink multicast is not used.

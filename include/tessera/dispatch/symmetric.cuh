@@ -81,6 +81,9 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   const int num_sms = expect_sm90("exchange_routing");
   const auto view = comm.view(comm::symmetric_channel::tables);
   const int blocks_of_lists = symmetric_sms::choose(comm.num_sms(), num_sms, comm.slots()).lists;
+  const std::int64_t rows = bounds.addressed_rows();
+  const auto sort_plan = detail::make_list_plan(rows, std::max(bounds.num_local_experts, 1), blocks_of_lists,
+                                                detail::sort_scratch_bytes);  // throws before anything is enqueued
   const routing<A> kept =
       detail::keep_within_capacity(stream, bounds, options, chosen, workspace.sort, workspace.capacity, blocks_of_lists,
                                    &handle.total->capacity_drops);
@@ -94,7 +97,6 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
   detail::launch_early(stream, "find_destinations_kernel", find_destinations_kernel<Layout>, dim3(token_blocks),
                        destination_threads, 0, layout, matrix_view<const std::int32_t>(kept.expert_ids),
                        handle.destinations);
-  const std::int64_t rows = bounds.addressed_rows();
   const int num_counts = routing_tables<A>::counts_per_rank(bounds);
   const push_task<A, Layout> push{.view = view,
                                   .layout = layout,
@@ -105,8 +107,7 @@ void exchange_routing_begin(device_stream stream, Comm& comm, const Layout& layo
                                   .expert_counts = counts.data,
                                   .num_counts = num_counts};
   const arrival_task<A> sort{.view = view,
-                             .plan = detail::make_list_plan(rows, std::max(bounds.num_local_experts, 1),
-                                                            blocks_of_lists, detail::sort_scratch_bytes),
+                             .plan = sort_plan,
                              .lists = detail::make_arrival_lists<A>(bounds, options, workspace.tables.slots,
                                                                     workspace.tables.weights, handle, workspace.sort),
                              .slots = workspace.tables.slots,

@@ -161,9 +161,10 @@ class shared_window {
       }
       check_cuda(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
     }
-    // Own memory is used at its own address, which stays whatever becomes of mappings.
+    // Own memory is used at its own address, which stays whatever becomes of mappings. Where there are more ranks than
+    // may share memory, nobody asks for addresses.
     peers_.fill(nullptr);
-    peers_[static_cast<std::size_t>(rank_)] = base_;
+    if (size_ <= comm::max_symmetric_ranks) peers_[static_cast<std::size_t>(rank_)] = base_;
     clear(true);
     forget_failure();
   }
@@ -308,12 +309,16 @@ class shared_window {
     check_cuda(cudaMemsetAsync(base_ + kept, 0, flag_bytes_ - kept, h.own_stream), "cudaMemsetAsync");
     check_cuda(cudaMemsetAsync(counts(), 0, count_bytes(), h.own_stream), "cudaMemsetAsync");
     finish_own("cudaMemsetAsync");
+    is_cleared_ = true;
   }
+  /// Whether no operation has worked since `clear`.
+  bool is_cleared() const noexcept { return is_cleared_; }
   /// Forgets what kernels have written down: operations work again.
   void forget_failure() {
     check_cuda(cudaMemsetAsync(held_->local, 0, sizeof(failures), held_->own_stream), "cudaMemsetAsync");
     finish_own("cudaMemsetAsync");
     held_->seen->failed = failures{};
+    is_cleared_ = false;
   }
 
   const comm::symmetric_options& options() const noexcept { return options_; }
@@ -428,6 +433,7 @@ class shared_window {
   std::array<std::byte*, comm::max_symmetric_ranks> peers_{};
   std::string reason_ = "it is being made";
   std::uint32_t meetings_ = 0;
+  bool is_cleared_ = false;
 };
 
 }  // namespace detail::symmetric
