@@ -130,7 +130,7 @@ struct exchange_case {
   void dispatch_expanded(cudaStream_t stream) {
     begin_lists(stream);
     ts::dispatch_expanded_begin(stream, comm, handle, tokens(), received, expert_rows());
-    ts::dispatch_expanded_end(stream, comm);
+    ts::dispatch_expanded_end(stream, comm, received);
   }
   void dispatch_and_expand(cudaStream_t stream) {
     dispatch(stream);

@@ -241,6 +241,7 @@ class world {
     if (how.lists_alone) return stream.follow(side);
     enqueue_rows(rank, how, round, stream, side);
     stream.follow(side);
+    if (how.expanded) stream.launch_early(await_kernel, 1, 32, view(rank, symmetric_channel::rows));
     stream.call([this, rank, how] { compute(rank, how); });
     enqueue_combine(rank, how, round, stream);
     if (how.values) enqueue_values(rank, round, stream);
@@ -344,7 +345,6 @@ class world {
     expand.part_tokens = send.part_tokens;
     expand.plan = plan;
     side.launch(expand_parts_kernel, of_.row_blocks, plan.warps * 32, expand);
-    side.launch_early(await_kernel, 1, 32, send.view);
   }
 
   // What experts do, and owners that add up by themselves.

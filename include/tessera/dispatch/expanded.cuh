@@ -11,8 +11,8 @@
 ///
 ///     exchange_routing_begin(stream, comm, layout, bounds, options, chosen, handle, workspace);
 ///     dispatch_expanded_begin(stream, comm, handle, x, received, expanded);
-///     dispatch_expanded_end(stream, comm);      // and the lists are there
-///     ...                                       // products of groups `handle.expert_offsets` of `expanded`
+///     dispatch_expanded_end(stream, comm, received);  // and the lists are there
+///     ...                                             // products of groups `handle.expert_offsets` of `expanded`
 ///     combine_rows(stream, comm, handle, combine_weights::routing, combine_source::expert_rows, outputs, ...);
 
 #include <cstdint>
@@ -51,11 +51,14 @@ void dispatch_expanded_begin(device_stream stream, Comm& comm, const dispatch_ha
   begin_expanded(stream, comm, handle, x, received, expanded, !few);
 }
 
-/// Lets the stream wait for the rows of all ranks and for the lists. @param stream Of the begin, or one that comes
-/// after it. @param comm As there.
-template <peer_communicator Comm>
-void dispatch_expanded_end(device_stream stream, Comm& comm) {
+/// Lets the stream wait for the rows of all ranks and for the lists; then `received` is the caller's again.
+/// @param stream Of the begin, or one that comes after it. @param comm,received As there.
+/// @throws cuda_error if a launch fails.
+template <peer_communicator Comm, class S>
+void dispatch_expanded_end(device_stream stream, Comm& comm, matrix_view<S> received) {
   exchange_routing_end(stream, comm);
+  // Rows whose pairs were all dropped come too, and nobody has waited for them. Behind what sent, which counts rows.
+  detail::symmetric::end_send(stream, comm, received);
 }
 
 TESSERA_NAMESPACE_END

@@ -67,9 +67,6 @@ void launch_send_and_expand(device_stream stream, Comm& comm, const dispatch_han
   expand_parts_kernel<<<static_cast<unsigned>(sms.order), static_cast<unsigned>(plan.warps * warp_size),
                         static_cast<std::size_t>(plan.shared_bytes()), comm.side_stream().get()>>>(expand);
   expect_launched("expand_parts_kernel");
-  // It does not look at rows whose pairs were all dropped, which come all the same: memory is the engine's own behind
-  // the last of them.
-  launch_await(comm.side_stream(), send.view);
 }
 
 // @param as_they_come Whether rows are put in order while others arrive; else behind them all.
