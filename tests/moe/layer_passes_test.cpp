@@ -216,6 +216,50 @@ TEST_CASE("accumulate adds to every gradient") {
   });
 }
 
+TEST_CASE("accumulate adds a contribution that is finished: the old bits plus those of overwrite") {
+  auto p = make_problem({.num_experts = num_experts,
+                         .top_k = 3,
+                         .hidden = 10,
+                         .intermediate = 6,
+                         .num_shared_experts = 2,
+                         .gate_bias = true,
+                         .expert_bias = true},
+                        24, true, 3);
+  for (const std::int64_t chunk_tokens : {0, 5}) {
+    p.chunk_tokens = chunk_tokens;
+    CAPTURE(chunk_tokens);
+    on_two_ranks(p, [](rank_of_layer& rank) {
+      const auto all = [&] {
+        return std::vector<std::vector<float>*>{
+            &rank.gate_grad,           &rank.gate_bias_grad,       &rank.up_grad,        &rank.down_grad,
+            &rank.up_bias_grad,        &rank.down_bias_grad,       &rank.shared_up_grad, &rank.shared_down_grad,
+            &rank.shared_up_bias_grad, &rank.shared_down_bias_grad};
+      };
+      const auto pass = [&](ts::write mode) {
+        rank.forward(ts::pass::recompute);
+        rank.backward_input();
+        rank.backward_weights(mode);
+      };
+      pass(ts::write::overwrite);
+      std::vector<std::vector<float>> expected;
+      for (std::vector<float>* gradient : all()) {
+        CHECK(!gradient->empty());
+        std::vector<float> sums = *gradient;
+        for (std::size_t i = 0; i < sums.size(); ++i) {
+          (*gradient)[i] = 0.37F * static_cast<float>(i % 11) - 1.3F;
+          sums[i] = (*gradient)[i] + sums[i];
+        }
+        expected.push_back(sums);
+      }
+      pass(ts::write::accumulate);
+      for (std::size_t g = 0; g < expected.size(); ++g) {
+        CAPTURE(g);
+        CHECK(*all()[g] == expected[g]);
+      }
+    });
+  }
+}
+
 TEST_CASE("the bias moves once per optimizer step: N micro-batches of one part equal one of N parts") {
   const std::int64_t tokens = 48;
   const auto p = problem(tokens);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include <tessera/experts/detail/row_loops.hpp>
 #include <tessera/gemm/automatic.hpp>
 #include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
@@ -252,13 +253,9 @@ void layer_backward_weights(host_stream stream, const Layer& layer, const typena
                            s.hidden, gemm::row_operand<const A>{deferred.dlogits, s.num_experts},
                            gemm::row_operand<const S>{in.x.data, in.x.stride},
                            gemm::group_operand<A>{grads.gate, gate_elements, s.hidden, 1}, mode);
-  if (!s.gate_bias) return;
-  for (int chunk = 0; chunk < chunks.num_local_experts; ++chunk) {
-    A* sums = grads.gate_bias + std::int64_t{chunk} * s.num_experts;
-    if (mode == write::overwrite) std::fill_n(sums, s.num_experts, A{0});
-    for (std::int32_t t = chunks.row_offsets[chunk]; t < chunks.row_offsets[chunk + 1]; ++t)
-      for (int e = 0; e < s.num_experts; ++e) sums[e] += deferred.dlogits[std::int64_t{t} * s.num_experts + e];
-  }
+  if (s.gate_bias)
+    sum_rows<A>(chunks, s.num_experts, gemm::row_operand<A>{deferred.dlogits, s.num_experts},
+                static_cast<const A*>(nullptr), grads.gate_bias, mode);
 }
 
 template <class Layer>

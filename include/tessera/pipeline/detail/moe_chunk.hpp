@@ -6,6 +6,7 @@
 #include <array>
 #include <type_traits>
 
+#include <tessera/experts/detail/row_loops.hpp>
 #include <tessera/moe/detail/layer_host.hpp>
 #include <tessera/pipeline/moe_chunk.hpp>
 
@@ -423,17 +424,9 @@ void moe_chunk<Layer, Mixer>::backward_attention_weights(const backward_type& ca
       {chunks.row_offsets, static_cast<std::size_t>(chunks.num_local_experts) + 1}, s.num_experts, s.hidden,
       gemm::row_operand<const A>{deferred.dlogits, s.num_experts}, gemm::row_operand<const element>{m.u, width_},
       gemm::group_operand<A>{grads.gate, std::int64_t{s.num_experts} * s.hidden, s.hidden, 1}, call.item.gradient_mode);
-  if (s.gate_bias) {
-    for (int chunk = 0; chunk < chunks.num_local_experts; ++chunk) {
-      A* sums = grads.gate_bias + std::int64_t{chunk} * s.num_experts;
-      for (int e = 0; e < s.num_experts; ++e) {
-        A sum{0};
-        for (std::int32_t t = chunks.row_offsets[chunk]; t < chunks.row_offsets[chunk + 1]; ++t)
-          sum += deferred.dlogits[std::int64_t{t} * s.num_experts + e];
-        sums[e] = call.item.gradient_mode == write::overwrite ? sum : sums[e] + sum;
-      }
-    }
-  }
+  if (s.gate_bias)
+    tessera::detail::sum_rows<A>(chunks, s.num_experts, gemm::row_operand<A>{deferred.dlogits, s.num_experts},
+                                 static_cast<const A*>(nullptr), grads.gate_bias, call.item.gradient_mode);
   b.before->backward_weights(call.lane.stream, call.item, input(call), dy,
                              matrix_view<const element>(view(m.du, call.item.rows)));
 }
