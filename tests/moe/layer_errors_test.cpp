@@ -180,6 +180,19 @@ TEST_CASE("logits that are not finite are refused with token and expert") {
   refused("token 3", [&] { w.rank.forward(ts::pass::train); });
 }
 
+TEST_CASE("a bias rate that cannot be is refused before the load is summed") {
+  const auto p = problem();
+  watched<layer> w(p);
+  for (const float rate : {-1.0F, std::numeric_limits<float>::infinity()}) {
+    CAPTURE(rate);
+    w.rank.forward(ts::pass::train);  // there is a load
+    *w.rank.layer->state().bias_rate = rate;
+    w.before = w.snapshot();
+    refused("the bias rate is", [&] { w.rank.layer->end_step({}, w.comm); });
+    CHECK(w.snapshot() == w.before);
+  }
+}
+
 TEST_CASE("ids from the caller that are out of range, repeated or missing are refused") {
   auto p = problem();
   p.expert_ids[5] = 4;

@@ -55,7 +55,7 @@ struct layer_sizes {
 ///
 /// The object holds sizes, options and pointers to state: the caller owns all memory. Calls on the hot path do not
 /// allocate; on the host they return when the work is done, in device space they enqueue on the stream and do not
-/// synchronise. Every call but `backward_weights` is a collective of the communicator.
+/// synchronise. Every call but `backward_weights` and `reset_state` is a collective of the communicator.
 ///
 /// With `comm::symmetric` other ranks write into this one's memory: saved, deferred and workspace memory come from its
 /// `allocate`, called with the same sizes in the same order on all ranks, and the calls of one handle's layers are
@@ -161,7 +161,8 @@ class moe_layer {
   /// @param y         `[T, d]`, overwritten; overlaps neither `x` nor the residual.
   /// @param saved     `saved_bytes`, aligned to `memory_alignment`; may be empty for `eval`.
   /// @param workspace `workspace_bytes`, or `eval_workspace_bytes` for `eval`; aligned to `memory_alignment`.
-  /// @throws invalid_argument if a shape, a view or a memory size is wrong, or a logit is not finite.
+  /// @throws invalid_argument if a shape, a view or a memory size is wrong; on the host also if a logit is not finite
+  /// or an id is out of range, which a device writes to `state().status` instead.
   /// @throws error if a row bound is exceeded (on every rank).
   void forward(stream_type stream, pass mode, const inputs& in, const weights& params, matrix_view<storage> y,
                saved_memory saved, workspace_memory workspace);
@@ -194,6 +195,8 @@ class moe_layer {
   /// where the router has one, and starts counting anew. Once per optimizer step, after any number of micro-batches.
   /// @param stream Order of the work.
   /// @param batch  All ranks that share the global batch: the expert-parallel group, or a larger one that contains it.
+  /// @throws invalid_argument on the host, before anything is sent, if the router has a bias and `bias_rate` is
+  /// negative or not finite.
   void end_step(stream_type stream, Comm& batch);
 
   /// Sizes.

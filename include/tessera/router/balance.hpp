@@ -94,6 +94,14 @@ template <class B>
 inline constexpr bool balance_on_load = B::by == balance_by::batch_load || B::by == balance_by::sequence_load;
 
 /// Balance policies.
+namespace detail {
+
+inline void check_bias_rate(float rate) {
+  TESSERA_EXPECTS(std::isfinite(rate) && rate >= 0.0f, "the bias rate is " << rate << ", it must be finite and >= 0");
+}
+
+}  // namespace detail
+
 namespace balance {
 
 /// `coefficient * E / (K T) * sum_i count_i * mean_t p_ti` (Switch Transformer, GShard; MegaBlocks'
@@ -179,7 +187,7 @@ struct bias {
 /// @param rate        Size of the step, at least 0.
 /// @throws invalid_argument if the rate is negative or not finite, or a load is negative; the bias is unchanged.
 inline void update_bias(host_stream, float* bias, const std::int64_t* load, int num_experts, float rate) {
-  TESSERA_EXPECTS(std::isfinite(rate) && rate >= 0.0f, "the bias rate is " << rate << ", it must be finite and >= 0");
+  detail::check_bias_rate(rate);
   std::int64_t sum = 0;
   for (int e = 0; e < num_experts; ++e) {
     TESSERA_EXPECTS(load[e] >= 0, "the load of expert " << e << " is " << load[e] << ", a count cannot be negative");

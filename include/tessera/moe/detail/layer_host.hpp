@@ -281,6 +281,7 @@ template <class Layer>
 void layer_end_step(host_stream stream, const Layer& layer, typename Layer::communicator_type& batch) {
   const auto& state = layer.state();
   const int num_experts = layer.dims().num_experts;
+  if constexpr (Layer::router_type::has_bias) check_bias_rate(*state.bias_rate);
   batch.all_reduce(stream, state.load, state.global_load, num_experts);
   if constexpr (Layer::router_type::has_bias)
     balance::update_bias(stream, state.bias, state.global_load, num_experts, *state.bias_rate);
