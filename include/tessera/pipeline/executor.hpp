@@ -14,6 +14,7 @@
 #include <tessera/comm/communicator.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/memory.hpp>
+#include <tessera/core/nvtx.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
 #include <tessera/pipeline/execution_plan.hpp>
@@ -108,6 +109,7 @@ class executor {
                   "pipeline::overlap_stage");
     static_assert(std::is_same_v<typename Stage::element, T>,
                   "pipeline::executor::run: the stage's element must be the executor's type of activations");
+    [[maybe_unused]] const nvtx_range range("tessera::pipeline::executor::run");
     check_arguments(std::span<const Stage* const>(stages.data(), stages.size()), rows);
     for (const planned_step& step : plan_.steps) run_step(stream, stages, rows, step);
     comm_->barrier(stream);

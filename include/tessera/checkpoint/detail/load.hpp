@@ -25,6 +25,7 @@
 #include <tessera/checkpoint/detail/staging.hpp>
 #include <tessera/checkpoint/load.hpp>
 #include <tessera/checkpoint/safetensors.hpp>
+#include <tessera/core/nvtx.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -324,6 +325,7 @@ void distribute(Comm& comm, const manifest& content, const read_plan& plan, cons
 template <host_communicator Comm>
 load_result load(Comm& comm, const std::string& path, const manifest& content, std::span<const target_piece> targets,
                  const load_options& options) {
+  [[maybe_unused]] const nvtx_range range("tessera::checkpoint::load");
   detail::together(comm, [&] {
     TESSERA_EXPECTS(options.num_threads >= 1, "num_threads is " << options.num_threads << ", it must be at least 1");
     for (const target_piece& piece : targets) {

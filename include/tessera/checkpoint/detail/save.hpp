@@ -21,6 +21,7 @@
 
 #include <tessera/checkpoint/detail/checksum.hpp>
 #include <tessera/checkpoint/save.hpp>
+#include <tessera/core/nvtx.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -39,6 +40,7 @@ saver<Comm>::~saver() {
 
 template <class Comm>
 std::string saver<Comm>::save(const save_plan& plan, std::span<const source_piece> pieces, const train_state& state) {
+  [[maybe_unused]] const nvtx_range range("tessera::checkpoint::saver::save");
   wait();
   job work = begin(plan, pieces, state);
   work.plan = &plan;
@@ -48,6 +50,7 @@ std::string saver<Comm>::save(const save_plan& plan, std::span<const source_piec
 
 template <class Comm>
 void saver<Comm>::save_async(const save_plan& plan, std::span<const source_piece> pieces, const train_state& state) {
+  [[maybe_unused]] const nvtx_range range("tessera::checkpoint::saver::save_async");
   wait();
   job work = begin(plan, pieces, state);
   detail::chunk_sources sources;
@@ -105,6 +108,7 @@ void saver<Comm>::start(job work, detail::chunk_sources sources, const detail::o
 template <class Comm>
 std::string saver<Comm>::wait() {
   if (!job_) return {};
+  [[maybe_unused]] const nvtx_range range("tessera::checkpoint::saver::wait");
   if (worker_.joinable()) worker_.join();
   job work = std::move(*job_);
   work.plan = &work.plan_copy;

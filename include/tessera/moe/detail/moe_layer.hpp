@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include <tessera/core/nvtx.hpp>
 #include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/moe/detail/layer_device.hpp>
 #include <tessera/moe/detail/layer_host.hpp>
@@ -133,6 +134,7 @@ void TESSERA_LAYER::reset_state(stream_type stream) { detail::layer_reset_state(
 TESSERA_LAYER_TEMPLATE
 void TESSERA_LAYER::forward(stream_type stream, pass mode, const inputs& in, const weights& params,
                             matrix_view<storage> y, saved_memory saved, workspace_memory workspace) {
+  [[maybe_unused]] const nvtx_range range("tessera::moe_layer::forward");
   detail::layer_forward(stream, *this, mode, in, params, y, saved, workspace);
 }
 
@@ -140,17 +142,22 @@ TESSERA_LAYER_TEMPLATE
 void TESSERA_LAYER::backward_input(stream_type stream, const inputs& in, matrix_view<const storage> dy,
                                    const weights& params, saved_memory saved, matrix_view<storage> dx,
                                    deferred_memory deferred, workspace_memory workspace) {
+  [[maybe_unused]] const nvtx_range range("tessera::moe_layer::backward_input");
   detail::layer_backward_input(stream, *this, in, dy, params, saved, dx, deferred, workspace);
 }
 
 TESSERA_LAYER_TEMPLATE
 void TESSERA_LAYER::backward_weights(stream_type stream, const inputs& in, matrix_view<const storage> dy,
                                      saved_memory saved, deferred_memory deferred, const gradients& grads, write mode) {
+  [[maybe_unused]] const nvtx_range range("tessera::moe_layer::backward_weights");
   detail::layer_backward_weights(stream, *this, in, dy, saved, deferred, grads, mode);
 }
 
 TESSERA_LAYER_TEMPLATE
-void TESSERA_LAYER::end_step(stream_type stream, Comm& batch) { detail::layer_end_step(stream, *this, batch); }
+void TESSERA_LAYER::end_step(stream_type stream, Comm& batch) {
+  [[maybe_unused]] const nvtx_range range("tessera::moe_layer::end_step");
+  detail::layer_end_step(stream, *this, batch);
+}
 
 #undef TESSERA_LAYER_TEMPLATE
 #undef TESSERA_LAYER

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include <tessera/core/error.hpp>
+#include <tessera/core/nvtx.hpp>
 #include <tessera/shard/fully_sharded.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -78,6 +79,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::gather_now(int g) {
 
 template <precision_policy Precision, storage_type Moment, class Reduction, class Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::begin_gather(int g) {
+  [[maybe_unused]] const nvtx_range range("tessera::shard::fully_sharded::begin_gather");
   if (!this->take_slot(g)) return;
   if (queue_) {
     queue_->post(g);
@@ -136,6 +138,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::backward(F&& use) {
 
 template <precision_policy Precision, storage_type Moment, class Reduction, class Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::reduce(int g) {
+  [[maybe_unused]] const nvtx_range range("tessera::shard::fully_sharded::reduce");
   group<Comm>& own = groups_[index(g)];
   group_state& s = states_[index(g)];
   auto& m = memory_.groups[index(g)];
@@ -254,6 +257,7 @@ double fully_sharded<Precision, Moment, Reduction, Comm>::gradient_norm(Comm* st
 template <precision_policy Precision, storage_type Moment, class Reduction, class Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::step(const adamw_options& choices, std::int64_t t, double rate,
                                                              double scale) {
+  [[maybe_unused]] const nvtx_range range("tessera::shard::fully_sharded::step");
   this->expect_step();
   adamw(host_stream{}, choices, t, rate, scale, std::span<const tensor>(tensors_));
   this->end_step();
