@@ -229,7 +229,7 @@ TEST_CASE("two batches that go the same way compute in turns, while the other's 
   }
   CHECK_THROWS_AS(pl::make_two_forward_order(-1), ts::invalid_argument);
   CHECK_THROWS_AS(pl::make_two_backward_order(-1), ts::invalid_argument);
-  pl::order_builder builder(1);
+  pl::detail::order_builder builder(1);
   for (const int batch : {-1, 2}) {
     CHECK_THROWS_AS(builder.add(phase::forward_mlp, 0, phase::forward_dispatch, true, batch), ts::invalid_argument);
   }

@@ -11,8 +11,8 @@
 
 #include <tessera/core/error.hpp>
 #include <tessera/core/passes.hpp>
+#include <tessera/pipeline/gradient_order.hpp>
 #include <tessera/pipeline/schedule.hpp>
-#include <tessera/pipeline/weight_queue.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 

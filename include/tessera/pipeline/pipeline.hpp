@@ -12,6 +12,7 @@
 #include <tessera/pipeline/dualpipev.hpp>
 #include <tessera/pipeline/execution_plan.hpp>
 #include <tessera/pipeline/executor.hpp>
+#include <tessera/pipeline/gradient_order.hpp>
 #include <tessera/pipeline/lanes.hpp>
 #include <tessera/pipeline/memory.hpp>
 #include <tessera/pipeline/mirrored_gradients.hpp>
@@ -26,5 +27,4 @@
 #include <tessera/pipeline/stage.hpp>
 #include <tessera/pipeline/timeline_svg.hpp>
 #include <tessera/pipeline/validate.hpp>
-#include <tessera/pipeline/weight_queue.hpp>
 #include <tessera/pipeline/zb1p.hpp>

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include <tessera/pipeline/detail/weight_queue.hpp>
 #include <tessera/pipeline/execution_plan.hpp>
 
 TESSERA_NAMESPACE_BEGIN

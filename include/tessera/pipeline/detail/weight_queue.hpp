@@ -3,7 +3,7 @@
 #pragma once
 
 /// @file
-/// The queue of weight gradients that have been put off, and the order in which they are added up.
+/// The queue of weight gradients that have been put off.
 
 #include <algorithm>
 #include <cstddef>
@@ -11,21 +11,13 @@
 #include <vector>
 
 #include <tessera/core/error.hpp>
+#include <tessera/pipeline/gradient_order.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
 namespace pipeline {
 
-/// In which order the micro-batches' contributions to a weight gradient are added.
-enum class gradient_order {
-  /// In the order of micro-batches, whatever the schedule does: `((g0 + g1) + g2) + ...`, bitwise equal to a serial run
-  /// for every schedule. A contribution whose turn has not come waits, and with it the micro-batch's activations; the
-  /// library's schedules never make one wait. A stage in two places keeps contributions apart (`gradient_rows`).
-  micro_batch,
-  /// In the order in which the schedule computes them: nothing waits and every stage has one row of gradients.
-  /// Run-to-run bitwise, but different schedules round differently.
-  schedule,
-};
+namespace detail {
 
 /// The put-off weight gradients of one stage on one rank. `push` when the input part of a backward is done, `request`
 /// when the schedule says that the weight part is to be computed, then `pop` as long as it gives a micro-batch.
@@ -80,6 +72,8 @@ class weight_queue {
   std::size_t most_waiting_ = 0;
   gradient_order order_;
 };
+
+}  // namespace detail
 
 }  // namespace pipeline
 
