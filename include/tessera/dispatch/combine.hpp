@@ -11,6 +11,7 @@
 #include <tessera/comm/communicator.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/dispatch/detail/exchange_blocks.hpp>
 #include <tessera/dispatch/handle.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -64,24 +65,6 @@ void store_row(S* TESSERA_RESTRICT row, const A* TESSERA_RESTRICT sum, std::int6
   for (std::int64_t j = 0; j < hidden; ++j) row[j] = static_cast<S>(sum[j]);
 }
 
-// Sends back what `sent` blocks brought: `outgoing` by source rank, `returned` by owner.
-template <class Comm, class T>
-void return_blocks(host_stream stream, Comm& comm, T* outgoing, const std::int32_t* outgoing_offsets, T* returned,
-                   const std::int32_t* returned_offsets, std::int64_t width, transfer* sends, transfer* receives) {
-  std::size_t num_sends = 0;
-  std::size_t num_receives = 0;
-  const std::int64_t row_bytes = width * static_cast<std::int64_t>(sizeof(T));
-  for (int r = 0; r < comm.size(); ++r) {
-    const auto add = [&](transfer* list, std::size_t& count, T* data, const std::int32_t* offsets) {
-      const std::int64_t rows = offsets[r + 1] - offsets[r];
-      if (rows > 0) list[count++] = {r, data + offsets[r] * width, rows * row_bytes};
-    };
-    add(sends, num_sends, outgoing, outgoing_offsets);
-    add(receives, num_receives, returned, returned_offsets);
-  }
-  comm.exchange(stream, {sends, num_sends}, {receives, num_receives});
-}
-
 }  // namespace detail
 
 /// Starts the way home of expert rows. A collective of `comm`.
@@ -101,8 +84,8 @@ void combine_begin(host_stream stream, Comm& comm, const dispatch_handle<A>& han
   if constexpr (std::is_same_v<Combine, combine::ordered>) {
     for (std::int64_t p = 0; p < handle.total->received_pairs; ++p)
       std::copy_n(pairs.row(handle.expert_row_of[p]), hidden, workspace.outgoing + p * hidden);
-    detail::return_blocks(stream, comm, workspace.outgoing, handle.received_pair_offsets, workspace.returned,
-                          handle.sent_pair_offsets, hidden, workspace.sends, workspace.receives);
+    detail::exchange_blocks(stream, comm, workspace.outgoing, handle.received_pair_offsets, workspace.returned,
+                            handle.sent_pair_offsets, hidden, workspace.sends, workspace.receives);
   } else {
     for (std::int64_t row = 0; row < handle.total->received_rows; ++row) {
       std::fill_n(workspace.sum, hidden, A{0});
@@ -113,8 +96,8 @@ void combine_begin(host_stream stream, Comm& comm, const dispatch_handle<A>& han
       }
       detail::store_row(workspace.outgoing + row * hidden, workspace.sum, hidden);
     }
-    detail::return_blocks(stream, comm, workspace.outgoing, handle.received_row_offsets, workspace.returned,
-                          handle.sent_row_offsets, hidden, workspace.sends, workspace.receives);
+    detail::exchange_blocks(stream, comm, workspace.outgoing, handle.received_row_offsets, workspace.returned,
+                            handle.sent_row_offsets, hidden, workspace.sends, workspace.receives);
   }
 }
 
@@ -191,8 +174,8 @@ void return_pair_values(host_stream stream, Comm& comm, const dispatch_handle<A>
   expect_matrix(home, handle.total->num_tokens, -1, "pair values");
   for (std::int64_t p = 0; p < handle.total->received_pairs; ++p)
     workspace.outgoing[p] = values[handle.expert_row_of[p]];
-  detail::return_blocks(stream, comm, workspace.outgoing, handle.received_pair_offsets, workspace.returned,
-                        handle.sent_pair_offsets, 1, workspace.sends, workspace.receives);
+  detail::exchange_blocks(stream, comm, workspace.outgoing, handle.received_pair_offsets, workspace.returned,
+                          handle.sent_pair_offsets, 1, workspace.sends, workspace.receives);
   for (std::int64_t t = 0; t < home.rows; ++t) {
     for (std::int64_t k = 0; k < home.cols; ++k) {
       const std::int32_t p = handle.pair_slots[t * home.cols + k];

@@ -11,6 +11,7 @@
 #include <tessera/comm/communicator.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/dispatch/detail/exchange_blocks.hpp>
 #include <tessera/dispatch/handle.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -52,19 +53,8 @@ void dispatch_begin(host_stream stream, Comm& comm, const dispatch_handle<A>& ha
                   "room for " << received.rows << " received rows, " << handle.total->received_rows << " are needed");
   for (std::int64_t i = 0; i < handle.sent_row_offsets[comm.size()]; ++i)
     std::copy_n(x.row(handle.sent_tokens[i]), hidden, workspace.sent + i * hidden);
-
-  std::size_t sends = 0;
-  std::size_t receives = 0;
-  const std::int64_t row_bytes = hidden * static_cast<std::int64_t>(sizeof(S));
-  for (int r = 0; r < comm.size(); ++r) {
-    const auto add = [&](transfer* list, std::size_t& count, S* data, const std::int32_t* offsets) {
-      const std::int64_t rows = offsets[r + 1] - offsets[r];
-      if (rows > 0) list[count++] = {r, data + offsets[r] * hidden, rows * row_bytes};
-    };
-    add(workspace.sends, sends, workspace.sent, handle.sent_row_offsets);
-    add(workspace.receives, receives, received.data, handle.received_row_offsets);
-  }
-  comm.exchange(stream, {workspace.sends, sends}, {workspace.receives, receives});
+  detail::exchange_blocks(stream, comm, workspace.sent, handle.sent_row_offsets, received.data,
+                          handle.received_row_offsets, hidden, workspace.sends, workspace.receives);
 }
 
 /// The rows that have arrived, in the order (source, token). Arguments as for `dispatch_begin`.

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include <tessera/comm/communicator.hpp>
+#include <tessera/dispatch/detail/exchange_blocks.hpp>
 #include <tessera/dispatch/handle.hpp>
 #include <tessera/layout/expert_layout.hpp>
 #include <tessera/router/routing.hpp>
@@ -264,22 +265,17 @@ void fill_messages(const dispatch_bounds& bounds, const routing<A>& chosen, cons
 template <class Comm, class A>
 void exchange_messages(host_stream stream, Comm& comm, const dispatch_handle<A>& h,
                        const routing_exchange_scratch<A>& s) {
-  std::size_t sends = 0;
-  std::size_t receives = 0;
+  block_messages sends{s.sends};
+  block_messages receives{s.receives};
   for (int r = 0; r < comm.size(); ++r) {
-    const auto add = [r](transfer* list, std::size_t& count, auto* data, const std::int32_t* offsets) {
-      using element = std::remove_reference_t<decltype(*data)>;
-      const std::int64_t elements = offsets[r + 1] - offsets[r];
-      if (elements > 0) list[count++] = {r, data + offsets[r], elements * static_cast<std::int64_t>(sizeof(element))};
-    };
-    add(s.sends, sends, s.sent_row_pairs, h.sent_row_offsets);
-    add(s.sends, sends, s.sent_experts, h.sent_pair_offsets);
-    add(s.sends, sends, s.sent_weights, h.sent_pair_offsets);
-    add(s.receives, receives, s.received_row_pairs, h.received_row_offsets);
-    add(s.receives, receives, s.received_experts, h.received_pair_offsets);
-    add(s.receives, receives, s.received_weights, h.received_pair_offsets);
+    sends.add(r, s.sent_row_pairs, h.sent_row_offsets);
+    sends.add(r, s.sent_experts, h.sent_pair_offsets);
+    sends.add(r, s.sent_weights, h.sent_pair_offsets);
+    receives.add(r, s.received_row_pairs, h.received_row_offsets);
+    receives.add(r, s.received_experts, h.received_pair_offsets);
+    receives.add(r, s.received_weights, h.received_pair_offsets);
   }
-  comm.exchange(stream, {s.sends, sends}, {s.receives, receives});
+  comm.exchange(stream, sends.all(), receives.all());
 }
 
 // Sorts the arriving pairs by local expert; stable, so an expert's rows stay in the order (source, token, k).
