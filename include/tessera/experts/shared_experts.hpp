@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include <tessera/core/chunks.hpp>
 #include <tessera/core/error.hpp>
 #include <tessera/core/expert_rows.hpp>
 #include <tessera/experts/expert_weights.hpp>
@@ -42,7 +43,7 @@ inline expert_rows chunked_rows(std::int32_t* row_offsets, std::int64_t num_toke
   TESSERA_EXPECTS(
       num_tokens >= 0 && num_tokens <= INT32_MAX && chunk_tokens >= 0,
       "chunks need 0 <= num_tokens < 2^31 and chunk_tokens >= 0, got " << num_tokens << " and " << chunk_tokens);
-  const std::int64_t chunks = chunk_tokens == 0 ? 1 : (num_tokens + chunk_tokens - 1) / chunk_tokens;
+  const std::int64_t chunks = num_chunks(num_tokens, chunk_tokens);
   row_offsets[0] = 0;
   for (std::int64_t i = 1; i <= chunks; ++i)
     row_offsets[i] = static_cast<std::int32_t>(i == chunks ? num_tokens : i * chunk_tokens);

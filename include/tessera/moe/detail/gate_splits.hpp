@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include <tessera/core/chunks.hpp>
 #include <tessera/core/config.hpp>
 
 TESSERA_NAMESPACE_BEGIN
@@ -22,7 +23,7 @@ struct gate_splits {
                                     std::int64_t hidden) {
     constexpr std::int64_t blocks = 132, tile_m = 128, tile_n = 256, depth = 64;
     const std::int64_t tokens = chunk_tokens == 0 ? max_tokens : chunk_tokens;
-    const std::int64_t chunks = chunk_tokens == 0 ? 1 : (max_tokens + chunk_tokens - 1) / chunk_tokens;
+    const std::int64_t chunks = num_chunks(max_tokens, chunk_tokens);
     const std::int64_t tiles =
         (2 * num_experts + tile_m - 1) / tile_m * ((hidden + tile_n - 1) / tile_n) * (chunks < 1 ? 1 : chunks);
     const std::int64_t wanted = tiles < blocks ? blocks / tiles : 1;
