@@ -7,7 +7,6 @@
 
 #include <concepts>
 #include <cstdint>
-#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>

@@ -5,7 +5,6 @@
 /// @file
 /// All collectives of a host communicator from one primitive: the exchange of messages with other ranks.
 
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

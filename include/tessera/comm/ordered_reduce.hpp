@@ -10,7 +10,6 @@
 /// global order wherever they were computed.
 
 #include <algorithm>
-#include <concepts>
 #include <cstdint>
 #include <limits>
 #include <span>

@@ -10,7 +10,6 @@
 
 #include <concepts>
 #include <cstdint>
-#include <span>
 #include <type_traits>
 
 #include <tessera/core/error.hpp>

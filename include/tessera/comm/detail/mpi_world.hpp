@@ -22,10 +22,8 @@
 #include <memory>
 #include <optional>
 #include <random>
-#include <span>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include <tessera/comm/communicator.hpp>
 #include <tessera/dispatch/detail/exchange_blocks.hpp>

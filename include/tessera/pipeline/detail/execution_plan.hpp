@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <span>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>

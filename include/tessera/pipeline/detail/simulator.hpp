@@ -6,7 +6,6 @@
 /// Definitions of simulator.hpp.
 
 #include <algorithm>
-#include <span>
 #include <string>
 
 #include <tessera/pipeline/detail/well_formed.hpp>
