@@ -16,7 +16,7 @@
 
 TESSERA_NAMESPACE_BEGIN
 
-/// Alignment in bytes of every buffer the library is given and of every slice it takes from one.
+/// Alignment in bytes of every `memory_ref` and of every slice taken from one.
 inline constexpr std::size_t memory_alignment = 256;
 
 /// Bytes owned by the caller. The tag keeps memory of different lifetimes from being swapped.
@@ -67,7 +67,8 @@ class memory_builder {
 
   /// A slice of `count` elements, aligned to `memory_alignment`, not initialised; null while counting or when `count`
   /// is 0.
-  /// @throws invalid_argument naming the slice if the buffer ends before it does.
+  /// @throws invalid_argument naming the slice if the buffer ends before it does, or, while counting too, if `count` is
+  /// negative.
   template <class T>
   T* take(const char* name, std::int64_t count) {
     static_assert(std::is_trivially_copyable_v<T>);

@@ -42,8 +42,8 @@ struct dispatch_handle {
   std::int32_t* sent_row_offsets = nullptr;   ///< `[R + 1]`: rows sent to each rank.
   std::int32_t* sent_tokens = nullptr;        ///< `[sent rows]`: the token of each sent row.
   std::int32_t* sent_pair_offsets = nullptr;  ///< `[R + 1]`: pairs sent to each rank.
-  std::int32_t* pair_slots =
-      nullptr;  ///< `[T, K]`: number of each pair in the order (rank, token, k) of sending; -1 if not sent.
+  /// `[T, K]`: number of each pair in the order (rank, token, k) of sending; -1 if not sent.
+  std::int32_t* pair_slots = nullptr;
 
   std::int32_t* received_row_offsets = nullptr;   ///< `[R + 1]`: rows from each rank.
   std::int32_t* received_pair_offsets = nullptr;  ///< `[R + 1]`: arriving pairs from each rank.

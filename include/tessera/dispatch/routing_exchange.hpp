@@ -32,8 +32,7 @@ using routing_exchange_workspace = detail::routing_exchange_scratch<A>;
 /// @param bounds    Sizes `handle` and `workspace` were laid out with.
 /// @param options   Capacity and overflow.
 /// @param chosen    `[T, K]` ids and weights; ids in `[-1, E)`, -1 marks a slot without expert. Not changed: pairs that
-/// are dropped
-///                  are marked in `handle.pair_slots`.
+///                  are dropped are marked in `handle.pair_slots`.
 /// @param handle    Written.
 /// @param workspace Scratch.
 /// @throws invalid_argument if an id is out of range or T exceeds `bounds.max_tokens` (before anything is sent).

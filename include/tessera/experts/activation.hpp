@@ -23,8 +23,9 @@ concept activation_has_options = std::default_initializable<typename T::options>
 
 /// `static constexpr bool T::gated` exists.
 template <class T>
-concept activation_has_gated = std::same_as < std::remove_cvref_t<decltype(T::gated)>,
-bool > ;
+concept activation_has_gated = requires {
+  { T::gated } -> std::convertible_to<bool>;
+};
 
 /// `A T::forward(A gate, A up, const options&)` exists where `T` is gated.
 template <class T, class A>

@@ -135,8 +135,7 @@ class moe_layer {
   /// @param placement  Placement of experts over `comm.size()` ranks, the same on all ranks.
   /// @param comm       The expert-parallel group; outlives the layer.
   /// @param state      `sizes(...).state_bytes` bytes in the communicator's space, outlive the layer. The content is
-  /// kept: call
-  ///                   `reset_state` for a new layer, or load a checkpoint.
+  ///                   kept: call `reset_state` for a new layer, or load a checkpoint.
   /// @param chosen     The rest.
   /// Between GPUs the kernels of the file that instantiates the layer are loaded onto the current device, which is the
   /// communicator's: no rank has work enqueued that waits for another one's.

@@ -22,9 +22,9 @@ struct shape {
   int hidden = 0;               ///< d, width of a token.
   int intermediate = 0;         ///< n, width inside one expert.
   std::int64_t max_tokens = 0;  ///< Bound of T, tokens per rank and call.
-  int num_shared_experts =
-      0;                   ///< Experts that see every token, fused to one of width `num_shared_experts * intermediate`.
-  bool gate_bias = false;  ///< The router's linear has a bias `[E]`.
+  /// Experts that see every token, fused to one of width `num_shared_experts * intermediate`.
+  int num_shared_experts = 0;
+  bool gate_bias = false;    ///< The router's linear has a bias `[E]`.
   bool expert_bias = false;  ///< The experts' projections have biases.
 
   /// Equality, so that a shape may be a template argument.

@@ -44,8 +44,8 @@ struct layer_state {
   std::int64_t* load = nullptr;         ///< `[E]` pairs this rank's tokens chose in `pass::train` since `end_step`.
   std::int64_t* global_load = nullptr;  ///< `[E]` sum of `load` over all ranks, as of the last `end_step`.
   float* bias_rate = nullptr;           ///< One: step of the bias in `end_step`; may be changed between calls.
-  float* coefficients =
-      nullptr;  ///< `[num_losses]`, in the order of the router's balances; may be changed between calls.
+  /// `[num_losses]`, in the order of the router's balances; may be changed between calls.
+  float* coefficients = nullptr;
   float* loss_scale = nullptr;  ///< One: factor of the losses' gradients. 1 after `reset_state`.
   A* losses = nullptr;  ///< `[max_chunks, num_losses]` of the last `train` or `recompute` pass, coefficients included.
   std::int64_t* dropped_by_capacity = nullptr;  ///< One: pairs of this rank since `reset_state`.
@@ -53,8 +53,8 @@ struct layer_state {
                                              ///< this rank's bound dropped.
   std::int64_t* most_received_pairs = nullptr;  ///< One: largest number of pairs this rank has computed in one call.
 
-  device_status* status =
-      nullptr;  ///< One: what a kernel found wrong since `reset_state`; see `expect_ok`. Host: stays clear.
+  /// One: what a kernel found wrong since `reset_state`; see `expect_ok`. Host: stays clear.
+  device_status* status = nullptr;
   call_counters* counters = nullptr;      ///< `[comm::max_symmetric_slots]`, one of each slot; 0 after `reset_state`.
   std::uint32_t* barrier = nullptr;       ///< One of this slot: belongs to the router's kernels.
   std::int32_t* tile_counters = nullptr;  ///< `call_counters::tile_counters` of this slot: belong to products' kernels.

@@ -51,8 +51,8 @@ struct layer_weights {
   matrix_view<const typename Experts::accumulate> gate;     ///< `[E, d]`, replicated on all ranks.
   const typename Experts::accumulate* gate_bias = nullptr;  ///< `[E]` with `shape::gate_bias`, else null.
   typename Experts::weights experts = {};                   ///< This rank's slots, `[L, ...]`.
-  typename shared_container_t<Experts>::weights shared =
-      {};  ///< One expert of width `num_shared_experts * n`, replicated.
+  /// One expert of width `num_shared_experts * n`, replicated.
+  typename shared_container_t<Experts>::weights shared = {};
 };
 
 /// Gradients of a layer's parameters on one rank. Those of replicated parameters come as one contribution for each
@@ -63,8 +63,8 @@ template <class Experts>
 struct layer_gradients {
   typename Experts::accumulate* gate = nullptr;       ///< `[chunks, E, d]`, packed.
   typename Experts::accumulate* gate_bias = nullptr;  ///< `[chunks, E]`, packed, with `shape::gate_bias`.
-  typename Experts::gradients experts =
-      {};  ///< This rank's slots, `[L, ...]`: no other rank contributes, unless experts have replicas.
+  /// This rank's slots, `[L, ...]`: no other rank contributes, unless experts have replicas.
+  typename Experts::gradients experts = {};
   typename shared_container_t<Experts>::gradients shared = {};  ///< `[chunks, ...]`.
 };
 

@@ -35,8 +35,8 @@ struct stage_times {
 struct costs {
   std::vector<stage_times> stages = {stage_times{}};  ///< [num_stages], or one that holds for all.
   std::int64_t latency = 0;  ///< From one rank to another, per message; handing over on one rank is free.
-  std::vector<std::int64_t> links =
-      {};  ///< [num_stages - 1], between stages s and s+1; if not empty, instead of latency.
+  /// [num_stages - 1], between stages s and s+1; if not empty, instead of latency.
+  std::vector<std::int64_t> links = {};
 
   /// Times of a stage. @param stage In `[0, num_stages)`.
   const stage_times& of(int stage) const { return stages.size() == 1 ? stages[0] : stages[std::size_t(stage)]; }

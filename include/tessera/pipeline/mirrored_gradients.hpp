@@ -50,8 +50,7 @@ std::size_t sum_mirrored_gradients_workspace_bytes(const schedule& s, gradient_o
 /// @param gradients      `[num_chunks]`, of this rank's stages.
 /// @param workspace      `sum_mirrored_gradients_workspace_bytes` bytes in the communicator's space.
 /// @param block_elements Parameters summed at a time, at least 1; the same on all ranks. It bounds the workspace and
-/// does
-///                       not change the bits.
+///                       does not change the bits.
 /// @throws invalid_argument for wrong arguments, comm_error if another rank does not do its part.
 template <communicator Comm, accumulate_type G>
 void sum_mirrored_gradients(stream_ref<typename Comm::space> stream, Comm& comm, const schedule& s,

@@ -113,9 +113,8 @@ class router {
   /// @param local_counts `[E + 2]`, overwritten with this call's selections, tokens and sequences; without data nothing
   ///                     is counted (recomputation, evaluation).
   /// @throws invalid_argument naming token, slot or expert if shapes do not fit, a logit or bias is not finite, an id
-  /// is
-  ///         out of range or repeated, or views overlap: checked before anything is written. A user's score that gives
-  ///         fewer than K numbers above -inf is found later: outputs are then partly written.
+  ///         is out of range or repeated, or views overlap: checked before anything is written. A user's score that
+  ///         gives fewer than K numbers above -inf is found later: outputs are then partly written.
   template <accumulate_type A>
   void route(host_stream stream, const router_inputs<A>& in, routing<A> out, balance_counts local_counts) const;
 
@@ -140,16 +139,14 @@ class router {
   /// @param stream        Order of the work.
   /// @param in            As given to `route`.
   /// @param routed        Ids as `route` wrote them (also those whose row a capacity limit dropped: their `dweights`
-  /// are
-  ///                      0); weights are not read.
+  ///                      are 0); weights are not read.
   /// @param dweights      `[T, K]`; not read in slots of `no_expert`.
   /// @param global_counts As for `losses`.
   /// @param coefficients  `[num_losses]`; may be null without losses.
   /// @param loss_scale    Factor of the losses' part, for loss scaling and gradient accumulation.
   /// @param dlogits       `[T, E]`, overwritten; may not overlap an input.
   /// @throws invalid_argument if shapes do not fit, a logit is not finite, an id is out of range, the counts are
-  /// smaller
-  ///         than this call's, or views overlap: checked before anything is written.
+  ///         smaller than this call's, or views overlap: checked before anything is written.
   template <accumulate_type A>
   void backward(host_stream stream, const router_inputs<A>& in, const routing<A>& routed, matrix_view<const A> dweights,
                 const_balance_counts global_counts, const float* coefficients, A loss_scale,

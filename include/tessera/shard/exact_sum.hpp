@@ -62,8 +62,8 @@ struct exact_sum {
     }
   }
 
-  /// The nearest doubles' worth of the sum: within two units in the last place, and the same for equal sums. Infinite
-  /// where it exceeds the largest double. Call `carry` first.
+  /// The sum as a double, within two units in the last place; equal sums give equal doubles. Infinite where it exceeds
+  /// the largest double. Call `carry` first.
   TESSERA_HD double value() const {
     double sum = 0;
     for (int i = 0; i < num_digits; ++i) {
