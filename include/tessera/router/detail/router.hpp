@@ -5,63 +5,13 @@
 /// @file
 /// Host half of the router. Each function checks everything first, then works token by token.
 
-#include <type_traits>
-#include <utility>
-
 #include <tessera/router/detail/checks.hpp>
+#include <tessera/router/detail/logit_gradient.hpp>
 #include <tessera/router/detail/token.hpp>
+#include <tessera/router/detail/token_losses.hpp>
 #include <tessera/router/router.hpp>
 
 TESSERA_NAMESPACE_BEGIN
-
-namespace detail {
-
-/// Calls `f(std::type_identity<Balance>{}, options, loss_index)` for each balance that is a loss.
-template <class... Balances, class F>
-void for_each_loss(const std::tuple<typename Balances::options...>& options, F&& f) {
-  int loss = 0;
-  [[maybe_unused]] const auto visit = [&](auto tag, const auto& balance_options) {
-    if constexpr (balance_is_loss<typename decltype(tag)::type>) f(tag, balance_options, loss++);
-  };
-  [&]<std::size_t... Index>(std::index_sequence<Index...>) {
-    (visit(std::type_identity<Balances>{}, std::get<Index>(options)), ...);
-  }
-  (std::index_sequence_for<Balances...>{});
-  (void)loss;
-}
-
-template <balance_by By, class... Balances>
-inline constexpr bool has_balance = (false || ... || (Balances::by == By));
-
-/// `load[e] = E / (K T) * counts[e]`.
-template <accumulate_type A, class Count>
-void loads(const Count* counts, int num_experts, int top_k, std::int64_t num_tokens, A* load) {
-  const double pairs = static_cast<double>(top_k) * static_cast<double>(num_tokens);
-  for (int e = 0; e < num_experts; ++e) {
-    load[e] = static_cast<A>(static_cast<double>(num_experts) * static_cast<double>(counts[e]) / pairs);
-  }
-}
-
-/// Adds one token's choice without bias and without groups, which `balance_by::sequence_load` counts.
-template <class Score, accumulate_type A>
-void count_unbiased(const A* logits, const A* scores, int num_experts, int k, std::int32_t* counts) {
-  std::int32_t ids[max_top_k];
-  select_top_k(score_selects_on_logits<Score> ? logits : scores, num_experts, k, ids);
-  for (int i = 0; i < k; ++i) {
-    if (ids[i] != no_expert) ++counts[ids[i]];
-  }
-}
-
-/// Log-sum-exp of the logits; `exp` receives `exp(logit - max)` and `sum` their sum.
-template <accumulate_type A>
-A log_sum_exp(const A* logits, int num_experts, A* exp, A& sum) {
-  for (int e = 0; e < num_experts; ++e) exp[e] = logits[e];
-  A max;
-  sum = exponentials(exp, num_experts, max);
-  return max + std::log(sum);
-}
-
-}  // namespace detail
 
 template <class Score, class Select, class Weigh, class... Balances>
 router<Score, Select, Weigh, Balances...>::router(const options& chosen) : options_(chosen) {
@@ -190,75 +140,12 @@ void router<Score, Select, Weigh, Balances...>::losses(host_stream, const router
     }
     if (num_tokens == 0) return;
 
-    A load[max_experts];
-    A row[max_experts];
     if constexpr (by_batch || by_size) {
-      detail::loads(global_counts.data, num_experts, options_.top_k, global_counts.tokens(), load);
-      const std::int64_t chunk = chunk_tokens == 0 ? num_tokens : chunk_tokens;
-      for (std::int64_t first = 0; first < num_tokens; first += chunk) {
-        const std::int64_t last = first + chunk < num_tokens ? first + chunk : num_tokens;
-        double sums[num_losses] = {};
-        for (std::int64_t t = first; t < last; ++t) {
-          const A* const logits = in.logits.row(t);
-          if constexpr (by_batch) {
-            detail::all_scores<Score>(options_.score, logits, num_experts, row);
-            detail::scores_to_probabilities<Score>(row, num_experts);
-          }
-          A log_sum = A(0);
-          if constexpr (by_size) {
-            A exp[max_experts];
-            A sum;
-            log_sum = detail::log_sum_exp(logits, num_experts, exp, sum);
-          }
-          detail::for_each_loss<Balances...>(options_.balance, [&](auto tag, const auto& policy, int loss) {
-            using balance = typename decltype(tag)::type;
-            if constexpr (balance::by == balance_by::batch_load) {
-              A token = A(0);
-              for (int e = 0; e < num_experts; ++e) token += balance::value(row[e], load[e], policy);
-              sums[loss] += static_cast<double>(token);
-            } else if constexpr (balance::by == balance_by::log_sum_exp) {
-              sums[loss] += static_cast<double>(balance::value(log_sum, policy));
-            }
-          });
-        }
-        for (int loss = 0; loss < num_losses; ++loss) {
-          chunk_losses(first / chunk, loss) = static_cast<A>(static_cast<double>(coefficients[loss]) * sums[loss] /
-                                                             static_cast<double>(global_counts.tokens()));
-        }
-      }
+      detail::batch_losses<Score, Balances...>(options_, in, global_counts, coefficients, chunk_tokens, chunk_losses);
     }
     if constexpr (by_sequence) {
-      detail::for_each_sequence(in.sequence_offsets, num_tokens, [&](std::int64_t first, std::int64_t last) {
-        std::int32_t counts[max_experts] = {};
-        for (std::int64_t t = first; t < last; ++t) {
-          const A* const logits = in.logits.row(t);
-          if constexpr (!score_selects_on_logits<Score>) {
-            detail::all_scores<Score>(options_.score, logits, num_experts, row);
-          }
-          detail::count_unbiased<Score>(logits, row, num_experts, options_.top_k, counts);
-        }
-        detail::loads(counts, num_experts, options_.top_k, last - first, load);
-        double sums[num_losses] = {};
-        for (std::int64_t t = first; t < last; ++t) {
-          detail::all_scores<Score>(options_.score, in.logits.row(t), num_experts, row);
-          detail::scores_to_probabilities<Score>(row, num_experts);
-          detail::for_each_loss<Balances...>(options_.balance, [&](auto tag, const auto& policy, int loss) {
-            using balance = typename decltype(tag)::type;
-            if constexpr (balance::by == balance_by::sequence_load) {
-              A token = A(0);
-              for (int e = 0; e < num_experts; ++e) token += balance::value(row[e], load[e], policy);
-              sums[loss] += static_cast<double>(token);
-            }
-          });
-        }
-        const double scope = static_cast<double>(global_counts.sequences()) * static_cast<double>(last - first);
-        const std::int64_t chunk = chunk_tokens == 0 ? 0 : (last - 1) / chunk_tokens;
-        detail::for_each_loss<Balances...>(options_.balance, [&](auto tag, const auto&, int loss) {
-          if constexpr (decltype(tag)::type::by == balance_by::sequence_load) {
-            chunk_losses(chunk, loss) += static_cast<A>(static_cast<double>(coefficients[loss]) * sums[loss] / scope);
-          }
-        });
-      });
+      detail::sequence_losses<Score, Balances...>(options_, in, global_counts, coefficients, chunk_tokens,
+                                                  chunk_losses);
     }
   }
 }
@@ -269,11 +156,6 @@ void router<Score, Select, Weigh, Balances...>::backward(host_stream, const rout
                                                          const routing<A>& routed, matrix_view<const A> dweights,
                                                          const_balance_counts global_counts, const float* coefficients,
                                                          A loss_scale, matrix_view<A> dlogits) const {
-  constexpr bool by_batch = detail::has_balance<balance_by::batch_load, Balances...>;
-  constexpr bool by_sequence = detail::has_balance<balance_by::sequence_load, Balances...>;
-  constexpr bool by_size = detail::has_balance<balance_by::log_sum_exp, Balances...>;
-  constexpr bool on_load = by_batch || by_sequence;
-  constexpr bool scores_all = Score::over == score_over::all || on_load;
   const int num_experts = options_.num_experts;
   const int k = options_.top_k;
   const std::int64_t num_tokens = in.logits.rows;
@@ -284,123 +166,17 @@ void router<Score, Select, Weigh, Balances...>::backward(host_stream, const rout
                             detail::count_sequences(in.sequence_offsets, num_tokens));
   if (num_tokens == 0) return;
 
-  const double scale = static_cast<double>(loss_scale);
-  const typename Score::options& score = options_.score;
-  [[maybe_unused]] A batch_load[by_batch ? max_experts : 1];
-  [[maybe_unused]] A sequence_load[by_sequence ? max_experts : 1];
-  if constexpr (by_batch) {
-    detail::loads(global_counts.data, num_experts, k, global_counts.tokens(), batch_load);
-  }
-
-  // `row` of dlogits holds the token's scores until its gradient replaces them.
-  const auto backward_token = [&](std::int64_t t, [[maybe_unused]] std::int64_t sequence_tokens) {
-    const A* const logits = in.logits.row(t);
-    const std::int32_t* const ids = routed.expert_ids.row(t);
-    A* const row = dlogits.row(t);
-
-    A selected[max_top_k];
-    A dselected[max_top_k];
-    detail::selected_scores<Score>(score, logits, scores_all ? row : nullptr, ids, k, selected);
-    A sum = A(0);
-    for (int i = 0; i < k; ++i) sum += selected[i];
-    A dsum = A(0);
-    for (int i = 0; i < k; ++i) {
-      if (ids[i] == no_expert) continue;
-      dselected[i] = dweights(t, i) * Weigh::derivative_by_score(selected[i], sum, options_.weigh);
-      dsum += dweights(t, i) * Weigh::derivative_by_sum(selected[i], sum, options_.weigh);
-    }
-    for (int i = 0; i < k; ++i) dselected[i] = ids[i] == no_expert ? A(0) : dselected[i] + dsum;
-
-    // Gradient by every probability, then by `value(logit)` through the normalisation of the probabilities.
-    if constexpr (scores_all) {
-      const A total = detail::scores_to_probabilities<Score>(row, num_experts);
-      A dp[max_experts];
-      for (int e = 0; e < num_experts; ++e) dp[e] = A(0);
-      detail::for_each_loss<Balances...>(options_.balance, [&](auto tag, const auto& policy, int loss) {
-        using balance = typename decltype(tag)::type;
-        if constexpr (balance_on_load<balance>) {
-          const A* load = nullptr;
-          double scope = 0;
-          if constexpr (balance::by == balance_by::batch_load) {
-            load = batch_load;
-            scope = static_cast<double>(global_counts.tokens());
-          } else {
-            load = sequence_load;
-            scope = static_cast<double>(global_counts.sequences()) * static_cast<double>(sequence_tokens);
-          }
-          const A factor = static_cast<A>(scale * static_cast<double>(coefficients[loss]) / scope);
-          for (int e = 0; e < num_experts; ++e) dp[e] += factor * balance::derivative(row[e], load[e], policy);
-        }
-      });
-      if constexpr (Score::over == score_over::all) {
-        for (int i = 0; i < k; ++i) {
-          if (ids[i] != no_expert) dp[ids[i]] += dselected[i];
-        }
-      }
-      A mean = A(0);
-      for (int e = 0; e < num_experts; ++e) mean += row[e] * dp[e];
-      if constexpr (Score::over == score_over::each) {
-        for (int e = 0; e < num_experts; ++e) {
-          // p = s / total, so that s is p * total again; where all scores underflowed nothing moves
-          row[e] = total != A(0) ? (dp[e] - mean) / total * Score::derivative(logits[e], row[e] * total, score) : A(0);
-        }
-      } else {
-        for (int e = 0; e < num_experts; ++e) {
-          row[e] *= (dp[e] - mean) * Score::derivative(logits[e], Score::value(logits[e], score), score);
-        }
-      }
-    } else {
-      for (int e = 0; e < num_experts; ++e) row[e] = A(0);
-    }
-
-    if constexpr (Score::over == score_over::each) {
-      for (int i = 0; i < k; ++i) {
-        if (ids[i] != no_expert) row[ids[i]] += dselected[i] * Score::derivative(logits[ids[i]], selected[i], score);
-      }
-    } else if constexpr (Score::over == score_over::selected) {
-      A mean = A(0);
-      for (int i = 0; i < k; ++i) mean += selected[i] * dselected[i];
-      for (int i = 0; i < k; ++i) {
-        if (ids[i] == no_expert) continue;
-        const A logit = logits[ids[i]];
-        row[ids[i]] +=
-            selected[i] * (dselected[i] - mean) * Score::derivative(logit, Score::value(logit, score), score);
-      }
-    }
-
-    if constexpr (by_size) {
-      A exp[max_experts];
-      A total;
-      const A log_sum = detail::log_sum_exp(logits, num_experts, exp, total);
-      A dlog_sum = A(0);
-      detail::for_each_loss<Balances...>(options_.balance, [&](auto tag, const auto& policy, int loss) {
-        using balance = typename decltype(tag)::type;
-        if constexpr (balance::by == balance_by::log_sum_exp) {
-          const double scope = static_cast<double>(global_counts.tokens());
-          dlog_sum += static_cast<A>(scale * static_cast<double>(coefficients[loss]) / scope) *
-                      balance::derivative(log_sum, policy);
-        }
-      });
-      for (int e = 0; e < num_experts; ++e) row[e] += dlog_sum * (exp[e] / total);
-    }
-  };
-
-  if constexpr (by_sequence) {
+  detail::logit_gradient<A, options, Score, Weigh, Balances...> gradient(options_, in, routed, dweights, global_counts,
+                                                                         coefficients, loss_scale, dlogits);
+  if constexpr (gradient.by_sequence) {
     detail::for_each_sequence(in.sequence_offsets, num_tokens, [&](std::int64_t first, std::int64_t last) {
-      std::int32_t counts[max_experts] = {};
-      for (std::int64_t t = first; t < last; ++t) {
-        detail::all_scores<Score>(score, in.logits.row(t), num_experts, dlogits.row(t));
-        detail::count_unbiased<Score>(in.logits.row(t), dlogits.row(t), num_experts, k, counts);
-      }
-      detail::loads(counts, num_experts, k, last - first, sequence_load);
-      for (std::int64_t t = first; t < last; ++t) backward_token(t, last - first);
+      gradient.start_sequence(first, last);
+      for (std::int64_t t = first; t < last; ++t) gradient.token(t);
     });
   } else {
     for (std::int64_t t = 0; t < num_tokens; ++t) {
-      if constexpr (scores_all) {
-        detail::all_scores<Score>(score, in.logits.row(t), num_experts, dlogits.row(t));
-      }
-      backward_token(t, 0);
+      gradient.start_token(t);
+      gradient.token(t);
     }
   }
 }
