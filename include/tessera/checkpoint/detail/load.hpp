@@ -216,24 +216,20 @@ class staged_units {
   std::vector<std::int64_t> offset_;  // of each unit of the plan; -1: read by another rank
 };
 
-/// Brings what was read to those who want it. Collective.
-template <class Comm>
-void distribute(Comm& comm, const manifest& content, const read_plan& plan, const staged_units& staged,
-                std::span<const target_piece> pieces, int num_threads) {
-  const int rank = comm.rank();
-  // Rounds bound the memory in flight. The round of a block follows from the bytes that its reader has before it, so
-  // all ranks know it.
-  std::int64_t most = (std::int64_t{256} << 20) / comm.size();
-  if (most < content.block_bytes) most = content.block_bytes;
-  std::vector<std::int64_t> sent(static_cast<std::size_t>(comm.size()));
+/// The blocks that this rank reads or wants, by round: rounds bound the memory in flight. The round of a block follows
+/// from the bytes that its reader has before it, so all ranks know it.
+inline std::vector<std::vector<std::size_t>> rounds_of(const read_plan& plan, int rank, std::int64_t num_ranks,
+                                                       std::int64_t block_bytes) {
+  const std::int64_t most = std::max((std::int64_t{256} << 20) / num_ranks, block_bytes);
+  std::vector<std::int64_t> sent(static_cast<std::size_t>(num_ranks));
   std::vector<std::vector<std::size_t>> rounds;
-  std::int64_t num_rounds = 0;
+  std::int64_t count = 0;
   for (std::size_t i = 0; i < plan.units.size(); ++i) {
     const read_unit& unit = plan.units[i];
     std::int64_t& before = sent[static_cast<std::size_t>(unit.reader)];
     const std::int64_t round = before / most;
     before += unit.bytes;
-    num_rounds = std::max(num_rounds, round + 1);
+    count = std::max(count, round + 1);
     bool is_mine = unit.reader == rank;
     for (std::int64_t n = 0; n < unit.num_needs && !is_mine; ++n) {
       const auto target = static_cast<std::size_t>(plan.needs[static_cast<std::size_t>(unit.first_need + n)]);
@@ -246,76 +242,120 @@ void distribute(Comm& comm, const manifest& content, const read_plan& plan, cons
     if (static_cast<std::int64_t>(rounds.size()) <= round) rounds.resize(static_cast<std::size_t>(round + 1));
     rounds[static_cast<std::size_t>(round)].push_back(i);
   }
-  rounds.resize(static_cast<std::size_t>(num_rounds));
+  rounds.resize(static_cast<std::size_t>(count));
+  return rounds;
+}
 
-  struct incoming {  // a part that goes from an array of `held` to a piece
-    const target_piece* piece;
-    box part;
-    const std::byte* data;
-    box held;
-  };
-  const auto place_all = [&](const std::vector<incoming>& all) {
-    in_parallel(all.size(), num_threads, [&](std::size_t i) {
-      const incoming& in = all[i];
-      copy_box(in.part, in.data, in.held, packed_strides(in.held), in.piece->data, in.piece->part,
-               strides_or_packed(in.piece->strides, in.piece->part), size_of(in.piece->type));
-    });
-  };
-  std::vector<transfer> sends;
-  std::vector<transfer> receives;
-  std::vector<incoming> own;
-  std::vector<incoming> arrivals;  // what is not contiguous where it goes
-  std::vector<std::unique_ptr<std::byte[]>> packed;
-  const auto pack = [&](std::int64_t bytes) {
-    return packed.emplace_back(std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes))).get();
-  };
-  for (const std::vector<std::size_t>& units : rounds) {
+/// A part that goes from an array of `held` to a piece.
+struct incoming_part {
+  const target_piece* piece;
+  box part;
+  const std::byte* data;
+  box held;
+};
+
+inline void place_all(const std::vector<incoming_part>& all, int num_threads) {
+  in_parallel(all.size(), num_threads, [&](std::size_t i) {
+    const incoming_part& in = all[i];
+    copy_box(in.part, in.data, in.held, packed_strides(in.held), in.piece->data, in.piece->part,
+             strides_or_packed(in.piece->strides, in.piece->part), size_of(in.piece->type));
+  });
+}
+
+/// What one rank sends, receives and places in a round.
+class round_messages {
+ public:
+  round_messages(const manifest& content, const read_plan& plan, const staged_units& staged,
+                 std::span<const target_piece> pieces, int rank)
+      : content_(content), plan_(plan), staged_(staged), pieces_(pieces), rank_(rank) {}
+
+  void clear() {
     sends.clear();
     receives.clear();
     own.clear();
     arrivals.clear();
-    packed.clear();
-    for (const std::size_t i : units) {
-      const read_unit& unit = plan.units[i];
-      const std::int64_t width = size_of(content.tensors[static_cast<std::size_t>(unit.tensor)].type);
-      const stride_array unit_strides = packed_strides(unit.part);
-      for (std::int64_t n = 0; n < unit.num_needs; ++n) {
-        const read_target& target =
-            plan.targets[static_cast<std::size_t>(plan.needs[static_cast<std::size_t>(unit.first_need + n)])];
-        const box part = intersect(unit.part, target.part);
-        const std::int64_t bytes = part.volume() * width;
-        const std::byte* outgoing = nullptr;
-        for (const read_holder& holder : target.holders) {
-          if (unit.reader != rank && holder.rank != rank) continue;
-          if (unit.reader == rank && holder.rank != rank) {
-            if (outgoing == nullptr && is_contiguous(part, unit_strides)) {
-              outgoing = staged.of(i) + offset_in(unit.part, unit_strides, part) * width;
-            } else if (outgoing == nullptr) {
-              std::byte* const buffer = pack(bytes);
-              copy_box(part, staged.of(i), unit.part, unit_strides, buffer, part, packed_strides(part), width);
-              outgoing = buffer;
-            }
-            sends.push_back(send_to(holder.rank, outgoing, bytes));
-            continue;
-          }
-          const target_piece& piece = pieces[static_cast<std::size_t>(holder.piece)];
-          const stride_array strides = strides_or_packed(piece.strides, piece.part);
-          if (unit.reader == rank) {
-            own.push_back({&piece, part, staged.of(i), unit.part});
-          } else if (is_contiguous(part, strides)) {
-            std::byte* place = static_cast<std::byte*>(piece.data) + offset_in(piece.part, strides, part) * width;
-            receives.push_back(receive_from(unit.reader, place, bytes));
-          } else {
-            std::byte* const buffer = pack(bytes);
-            receives.push_back(receive_from(unit.reader, buffer, bytes));
-            arrivals.push_back({&piece, part, buffer, part});
-          }
+    packed_.clear();
+  }
+
+  /// Adds block `i`.
+  void add(std::size_t i) {
+    const read_unit& unit = plan_.units[i];
+    const std::int64_t width = size_of(content_.tensors[static_cast<std::size_t>(unit.tensor)].type);
+    for (std::int64_t n = 0; n < unit.num_needs; ++n) {
+      const read_target& target =
+          plan_.targets[static_cast<std::size_t>(plan_.needs[static_cast<std::size_t>(unit.first_need + n)])];
+      const box part = intersect(unit.part, target.part);
+      const std::byte* outgoing = nullptr;
+      for (const read_holder& holder : target.holders) {
+        if (holder.rank != rank_) {
+          if (unit.reader != rank_) continue;
+          if (outgoing == nullptr) outgoing = outgoing_part(i, part, width);
+          sends.push_back(send_to(holder.rank, outgoing, part.volume() * width));
+        } else if (unit.reader == rank_) {
+          own.push_back({&piece_of(holder), part, staged_.of(i), unit.part});
+        } else {
+          receive(unit.reader, piece_of(holder), part, width);
         }
       }
     }
-    place_all(own);
-    comm.exchange(host_stream{}, sends, receives);
-    place_all(arrivals);
+  }
+
+  std::vector<transfer> sends;
+  std::vector<transfer> receives;
+  std::vector<incoming_part> own;
+  std::vector<incoming_part> arrivals;  // what is not contiguous where it goes
+
+ private:
+  const target_piece& piece_of(const read_holder& holder) const {
+    return pieces_[static_cast<std::size_t>(holder.piece)];
+  }
+
+  std::byte* pack(std::int64_t bytes) {
+    return packed_.emplace_back(std::make_unique_for_overwrite<std::byte[]>(static_cast<std::size_t>(bytes))).get();
+  }
+
+  // A part of block `i` in one piece.
+  const std::byte* outgoing_part(std::size_t i, const box& part, std::int64_t width) {
+    const box& held = plan_.units[i].part;
+    const stride_array strides = packed_strides(held);
+    if (is_contiguous(part, strides)) return staged_.of(i) + offset_in(held, strides, part) * width;
+    std::byte* const buffer = pack(part.volume() * width);
+    copy_box(part, staged_.of(i), held, strides, buffer, part, packed_strides(part), width);
+    return buffer;
+  }
+
+  void receive(int from, const target_piece& piece, const box& part, std::int64_t width) {
+    const std::int64_t bytes = part.volume() * width;
+    const stride_array strides = strides_or_packed(piece.strides, piece.part);
+    if (is_contiguous(part, strides)) {
+      std::byte* place = static_cast<std::byte*>(piece.data) + offset_in(piece.part, strides, part) * width;
+      receives.push_back(receive_from(from, place, bytes));
+    } else {
+      std::byte* const buffer = pack(bytes);
+      receives.push_back(receive_from(from, buffer, bytes));
+      arrivals.push_back({&piece, part, buffer, part});
+    }
+  }
+
+  const manifest& content_;
+  const read_plan& plan_;
+  const staged_units& staged_;
+  std::span<const target_piece> pieces_;
+  int rank_;
+  std::vector<std::unique_ptr<std::byte[]>> packed_;
+};
+
+/// Brings what was read to those who want it. Collective.
+template <class Comm>
+void distribute(Comm& comm, const manifest& content, const read_plan& plan, const staged_units& staged,
+                std::span<const target_piece> pieces, int num_threads) {
+  round_messages messages(content, plan, staged, pieces, comm.rank());
+  for (const std::vector<std::size_t>& units : rounds_of(plan, comm.rank(), comm.size(), content.block_bytes)) {
+    messages.clear();
+    for (const std::size_t i : units) messages.add(i);
+    place_all(messages.own, num_threads);
+    comm.exchange(host_stream{}, messages.sends, messages.receives);
+    place_all(messages.arrivals, num_threads);
   }
 }
 
