@@ -126,22 +126,16 @@ void lay_out_whole_at(std::byte* place, std::size_t bytes, const group_layout& l
   lay_out_whole(builder, layout, copies, name, pointers);
 }
 
-/// Memory of a step.
-template <class P, class M, class Reduction>
-void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
-                  std::span<const group_layout> layouts, const options& choices) {
+/// Gathered parameters. Groups in their order take turns in the slots, so those that are in use together have different
+/// ones.
+template <class P, class M>
+void lay_out_gathered(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                      std::span<const group_layout> layouts, const options& choices) {
   using storage = typename P::storage;
-  using accumulate = typename P::accumulate;
-  using gradient = typename P::gradient;
-  const std::size_t num_groups = shapes.size();
-  memory.groups.resize(num_groups);
-  section bytes{step};
-
-  // Groups in their order take turns in the slots, so those that are in use together have different ones.
   std::vector<std::size_t> slot_bytes(static_cast<std::size_t>(num_slots(shapes, choices)), 0);
   const auto each_turning = [&](auto&& body) {
     std::size_t turn = 0;
-    for (std::size_t g = 0; g < num_groups; ++g) {
+    for (std::size_t g = 0; g < shapes.size(); ++g) {
       if (shapes[g].reshard_after_forward) body(g, turn++ % slot_bytes.size());
     }
   };
@@ -157,25 +151,34 @@ void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<
   each_turning([&](std::size_t g, std::size_t slot) {
     lay_out_whole_at(slots[slot], slot_bytes[slot], layouts[g], 1, "gathered parameters", memory.groups[g].full);
   });
-  for (std::size_t g = 0; g < num_groups; ++g) {
+  for (std::size_t g = 0; g < shapes.size(); ++g) {
     if (!shapes[g].reshard_after_forward) {
       lay_out_whole(step, layouts[g], 1, "gathered parameters", memory.groups[g].full);
     }
   }
-  memory.sizes.gathered = bytes();
+}
 
-  std::int64_t gather_elements = 0;
-  for (std::size_t g = 0; g < num_groups; ++g) {
-    gather_elements = (std::max)(gather_elements, shapes[g].shard_ranks * layouts[g].row_elements());
+/// Where the all-gather writes.
+template <class P, class M>
+void lay_out_gather_buffer(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                           std::span<const group_layout> layouts) {
+  std::int64_t elements = 0;
+  for (std::size_t g = 0; g < shapes.size(); ++g) {
+    elements = (std::max)(elements, shapes[g].shard_ranks * layouts[g].row_elements());
   }
-  memory.gather_buffer = step.take<storage>("gather buffer", gather_elements);
-  memory.sizes.gather_buffer = bytes();
+  memory.gather_buffer = step.take<typename P::storage>("gather buffer", elements);
+}
 
+/// Whole gradients: in one place for all groups whose gradients are reduced before those of the next are written.
+template <class P, class M>
+void lay_out_contributions(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                           std::span<const group_layout> layouts, const options& choices) {
+  using gradient = typename P::gradient;
   const auto shares_gradients = [&](std::size_t g) {
     return shapes[g].reshard_after_forward && !choices.accumulate_unsharded;
   };
   std::size_t shared_bytes = 0;
-  for (std::size_t g = 0; g < num_groups; ++g) {
+  for (std::size_t g = 0; g < shapes.size(); ++g) {
     std::vector<gradient*> none;
     memory_builder counting;
     if (shares_gradients(g)) {
@@ -184,7 +187,7 @@ void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<
     }
   }
   std::byte* const shared = step.take<std::byte>("whole gradients", static_cast<std::int64_t>(shared_bytes));
-  for (std::size_t g = 0; g < num_groups; ++g) {
+  for (std::size_t g = 0; g < shapes.size(); ++g) {
     std::vector<gradient*>& pointers = memory.groups[g].contribution;
     if (shares_gradients(g)) {
       lay_out_whole_at(shared, shared_bytes, layouts[g], shapes[g].max_chunks, "whole gradients", pointers);
@@ -192,19 +195,28 @@ void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<
       lay_out_whole(step, layouts[g], shapes[g].max_chunks, "whole gradients", pointers);
     }
   }
-  memory.sizes.full_gradients = bytes();
+}
 
-  for (std::size_t g = 0; g < num_groups; ++g) {
+/// This rank's parts of the summed gradients.
+template <class P, class M>
+void lay_out_sums(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                  std::span<const group_layout> layouts) {
+  for (std::size_t g = 0; g < shapes.size(); ++g) {
     for (int i = 0; i < layouts[g].num_parameters(); ++i) {
       memory.groups[g].sum.push_back(
-          step.take<accumulate>("gradients", layouts[g].part_elements(i, shapes[g].shard_rank)));
+          step.take<typename P::accumulate>("gradients", layouts[g].part_elements(i, shapes[g].shard_rank)));
     }
   }
-  memory.sizes.gradients = bytes();
+}
 
+/// What reductions need: shared by all groups, but for the rows of a replica, which may wait between two calls.
+template <class P, class M, class Reduction>
+void lay_out_reductions(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                        std::span<const group_layout> layouts) {
+  using accumulate = typename P::accumulate;
   std::int64_t packed = 0, shared_rows = 0, longest_row = 0;
   std::size_t workspace_bytes = 0;
-  for (std::size_t g = 0; g < num_groups; ++g) {
+  for (std::size_t g = 0; g < shapes.size(); ++g) {
     const group_shape& s = shapes[g];
     const std::int64_t row = layouts[g].row_elements();
     const std::int64_t chunks = Reduction::keeps_chunks ? s.max_chunks : 1;
@@ -221,9 +233,25 @@ void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<
   memory.result = step.take<accumulate>("reduced row", longest_row);
   memory.workspace = {step.take<std::byte>("reduction workspace", static_cast<std::int64_t>(workspace_bytes)),
                       workspace_bytes};
-  memory.sizes.reduce_buffers = bytes();
+}
 
-  memory.squares = step.take<exact_sum>("sums of squares", static_cast<std::int64_t>(num_groups));
+/// Memory of a step.
+template <class P, class M, class Reduction>
+void lay_out_step(sharded_memory<P, M>& memory, memory_builder& step, std::span<const group_shape> shapes,
+                  std::span<const group_layout> layouts, const options& choices) {
+  memory.groups.resize(shapes.size());
+  section bytes{step};
+  lay_out_gathered(memory, step, shapes, layouts, choices);
+  memory.sizes.gathered = bytes();
+  lay_out_gather_buffer(memory, step, shapes, layouts);
+  memory.sizes.gather_buffer = bytes();
+  lay_out_contributions(memory, step, shapes, layouts, choices);
+  memory.sizes.full_gradients = bytes();
+  lay_out_sums(memory, step, shapes, layouts);
+  memory.sizes.gradients = bytes();
+  lay_out_reductions<P, M, Reduction>(memory, step, shapes, layouts);
+  memory.sizes.reduce_buffers = bytes();
+  memory.squares = step.take<exact_sum>("sums of squares", static_cast<std::int64_t>(shapes.size()));
   memory.sizes.norm = bytes();
 }
 
