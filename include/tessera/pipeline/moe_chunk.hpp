@@ -18,6 +18,7 @@
 #include <tessera/core/passes.hpp>
 #include <tessera/core/stream.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/moe/detail/host_steps.hpp>
 #include <tessera/moe/moe_layer.hpp>
 #include <tessera/pipeline/overlap.hpp>
 #include <tessera/pipeline/stage.hpp>
@@ -216,7 +217,12 @@ class moe_chunk : public moe_chunk_blocks<Layer, Mixer> {
  private:
   using accumulate = typename base::accumulate;
   using memory = typename base::memory;
-  struct parts;  // of the layer, carved from its memory
+
+  tessera::detail::host_forward_steps<Layer> steps_of(const forward_type& call, const typename Layer::inputs& in);
+  tessera::detail::host_backward_steps<Layer> steps_of(const backward_type& call, const typename Layer::inputs& in);
+  tessera::detail::host_weight_steps<Layer> weight_steps_of(const backward_type& call);
+  template <class Call>
+  typename Layer::inputs rows_alone(const Call& call);
 
   using base::backward_scratch_;
   using base::block_of;

@@ -7,7 +7,9 @@
 /// local arrays: compilers vectorise them, and an element passes through the same instructions whatever row it is in.
 
 #include <cstdint>
+#include <type_traits>
 
+#include <tessera/core/dtype.hpp>
 #include <tessera/core/expert_rows.hpp>
 #include <tessera/core/passes.hpp>
 #include <tessera/core/views.hpp>

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <type_traits>
 
-#include <tessera/experts/detail/row_loops.hpp>
-#include <tessera/moe/detail/layer_host.hpp>
+#include <tessera/core/chunks.hpp>
+#include <tessera/moe/detail/host_steps.hpp>
+#include <tessera/moe/detail/layer_checks.hpp>
 #include <tessera/pipeline/moe_chunk.hpp>
 
 // The phases are the steps of moe_layer's host half in the same order, on the same memory classes: the layer's slices
@@ -158,49 +158,36 @@ void moe_chunk_blocks<Layer, Mixer>::expect_room(const work_item& item) const {
                                             << num_slots_ << " slots");
 }
 
-// A layer's slices, as moe_layer has them.
+// What the layer is given where its router reads nothing: a mixer may be running in the other lane, and is not asked.
 template <class Layer, class Mixer>
-struct moe_chunk<Layer, Mixer>::parts {
-  const Layer& layer;
-  tessera::detail::layer_plan<Layer> plan;
-  memory_builder saved_builder;
-  tessera::detail::layer_saved<Layer> saved;
+template <class Call>
+typename Layer::inputs moe_chunk<Layer, Mixer>::rows_alone(const Call& call) {
+  typename Layer::inputs in{};
+  in.x = experts_input(call);
+  if constexpr (std::is_same_v<Call, forward_type>) in.residual = view(residual_, call.item.rows);
+  return in;
+}
 
-  parts(const Layer& of, const memory& m)
-      : layer(of),
-        plan(of.dims(), of.placement(), of.comm().rank(), of.get_options()),
-        saved_builder(m.saved, "saved memory of a layer"),
-        saved(saved_builder, plan) {}
+template <class Layer, class Mixer>
+auto moe_chunk<Layer, Mixer>::steps_of(const forward_type& call, const typename Layer::inputs& in)
+    -> tessera::detail::host_forward_steps<Layer> {
+  const block& b = block_of(call.layer);
+  return {*b.layer, pass::train, in, b.weights, memory_of(call.layer, call.item.slot).saved, forward_scratch_};
+}
 
-  tessera::detail::layer_forward_scratch<Layer> forward_scratch(workspace_memory bytes) const {
-    memory_builder builder(bytes, "forward workspace");
-    static_cast<void>(tessera::detail::layer_forward_window<Layer>(builder, plan));
-    return {builder, plan};
-  }
-  tessera::detail::layer_forward_window<Layer> forward_window(workspace_memory bytes) const {
-    memory_builder builder(bytes, "forward workspace");
-    return {builder, plan};
-  }
-  tessera::detail::layer_backward_scratch<Layer> backward_scratch(workspace_memory bytes) const {
-    memory_builder builder(bytes, "backward workspace");
-    return {builder, plan};
-  }
-  tessera::detail::layer_deferred<Layer> deferred(const memory& m) const {
-    memory_builder builder(m.deferred, "deferred memory of a layer");
-    return {builder, plan};
-  }
-  // Room for rows, and the rows, of forward (its window) and behind it (deferred memory).
-  template <class Place>
-  matrix_view<element> room(const Place& place) const {
-    return {tessera::detail::rows_of(plan, saved, place), plan.bounds.max_received_rows(), layer.dims().hidden};
-  }
-  template <class Place>
-  matrix_view<const element> rows(matrix_view<const element> u, const Place& place) const {
-    if (plan.alone()) return u;
-    return {tessera::detail::rows_of(plan, saved, place), saved.handle.total->received_rows, layer.dims().hidden};
-  }
-  pair_weights<accumulate> weighting() const { return {saved.handle.pair_weights, plan.weights_on}; }
-};
+template <class Layer, class Mixer>
+auto moe_chunk<Layer, Mixer>::steps_of(const backward_type& call, const typename Layer::inputs& in)
+    -> tessera::detail::host_backward_steps<Layer> {
+  const block& b = block_of(call.layer);
+  const memory& m = memory_of(call.layer, call.item.slot);
+  return {*b.layer, in, output_gradient(call), b.weights, m.saved, m.deferred, backward_scratch_};
+}
+
+template <class Layer, class Mixer>
+auto moe_chunk<Layer, Mixer>::weight_steps_of(const backward_type& call) -> tessera::detail::host_weight_steps<Layer> {
+  const memory& m = memory_of(call.layer, call.item.slot);
+  return {*block_of(call.layer).layer, experts_input(call), output_gradient(call), m.saved, m.deferred};
+}
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
@@ -211,172 +198,69 @@ void moe_chunk<Layer, Mixer>::forward_attention(const forward_type& call) {
                       matrix_view<element>{nullptr, call.item.rows, 0});
     return;
   }
-  const memory& m = memory_of(call.layer, call.item.slot);
   b.before->forward(call.lane.stream, call.item, input(call), view(residual_, call.item.rows),
-                    view(m.u, call.item.rows));
-  const parts p(*b.layer, m);
+                    view(memory_of(call.layer, call.item.slot).u, call.item.rows));
   const typename Layer::inputs in = inputs_of(call);
   tessera::detail::check_tokens(*b.layer, in);
   tessera::detail::check_weights(*b.layer, b.weights);
-  tessera::detail::compute_logits(*b.layer, in, b.weights, p.saved.logits);
-  const auto scratch = p.forward_scratch(forward_scratch_);
-  b.layer->get_router().route(call.lane.stream, tessera::detail::router_view(p.saved, *b.layer, in),
-                              p.saved.chosen(call.item.rows, b.layer->dims()),
-                              balance_counts(scratch.counts, b.layer->dims().num_experts));
+  steps_of(call, in).route(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::forward_dispatch(const forward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const parts p(*b.layer, memory_of(call.layer, call.item.slot));
-  const auto scratch = p.forward_scratch(forward_scratch_);
-  const shape& s = b.layer->dims();
-  auto& comm = b.layer->comm();
-  if (Layer::num_losses > 0)
-    comm.all_reduce(call.lane.stream, scratch.counts, p.saved.counts, balance_counts::size(s.num_experts));
-  exchange_routing(call.lane.stream, comm, b.layer->placement(), p.plan.bounds, p.plan.dispatch,
-                   p.saved.chosen(call.item.rows, s), p.saved.handle, scratch.plan);
-  const matrix_view<element> received = p.room(p.forward_window(forward_scratch_));
-  dispatch_begin(call.lane.stream, comm, p.saved.handle, experts_input(call), received, scratch.rows);
-  dispatch_end(call.lane.stream, comm, p.saved.handle, experts_input(call), received, scratch.rows);
+  if (block_of(call.layer).layer == nullptr) return;
+  auto steps = steps_of(call, rows_alone(call));
+  steps.send(call.lane.stream);
+  steps.receive(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::forward_mlp(const forward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const parts p(*b.layer, memory_of(call.layer, call.item.slot));
-  const auto scratch = p.forward_scratch(forward_scratch_);
-  const int hidden = b.layer->dims().hidden;
-  const matrix_view<const element> u = experts_input(call);
-  if (p.plan.has_shared())
-    p.plan.shared.forward(call.lane.stream, chunked_rows(scratch.token_offsets, call.item.rows, 0), u, {},
-                          b.weights.shared, p.saved.shared, {scratch.shared_out, call.item.rows, hidden},
-                          scratch.shared);
-  p.plan.experts.forward(call.lane.stream, p.saved.handle.rows(), p.rows(u, p.forward_window(forward_scratch_)),
-                         p.weighting(), b.weights.experts, p.saved.experts,
-                         matrix_view<element>{scratch.pairs, p.saved.handle.total->received_pairs, hidden},
-                         scratch.experts);
+  if (block_of(call.layer).layer == nullptr) return;
+  auto steps = steps_of(call, rows_alone(call));
+  steps.shared(call.lane.stream);
+  steps.experts(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::forward_combine(const forward_type& call) {
-  using A = accumulate;
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const parts p(*b.layer, memory_of(call.layer, call.item.slot));
-  const auto scratch = p.forward_scratch(forward_scratch_);
-  const shape& s = b.layer->dims();
-  tessera::detail::layer_combine<Layer>(call.lane.stream, b.layer->comm(), p.plan, p.saved, scratch,
-                                        view(residual_, call.item.rows), output(call));
-
-  const auto& state = b.layer->state();
-  const auto counts = const_balance_counts(scratch.counts, s.num_experts);
-  if constexpr (Layer::num_losses > 0)
-    b.layer->get_router().losses(
-        call.lane.stream, tessera::detail::router_view(p.saved, *b.layer, inputs_of(call)),
-        const_balance_counts(p.saved.counts, s.num_experts), state.coefficients, p.plan.chunk_tokens,
-        matrix_view<A>{state.losses, num_chunks(call.item.rows, p.plan.chunk_tokens), Layer::num_losses});
-  for (int e = 0; e < s.num_experts; ++e) state.load[e] += counts.expert(e);
-  *state.dropped_by_capacity += p.saved.handle.total->capacity_drops;
-  *state.dropped_by_bound += p.saved.handle.total->overflow_drops;
-  *state.most_received_pairs = std::max(*state.most_received_pairs, p.saved.handle.total->received_pairs);
+  if (block_of(call.layer).layer == nullptr) return;
+  auto steps = steps_of(call, Layer::num_losses > 0 ? inputs_of(call) : rows_alone(call));
+  steps.combine(call.lane.stream, output(call));
+  steps.count(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_combine(const backward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const memory& m = memory_of(call.layer, call.item.slot);
-  const parts p(*b.layer, m);
-  const auto deferred = p.deferred(m);
-  const auto scratch = p.backward_scratch(backward_scratch_);
-  const matrix_view<element> received{deferred.dy_received, p.plan.bounds.max_received_rows(), width_};
-  dispatch_begin(call.lane.stream, b.layer->comm(), p.saved.handle, output_gradient(call), received, scratch.rows);
-  dispatch_end(call.lane.stream, b.layer->comm(), p.saved.handle, output_gradient(call), received, scratch.rows);
-  if (!p.plan.resends) return;
-  const matrix_view<element> again = p.room(deferred);
-  dispatch_begin(call.lane.stream, b.layer->comm(), p.saved.handle, experts_input(call), again, scratch.rows);
-  dispatch_end(call.lane.stream, b.layer->comm(), p.saved.handle, experts_input(call), again, scratch.rows);
+  if (block_of(call.layer).layer == nullptr) return;
+  auto steps = steps_of(call, rows_alone(call));
+  steps.send(call.lane.stream);
+  steps.receive(call.lane.stream);
+  steps.resend(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_mlp_input(const backward_type& call) {
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const memory& m = memory_of(call.layer, call.item.slot);
-  const parts p(*b.layer, m);
-  const auto deferred = p.deferred(m);
-  const auto scratch = p.backward_scratch(backward_scratch_);
-  const matrix_view<const element> u = experts_input(call);
-  const matrix_view<const element> dy = output_gradient(call);
-  if (p.plan.has_shared())
-    p.plan.shared.backward_input(call.lane.stream, chunked_rows(scratch.token_offsets, call.item.rows, 0), u, dy, {},
-                                 b.weights.shared, p.saved.shared, deferred.shared,
-                                 {scratch.shared_dx, call.item.rows, width_}, nullptr, scratch.shared);
-  const std::int64_t rows = p.saved.handle.total->received_rows;
-  p.plan.experts.backward_input(call.lane.stream, p.saved.handle.rows(), p.rows(u, deferred),
-                                p.plan.alone() ? dy : matrix_view<const element>{deferred.dy_received, rows, width_},
-                                p.weighting(), b.weights.experts, p.saved.experts, deferred.experts,
-                                matrix_view<element>{scratch.dpairs, p.saved.handle.total->received_pairs, width_},
-                                scratch.dpair_weights, scratch.experts);
+  if (block_of(call.layer).layer == nullptr) return;
+  auto steps = steps_of(call, rows_alone(call));
+  steps.shared(call.lane.stream);
+  steps.experts(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_dispatch(const backward_type& call) {
-  using A = accumulate;
-  using combine_type = typename Layer::combine_type;
-  const block& b = block_of(call.layer);
-  if (b.layer == nullptr) return;
-  const parts p(*b.layer, memory_of(call.layer, call.item.slot));
-  const auto scratch = p.backward_scratch(backward_scratch_);
-  auto& comm = b.layer->comm();
-  const auto& handle = p.saved.handle;
-  const matrix_view<const element> pairs{scratch.dpairs, handle.total->received_pairs, width_};
-  const matrix_view<A> routed{scratch.routed, call.item.rows, width_};
-  const matrix_view<const A> weights = p.saved.chosen(call.item.rows, b.layer->dims()).weights;
-  combine_begin<combine_type>(call.lane.stream, comm, handle, combine_weights::none, pairs, scratch.sums);
-  combine_end<combine_type>(call.lane.stream, comm, handle, combine_weights::none, pairs, weights, routed,
-                            scratch.sums);
-  return_pair_values(call.lane.stream, comm, handle, scratch.dpair_weights,
-                     matrix_view<A>{scratch.dweights, call.item.rows, b.layer->dims().top_k}, scratch.values);
+  if (block_of(call.layer).layer == nullptr) return;
+  steps_of(call, rows_alone(call)).combine(call.lane.stream);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_attention_input(const backward_type& call) {
-  using A = accumulate;
   const block& b = block_of(call.layer);
   const matrix_view<const element> dy = output_gradient(call);
-  if (b.layer == nullptr) {
-    b.before->backward_input(call.lane.stream, call.item, input(call), dy,
-                             matrix_view<const element>{nullptr, call.item.rows, 0}, input_gradient(call));
-    return;
-  }
-  const memory& m = memory_of(call.layer, call.item.slot);
-  const parts p(*b.layer, m);
-  const auto deferred = p.deferred(m);
-  const auto scratch = p.backward_scratch(backward_scratch_);
-  const shape& s = b.layer->dims();
-  const std::int64_t rows = call.item.rows;
-  const matrix_view<A> dlogits{deferred.dlogits, rows, s.num_experts};
-  b.layer->get_router().backward(call.lane.stream, tessera::detail::router_view(p.saved, *b.layer, inputs_of(call)),
-                                 p.saved.chosen(rows, s), matrix_view<const A>{scratch.dweights, rows, s.top_k},
-                                 const_balance_counts(p.saved.counts, s.num_experts), b.layer->state().coefficients,
-                                 static_cast<A>(*b.layer->state().loss_scale), dlogits);
-  const std::array<std::int32_t, 2> all{0, static_cast<std::int32_t>(rows)};
-  const matrix_view<A> gate{scratch.gate, rows, s.hidden};
-  tessera::detail::gate_gemm::template variable_m<A>(
-      all, s.hidden, s.num_experts, gemm::row_operand<const A>{dlogits.data, dlogits.stride},
-      gemm::group_operand<const A>{b.weights.gate.data, 0, 1, b.weights.gate.stride}, static_cast<const A*>(nullptr),
-      gate, write::overwrite);
-  const matrix_view<element> du = view(m.du, rows);
-  for (std::int64_t t = 0; t < rows; ++t) {
-    for (std::int64_t j = 0; j < s.hidden; ++j) {
-      A sum = scratch.routed[t * s.hidden + j];
-      if (p.plan.has_shared()) sum += static_cast<A>(scratch.shared_dx[t * s.hidden + j]);
-      du(t, j) = static_cast<element>(sum + gate(t, j));
-    }
+  matrix_view<element> du{nullptr, call.item.rows, 0};
+  if (b.layer != nullptr) {
+    du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
+    steps_of(call, inputs_of(call)).gate(call.lane.stream, du);
   }
   b.before->backward_input(call.lane.stream, call.item, input(call), dy, matrix_view<const element>(du),
                            input_gradient(call));
@@ -386,49 +270,23 @@ template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
-  const memory& m = memory_of(call.layer, call.item.slot);
-  const parts p(*b.layer, m);
-  const auto deferred = p.deferred(m);
-  const auto& grads = b.gradients[static_cast<std::size_t>(call.item.gradient_row)];
-  const matrix_view<const element> u = experts_input(call);
-  const matrix_view<const element> dy = output_gradient(call);
-  const std::int64_t rows = p.saved.handle.total->received_rows;
-  p.plan.experts.backward_weights(call.lane.stream, p.saved.handle.rows(), p.rows(u, deferred),
-                                  p.plan.alone() ? dy : matrix_view<const element>{deferred.dy_received, rows, width_},
-                                  p.weighting(), p.saved.experts, deferred.experts, grads.experts,
-                                  call.item.gradient_mode, deferred.experts_scratch);
-  if (p.plan.has_shared())
-    p.plan.shared.backward_weights(
-        call.lane.stream, chunked_rows(deferred.chunk_offsets, call.item.rows, p.plan.chunk_tokens), u, dy, {},
-        p.saved.shared, deferred.shared, grads.shared, call.item.gradient_mode, deferred.shared_scratch);
+  weight_steps_of(call).experts(call.lane.stream, b.gradients[static_cast<std::size_t>(call.item.gradient_row)],
+                                call.item.gradient_mode);
 }
 
 template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_attention_weights(const backward_type& call) {
-  using A = accumulate;
   const block& b = block_of(call.layer);
-  const matrix_view<const element> dy = output_gradient(call);
-  if (b.layer == nullptr) {
-    b.before->backward_weights(call.lane.stream, call.item, input(call), dy,
-                               matrix_view<const element>{nullptr, call.item.rows, 0});
-    return;
+  matrix_view<element> du{nullptr, call.item.rows, 0};
+  if (b.layer != nullptr) {
+    du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
+    const auto& grads = b.gradients[static_cast<std::size_t>(call.item.gradient_row)];
+    tessera::detail::check_gate_gradients(b.layer->dims(), grads,
+                                          num_chunks(call.item.rows, b.layer->get_options().chunk_tokens));
+    weight_steps_of(call).gate(grads, call.item.gradient_mode);
   }
-  const memory& m = memory_of(call.layer, call.item.slot);
-  const parts p(*b.layer, m);
-  const auto deferred = p.deferred(m);
-  const shape& s = b.layer->dims();
-  const auto& grads = b.gradients[static_cast<std::size_t>(call.item.gradient_row)];
-  const expert_rows chunks = chunked_rows(deferred.chunk_offsets, call.item.rows, p.plan.chunk_tokens);
-  tessera::detail::check_gate_gradients(s, grads, chunks.num_local_experts);
-  tessera::detail::gate_gemm::template variable_k<A>(
-      {chunks.row_offsets, static_cast<std::size_t>(chunks.num_local_experts) + 1}, s.num_experts, s.hidden,
-      gemm::row_operand<const A>{deferred.dlogits, s.num_experts}, gemm::row_operand<const element>{m.u, width_},
-      gemm::group_operand<A>{grads.gate, std::int64_t{s.num_experts} * s.hidden, s.hidden, 1}, call.item.gradient_mode);
-  if (s.gate_bias)
-    tessera::detail::sum_rows<A>(chunks, s.num_experts, gemm::row_operand<A>{deferred.dlogits, s.num_experts},
-                                 static_cast<const A*>(nullptr), grads.gate_bias, call.item.gradient_mode);
-  b.before->backward_weights(call.lane.stream, call.item, input(call), dy,
-                             matrix_view<const element>(view(m.du, call.item.rows)));
+  b.before->backward_weights(call.lane.stream, call.item, input(call), output_gradient(call),
+                             matrix_view<const element>(du));
 }
 
 }  // namespace pipeline
