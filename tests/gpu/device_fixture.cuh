@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,8 +40,7 @@ inline std::string no_device() {
 
 inline void require(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));  // a rank's thread may not exit
 }
 
 inline void synchronize() { require(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }

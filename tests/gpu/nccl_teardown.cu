@@ -6,11 +6,19 @@
 // or corruption (out)", inside the driver's cuMemUnmap that ncclCommDestroy has called. Counted on 2 H200: by a shorter
 // form of this program with windows in 4 of 550 rounds, 2 of 302 and none of 353, without in none of 146, which at such
 // a rate says little; by this one in none of 139, with `keep` in none of 171, with `stress` in none of 60, and of 60
-// each with `phased` and `plain-window` beside it. layer_ranks_test, which makes many such communicators, was aborted
-// in two of three runs on one machine, and in none of ten on the next. By reading NCCL's source: the last rank to end
-// frees the communicators of all ranks of a process, while the first goes on to free memory of the same GPU; and a
-// communicator that had a window ends by one cuMemUnmap of all its addresses, mapped or not. Not a test: it is built by
-// hand,
+// each with `phased` and `plain-window` beside it. layer_ranks_test, which makes 22 such communicators, was aborted in
+// two of three runs on one machine, and in none of ten on the next.
+//
+// By NCCL's source, built against a driver that only checks, no handle or mapping is given back twice. But two threads
+// unmap the same memory at the same moment: after ncclCommFinalize each rank's service thread frees its buffers in its
+// own time (p2p.cc, ncclCudaFree), and the last rank to destroy frees the communicators of all ranks of the process,
+// where it unmaps its peers' buffers (init.cc, commReclaim), having waited for the service threads of its own alone.
+// The last ncclCommDestroy of a communicator takes half a second, so a rank that is late with the communicator that had
+// a window is late with the one it was split from, and meets this. Ranks that deregister at the same time unmap the
+// same memory, too, and a communicator that had a window ends by a cuMemUnmap of addresses where nothing is mapped.
+//
+// What decides: `no-window late` should abort if the first is the cause, `no-window early` and `no-window late pause`
+// should not; `no-gather` leaves the other two. Not a test: it is built by hand,
 //
 //     nvcc -std=c++20 -arch=native tests/gpu/nccl_teardown.cu -o nccl_teardown -lnccl -lpthread
 //     for i in $(seq 12); do ./nccl_teardown 45 & done; wait    # each counts its rounds until it aborts
@@ -18,7 +26,8 @@
 // Further arguments leave something out: `no-window`, `no-gather`, `no-deregister`, `keep` (the split communicator is
 // never ended), `plain-window` (one that collectives do not use); or change who does what when: `threads` (each end in
 // a thread of its own), `phased` (all meet between the steps of a teardown), `stress` (who is done first allocates and
-// frees while the last one ends all communicators).
+// frees while the last one ends all communicators), `late` and `early` (the last rank, or the first, begins to end the
+// communicator that was split 700 ms after the others), `pause` (100 ms between finalizing and destroying).
 
 #include <atomic>
 #include <barrier>
@@ -89,6 +98,7 @@ int main(int argc, char** argv) {
       settle(comm);
       meet();
       if (phased) std::this_thread::sleep_for(std::chrono::milliseconds(50));  // NCCL's threads free their part
+      if (given("pause")) std::this_thread::sleep_for(std::chrono::milliseconds(100));
       const auto destroy = [comm, rank] {
         require(cudaSetDevice(rank), "cudaSetDevice");
         require(ncclCommDestroy(comm), "ncclCommDestroy");
@@ -148,6 +158,8 @@ int main(int argc, char** argv) {
         if (!keeps) end(own);
         require(ncclMemFree(memory), "ncclMemFree");
       }
+      if ((given("late") && rank == size - 1) || (given("early") && rank == 0))
+        std::this_thread::sleep_for(std::chrono::milliseconds(700));
       end(over);
       require(cudaFree(parts), "cudaFree");
       require(cudaStreamDestroy(stream), "cudaStreamDestroy");
