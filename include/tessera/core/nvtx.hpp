@@ -6,6 +6,9 @@
 /// Named ranges in the timelines of NVIDIA's profilers, in the domain "tessera". They are on when
 /// `TESSERA_ENABLE_NVTX` is defined, the same in every translation unit of a program; the toolkit's header is needed
 /// then. Off, they cost nothing and need nothing.
+///
+/// They are named as the calls they stand for, "tessera::moe_layer::forward": those of `moe_layer`, of `fully_sharded`
+/// in host memory, `pipeline::executor::run`, and saving and loading of checkpoints.
 
 #include <tessera/core/config.hpp>
 

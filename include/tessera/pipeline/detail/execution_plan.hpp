@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <span>
+#include <sstream>  // what errors print an action with
 #include <string>
 #include <utility>
 #include <vector>
