@@ -432,6 +432,31 @@ TEST_CASE(
   CHECK_FALSE(fs::exists(folder / "step-11.tmp-0123456789abcdef"));
 }
 
+TEST_CASE("where no checkpoint is whole that is an error, not a run that has none yet") {
+  temporary_folder folder;
+  ts::comm::self<ts::space::host> comm;
+  model_rank model(0, 1, 1, 1);
+  ck::saver saver(comm, {.directory = folder.str(), .sync = false});
+  saver.save(model_plan(1, 1), model.sources(), {.step = 3});
+  write_file(folder / "step-3/manifest.json", "{");
+  const auto refused = [&] { return message_of<ts::checkpoint_error>([&] { ck::find_checkpoint(folder.str()); }); };
+  CHECK(contains(refused(), "no checkpoint in " + folder.str() + " is whole: "));
+  CHECK(contains(refused(), "step-3/manifest.json"));
+  CHECK_THROWS_AS(ck::resume(comm, folder.str(), model.targets()), ts::checkpoint_error);
+  CHECK_THROWS_AS(saver.save(model_plan(1, 1), model.sources(), {.step = 1'000'000'000'000'000'000}), ts::error);
+}
+
+TEST_CASE("parts are whole where the size to split at is as large as can be") {
+  const std::vector<float> values(100);
+  const std::vector<ck::source_piece> pieces{ck::piece_of("w", values.data(), ts::box::whole({100}))};
+  ts::comm::self<ts::space::host> comm;
+  const auto chunks = [&](std::int64_t split_bytes) {
+    return ck::make_plan(comm, pieces, {.split_bytes = split_bytes}).chunks.size();
+  };
+  CHECK(chunks(std::numeric_limits<std::int64_t>::max()) == 1);
+  CHECK(chunks(1 << 20) == 1);
+}
+
 TEST_CASE("old checkpoints are deleted, but never the one that latest names") {
   temporary_folder folder;
   ts::comm::self<ts::space::host> comm;

@@ -116,6 +116,15 @@ TEST_CASE("wrong numbers of ranks and wrong timeouts are refused") {
                   ts::invalid_argument);
 }
 
+TEST_CASE("the longest timeout there is is no timeout that has passed") {
+  ts::comm::threads::run(2,
+                         [](ts::comm::threads& comm) {
+                           if (comm.rank() == 1) std::this_thread::sleep_for(milliseconds(20));
+                           comm.barrier({});
+                         },
+                         {.timeout = milliseconds::max()});
+}
+
 TEST_CASE("run rethrows the first exception and the others are told at once") {
   std::vector<outcome> outcomes(4);
   const auto start = clock_type::now();

@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include <tessera/core/chunks.hpp>
 #include <tessera/core/core.hpp>
 
 namespace ts = tessera;
@@ -150,6 +151,14 @@ TEST_CASE("a log sink writes what it wants, with its context, and formats nothin
   CHECK_EQ(lines[0].text, "row_bound = 512 pairs");
   CHECK(lines[0].level == ts::log_level::info);
   CHECK_EQ(lines[1].text, "slow");
+}
+
+TEST_CASE("tokens are cut into chunks, the last one shorter, however long they are") {
+  CHECK(ts::num_chunks(0, 4) == 0);
+  CHECK(ts::num_chunks(8, 4) == 2);
+  CHECK(ts::num_chunks(9, 4) == 3);
+  CHECK(ts::num_chunks(9, 0) == 1);
+  CHECK(ts::num_chunks(9, INT64_MAX) == 1);
 }
 
 TEST_CASE("an NVTX range is an empty object while NVTX is off") {

@@ -5,9 +5,11 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -141,6 +143,25 @@ TEST_CASE("gradients are added in the order of micro-batches even where the sche
     for (std::size_t i = 0; i < free.gradient(0).size(); ++i)
       CHECK(free.gradient(0)[i] == doctest::Approx(rank.gradient(0)[i]).epsilon(1e-4));
   });
+}
+
+TEST_CASE("a mirrored place that no micro-batch passes adds nothing, and gets the sum") {
+  pl::schedule s = pl::dualpipe(2, 4);
+  std::fill(s.route_of.begin(), s.route_of.end(), 0);
+  for (const auto order : {pl::gradient_order::schedule, pl::gradient_order::micro_batch}) {
+    threads::run(2, [&](threads& comm) {
+      std::vector<std::vector<float>> gradients;
+      std::vector<pl::stage_gradients<float>> views;
+      for (int chunk = 0; chunk < s.num_chunks; ++chunk) {
+        const bool idle = pl::micro_batches_at(s, comm.rank(), chunk).empty();
+        gradients.emplace_back(5, idle ? std::numeric_limits<float>::quiet_NaN() : 3.0f);
+        views.push_back({gradients.back().data(), 5});
+      }
+      ts::host_buffer workspace(pl::sum_mirrored_gradients_workspace_bytes<float>(s, order, 2));
+      pl::sum_mirrored_gradients<threads, float>({}, comm, s, order, views, workspace, 2);
+      for (const std::vector<float>& g : gradients) CHECK(g == std::vector<float>(5, 3.0f));
+    });
+  }
 }
 
 TEST_CASE("unordered addition of mirrored stages is the same up to rounding, with one row of gradients") {

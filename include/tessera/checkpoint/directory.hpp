@@ -48,8 +48,8 @@ manifest read_manifest(const std::string& path, const io_observer& observer = {}
 /// @param directory Folder of checkpoints.
 /// @param log       Gets a note about everything that was passed over.
 /// @param observer  Sees the accesses.
-/// @return The folder of the checkpoint; nothing if there is none to go on from.
-/// @throws checkpoint_error if the folder cannot be read.
+/// @return The folder of the checkpoint; nothing if there is none.
+/// @throws checkpoint_error if the folder cannot be read, or if there are checkpoints and none is whole, saying why.
 std::optional<std::string> find_checkpoint(const std::string& directory, const log_sink& log = {},
                                            const io_observer& observer = {});
 

@@ -48,7 +48,7 @@ void moe_chunk<Layer, Mixer>::with_weights(const backward_type& call, Step&& ste
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
   const memory& m = memory_of(call.layer, call.item.slot);
-  const auto& grads = b.gradients[static_cast<std::size_t>(call.item.gradient_row)];
+  const auto& grads = gradients_of(call);
   const typename Layer::inputs in = inputs_of(call);
   tessera::detail::check_backward_weights(*b.layer, in, output_gradient(call), grads);
   step(tessera::detail::layer_weight_steps<Layer>(*b.layer, in, output_gradient(call), m.saved, m.deferred), grads);

@@ -137,6 +137,9 @@ class moe_chunk_blocks {
   /// Input of the experts. @param call The phase.
   template <class Call>
   matrix_view<const element> experts_input(const Call& call);
+  /// Gradients of a block's parameters, of the micro-batch's row. @param call The phase. @throws invalid_argument if
+  /// the block has no such row.
+  const typename Layer::gradients& gradients_of(const backward_type& call) const;
   /// What the layer is given: what its router sees and, in forward, h as the residual. @param call The phase.
   template <class Call>
   typename Layer::inputs inputs_of(const Call& call);
@@ -228,6 +231,7 @@ class moe_chunk : public moe_chunk_blocks<Layer, Mixer> {
   using base::block_of;
   using base::experts_input;
   using base::forward_scratch_;
+  using base::gradients_of;
   using base::input;
   using base::input_gradient;
   using base::inputs_of;

@@ -91,6 +91,7 @@ class moe_chunk<Layer, Mixer> : public moe_chunk_blocks<Layer, Mixer> {
   using base::block_of;
   using base::experts_input;
   using base::forward_scratch_;
+  using base::gradients_of;
   using base::input;
   using base::input_gradient;
   using base::inputs_of;

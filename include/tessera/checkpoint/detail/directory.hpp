@@ -49,7 +49,8 @@ inline bool is_unfinished(std::string_view name) {
 }  // namespace detail
 
 inline std::string step_name(std::int64_t step) {
-  TESSERA_EXPECTS(step >= 0, "step is " << step << ", it must not be negative");
+  constexpr std::int64_t last = 999'999'999'999'999'999;  // what `step_of` reads
+  TESSERA_EXPECTS(step >= 0 && step <= last, "step is " << step << ", it must be 0 to " << last);
   return "step-" + std::to_string(step);
 }
 
@@ -90,9 +91,11 @@ inline manifest read_manifest(const std::string& path, const io_observer& observ
 
 inline std::optional<std::string> find_checkpoint(const std::string& directory, const log_sink& log,
                                                   const io_observer& observer) {
+  std::string passed_over;  // why, of the first
   const auto is_whole = [&](const std::string& path) {
     const detail::outcome looked = detail::attempt([&] { read_manifest(path, observer); });
     if (looked.failed) log(log_level::warning, "passing over ", path, ": ", looked.text);
+    if (looked.failed && passed_over.empty()) passed_over = looked.text;
     return !looked.failed;
   };
   const std::vector<std::int64_t> steps = list_steps(directory);
@@ -116,6 +119,9 @@ inline std::optional<std::string> find_checkpoint(const std::string& directory, 
     log(log_level::warning, "going on from ", path);
     return path;
   }
+  // A run that began anew would delete what may still be mended.
+  TESSERA_EXPECTS_AS(checkpoint_error, passed_over.empty(),
+                     "no checkpoint in " << directory << " is whole: " << passed_over);
   return std::nullopt;
 }
 

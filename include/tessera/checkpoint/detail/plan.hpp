@@ -145,7 +145,7 @@ inline void add_slices(const shared_part& whole, std::int64_t element_bytes, std
                        std::vector<shared_part>& slices) {
   const box& part = whole.part;
   const std::int64_t bytes = part.volume() * element_bytes;
-  std::int64_t count = std::min(whole.num_holders, (bytes + split_bytes - 1) / split_bytes);
+  std::int64_t count = std::min(whole.num_holders, bytes / split_bytes + (bytes % split_bytes != 0 ? 1 : 0));
   int dimension = 0;
   while (dimension < part.rank && part.size[dimension] < 2) ++dimension;
   if (dimension == part.rank) count = 1;

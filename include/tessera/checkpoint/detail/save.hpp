@@ -210,8 +210,9 @@ void saver<Comm>::publish(job& work, const std::vector<std::string>& written) {
   };
   std::vector<detail::written_file> files;
   for (const std::string& bytes : written) files.push_back(detail::unpacked_description(bytes));
-  write_text(detail::join(work.unfinished, manifest_name),
-             to_json(detail::make_manifest(*work.plan, work.state, files)));
+  const manifest content = detail::make_manifest(*work.plan, work.state, files);
+  expect_manifest(content, detail::join(work.unfinished, manifest_name));  // before anything older is deleted
+  write_text(detail::join(work.unfinished, manifest_name), to_json(content));
   sync(work.unfinished);
 
   const std::string path = final_path(work);

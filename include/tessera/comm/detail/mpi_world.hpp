@@ -85,7 +85,8 @@ class mpi_world {
  public:
   /// Collective. @param comm The engine's communicator, duplicated. @param timeout_ How long an operation may wait
   /// without any progress.
-  mpi_world(MPI_Comm comm, std::chrono::milliseconds timeout_) : timeout(timeout_) {
+  mpi_world(MPI_Comm comm, std::chrono::milliseconds timeout_)
+      : timeout((std::min)(timeout_, std::chrono::milliseconds(std::chrono::hours(24 * 365)))) {  // sums overflow else
     MPI_Comm copy = MPI_COMM_NULL;
     check_setup(MPI_Comm_dup(comm, &copy), "MPI_Comm_dup");
     check_setup(MPI_Comm_set_errhandler(copy, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");

@@ -5,6 +5,7 @@
 /// @file
 /// The state that the ranks of `comm::threads` share: message queues, who waits for whom, and the failure.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -111,9 +112,11 @@ struct thread_failure {
 /// See the file's comment. All ranks below are world ranks unless they are called members of a group.
 class thread_world {
  public:
-  /// @param num_ranks Number of ranks. @param timeout How long an operation may wait without any progress.
+  /// @param num_ranks Number of ranks. @param timeout How long an operation may wait without any progress; at most a
+  /// year, so that no time of a clock overflows.
   thread_world(int num_ranks, std::chrono::milliseconds timeout)
-      : timeout_(timeout), ranks_(static_cast<std::size_t>(num_ranks)) {}
+      : timeout_((std::min)(timeout, std::chrono::milliseconds(std::chrono::hours(24 * 365)))),
+        ranks_(static_cast<std::size_t>(num_ranks)) {}
 
   /// How long an operation may wait without any progress.
   std::chrono::milliseconds timeout() const noexcept { return timeout_; }

@@ -52,13 +52,13 @@ class host_forward_steps {
   host_forward_steps(const host_forward_steps&) = delete;
   host_forward_steps& operator=(const host_forward_steps&) = delete;
   // @param in What the router reads is needed by `route` and `count` alone, the residual by `combine`.
-  host_forward_steps(const Layer& layer, pass mode, const inputs& in, const weights& params, saved_memory saved,
+  host_forward_steps(const Layer& owner, pass mode, const inputs& in, const weights& params, saved_memory saved,
                      workspace_memory workspace)
-      : layer_(layer),
+      : layer_(owner),
         mode_(mode),
         in_(in),
         params_(params),
-        plan_(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()),
+        plan_(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()),
         scratch_builder_(workspace, "workspace"),
         saved_builder_(saved, "saved memory"),
         window_(scratch_builder_, plan_),
@@ -178,13 +178,13 @@ class host_backward_steps {
   host_backward_steps(const host_backward_steps&) = delete;
   host_backward_steps& operator=(const host_backward_steps&) = delete;
   // @param in What the router reads is needed by `gate` alone.
-  host_backward_steps(const Layer& layer, const inputs& in, matrix_view<const S> dy, const weights& params,
+  host_backward_steps(const Layer& owner, const inputs& in, matrix_view<const S> dy, const weights& params,
                       saved_memory saved, deferred_memory deferred, workspace_memory workspace)
-      : layer_(layer),
+      : layer_(owner),
         in_(in),
         dy_(dy),
         params_(params),
-        plan_(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()),
+        plan_(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()),
         saved_builder_(saved, "saved memory"),
         deferred_builder_(deferred, "deferred memory"),
         scratch_builder_(workspace, "workspace"),
@@ -291,11 +291,11 @@ class host_weight_steps {
 
   host_weight_steps(const host_weight_steps&) = delete;
   host_weight_steps& operator=(const host_weight_steps&) = delete;
-  host_weight_steps(const Layer& layer, matrix_view<const S> x, matrix_view<const S> dy, saved_memory saved,
+  host_weight_steps(const Layer& owner, matrix_view<const S> x, matrix_view<const S> dy, saved_memory saved,
                     deferred_memory deferred)
       : x_(x),
         dy_(dy),
-        plan_(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()),
+        plan_(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()),
         saved_builder_(saved, "saved memory"),
         deferred_builder_(deferred, "deferred memory"),
         saved_(saved_builder_, plan_),

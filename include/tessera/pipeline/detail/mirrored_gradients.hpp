@@ -27,10 +27,12 @@ struct mirrored_stage {
       TESSERA_EXPECTS(index_of(p.rank) == places.size(),
                       "sum_mirrored_gradients: rank " << p.rank << " holds stage " << stage << " twice");
       places.push_back(p);
-      rows.push_back(gradient_rows_of(s, p, order));
+      // What no micro-batch passes has written nothing; it gets the sum all the same.
+      rows.push_back(micro_batches_at(s, p.rank, p.chunk).empty() ? 0 : gradient_rows_of(s, p, order));
     }
     if (order == gradient_order::schedule) {
-      for (std::size_t at = 0; at < places.size(); ++at) addends.push_back({at, 0});
+      for (std::size_t at = 0; at < places.size(); ++at)
+        if (rows[at] > 0) addends.push_back({at, 0});
       return;
     }
     for (int m = 0; m < s.num_micro_batches; ++m) {
@@ -100,7 +102,7 @@ void sum_mirrored_gradients(stream_ref<typename Comm::space> stream, Comm& comm,
   for (int stage = 0; stage < s.num_stages; ++stage) {  // ascending on all ranks: nobody waits in a circle
     const detail::mirrored_stage m(s, stage, order);
     const std::size_t own = m.index_of(comm.rank());
-    if (m.places.size() < 2 || own == m.places.size()) continue;
+    if (m.places.size() < 2 || m.addends.empty() || own == m.places.size()) continue;
     const stage_gradients<G>& local = gradients[static_cast<std::size_t>(m.places[own].chunk)];
     TESSERA_EXPECTS(
         local.count >= 0 && (local.data != nullptr || local.count == 0),

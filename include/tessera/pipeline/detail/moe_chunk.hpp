@@ -137,13 +137,27 @@ auto moe_chunk_blocks<Layer, Mixer>::experts_input(const Call& call) -> matrix_v
   return view(memory_of(call.layer, call.item.slot).u, call.item.rows);
 }
 
+template <class Layer, class Mixer>
+const typename Layer::gradients& moe_chunk_blocks<Layer, Mixer>::gradients_of(const backward_type& call) const {
+  const auto& rows = block_of(call.layer).gradients;
+  TESSERA_EXPECTS(call.item.gradient_row >= 0 && call.item.gradient_row < static_cast<std::int64_t>(rows.size()),
+                  "moe_chunk: block " << call.layer << " has " << rows.size() << " rows of gradients, micro-batch "
+                                      << call.item.micro_batch << " adds to row " << call.item.gradient_row
+                                      << ": give execution_plan::gradient_rows of the chunk");
+  return rows[static_cast<std::size_t>(call.item.gradient_row)];
+}
+
 // What the layer is given: what its router sees and, in forward, h.
 template <class Layer, class Mixer>
 template <class Call>
 typename Layer::inputs moe_chunk_blocks<Layer, Mixer>::inputs_of(const Call& call) {
   typename Layer::inputs in{};
-  const Mixer& before = *block_of(call.layer).before;
-  if constexpr (requires { in = before.inputs(call.item); }) in = before.inputs(call.item);
+  Mixer& before = *block_of(call.layer).before;
+  constexpr bool has_inputs = requires { in = before.inputs(call.item); };
+  static_assert(
+      has_inputs || !requires { &Mixer::inputs; },
+      "moe_chunk: the mixer's inputs must be a member `typename Layer::inputs inputs(const work_item&)`");
+  if constexpr (has_inputs) in = before.inputs(call.item);
   in.x = experts_input(call);
   in.residual = {};
   if constexpr (std::is_same_v<Call, forward_type>) in.residual = view(residual_, call.item.rows);
@@ -270,8 +284,7 @@ template <class Layer, class Mixer>
 void moe_chunk<Layer, Mixer>::backward_mlp_weights(const backward_type& call) {
   const block& b = block_of(call.layer);
   if (b.layer == nullptr) return;
-  weight_steps_of(call).experts(call.lane.stream, b.gradients[static_cast<std::size_t>(call.item.gradient_row)],
-                                call.item.gradient_mode);
+  weight_steps_of(call).experts(call.lane.stream, gradients_of(call), call.item.gradient_mode);
 }
 
 template <class Layer, class Mixer>
@@ -280,7 +293,7 @@ void moe_chunk<Layer, Mixer>::backward_attention_weights(const backward_type& ca
   matrix_view<element> du{nullptr, call.item.rows, 0};
   if (b.layer != nullptr) {
     du = view(memory_of(call.layer, call.item.slot).du, call.item.rows);
-    const auto& grads = b.gradients[static_cast<std::size_t>(call.item.gradient_row)];
+    const auto& grads = gradients_of(call);
     tessera::detail::check_gate_gradients(b.layer->dims(), grads,
                                           num_chunks(call.item.rows, b.layer->get_options().chunk_tokens));
     weight_steps_of(call).gate(grads, call.item.gradient_mode);

@@ -35,15 +35,16 @@ class gather_queue {
   gather_queue(const gather_queue&) = delete;
   gather_queue& operator=(const gather_queue&) = delete;
 
-  /// What has not begun is dropped.
+  /// Does what has been posted, because the other ranks may have begun it; while an exception unwinds this rank, drops
+  /// what has not begun.
   ~gather_queue() {
     {
       std::unique_lock lock(mutex_);
-      stopping_ = true;
-      queued_ = 0;
-      changed_.notify_all();
       // The other ranks may wait for this one, which is on its way to say that it failed, so it cannot wait for them.
       const bool unwinding = std::uncaught_exceptions() > 0;
+      stopping_ = true;
+      if (unwinding) queued_ = 0;
+      changed_.notify_all();
       if (unwinding && !changed_.wait_for(lock, std::chrono::milliseconds(200), [&] { return !running_; })) {
         lock.unlock();
         give_up_();
@@ -78,7 +79,7 @@ class gather_queue {
     std::unique_lock lock(mutex_);
     while (true) {
       changed_.wait(lock, [&] { return stopping_ || queued_ > 0; });
-      if (stopping_) return;
+      if (queued_ == 0) return;
       const int job = order_[first_];
       first_ = (first_ + 1) % order_.size();
       --queued_;
