@@ -9,8 +9,5 @@ extern "C" const char* __tsan_default_suppressions() {
   return
       // The word that tells of a failure is read by volatile reads: whoever sees it late does a little more.
       "race:symmetric::failed\n"
-      "race:symmetric::write_down\n"
-      // The first half of two counts by an atomic without release. What its kernel did to these words it had the
-      // answers of before.
-      "race:symmetric::finish_half\n";
+      "race:symmetric::write_down\n";
 }

@@ -61,8 +61,10 @@ struct symmetric_options {
 /// handle for another slot, whose operations may run at the same time on another stream: two micro-batches that
 /// overlap. Kernels of overlapping slots wait for those of other ranks at the same time, so their SMs must add up to no
 /// more than the device has: the library's choice shares them among the slots, see `symmetric_sms`. Other kernels that
-/// wait for ranks while these run, such as NCCL's collectives on another stream, count too, and the library's choice
-/// leaves them nothing: give operations a budget (`num_sms`) that does, or order such collectives before or after them.
+/// wait for ranks while these run, such as NCCL's collectives on another stream, count too. The library's choice leaves
+/// them room beside dispatch, and combine needs none to be left: what peers wait for is sent by the blocks that have
+/// room. Rows in the order of experts (`dispatch_expanded_begin`) take all: give them a budget (`num_sms`) that leaves
+/// room, or order such collectives before or after them.
 /// Streams that share a hardware queue wait for each other: with slots that overlap, or with more streams than eight,
 /// set CUDA_DEVICE_MAX_CONNECTIONS=32. Loading a kernel when it is first launched may wait for kernels that wait for
 /// another rank's: a layer loads its kernels when it is made, and engines with kernels of their own call `load_kernels`

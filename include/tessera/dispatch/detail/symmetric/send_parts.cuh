@@ -75,8 +75,7 @@ __device__ __forceinline__ void post_part(const comm::symmetric_view& view, std:
 // Ends the operation of parts for the kernel that sends them or for the one that uses them: whichever is the second
 // one, so that its number is the same for all blocks of both. One thread of the kernel's last block.
 __device__ __forceinline__ void finish_half(const comm::symmetric_view& view, std::uint32_t generation) {
-  if (atomicAdd(view.tickets + 3, 1u) == 0) return;
-  __threadfence();
+  if (count_up(view.tickets + 3) == 0) return;
   finish(view, generation);
 }
 

@@ -128,12 +128,12 @@ __device__ __forceinline__ void add_up(const sums_task<S, A, Out>& task, unit_wa
 template <class S, class A, class Out>
 __device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std::uint32_t generation,
                                           piece_stream<S, A>& stream, unsigned char* buffers, flag_mail mail, int warp,
-                                          int first, int warps, int lane) {
+                                          int first, int lane) {
   constexpr int width = 16 / sizeof(S);
   const comm::symmetric_view& view = task.view;
   const int hidden = static_cast<int>(task.y.cols);
   const int peers = view.size - 1;
-  unit_walk walk(task.plan, peers, task.max_tokens, view.tickets + 1, first, warps, lane);
+  unit_walk walk(task.plan, peers, task.max_tokens, view.tickets + 1, 0, first, lane);
   late_post flags(mail, warp, [&](int unit) { post_unit(view, generation, unit); });
   int buffer = 0;
   bool entered = false, usable = true;
@@ -179,10 +179,10 @@ __device__ __forceinline__ void send_role(const sums_task<S, A, Out>& task, std:
 
 template <class S, class A, class Out>
 __device__ __forceinline__ void home_role(const sums_task<S, A, Out>& task, std::uint32_t generation,
-                                          piece_stream<S, A>& stream, int first, int warps, int lane) {
+                                          piece_stream<S, A>& stream, int given, int first, int lane) {
   constexpr int width = 16 / sizeof(S);
   const comm::symmetric_view& view = task.view;
-  unit_walk walk(task.home_plan, 1, task.num_tokens, view.tickets + 2, first, warps, lane);
+  unit_walk walk(task.home_plan, 1, task.num_tokens, view.tickets + 2, given, first, lane);
   int arrived = -1;    // the last flag that was seen to be there
   bool usable = true;  // after a failure nothing is waited for, and sums are of what stands there
   add_up<true>(
@@ -242,6 +242,12 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
   const flag_mail mail{barriers + (send_warps + home_warps) * sum_slots * 8};
   if (warp == 0 && lane < send_warps) mail.write(lane, 0);
   await_stream();
+  // What a warp sends first is the counter's, too: a number of its own would be a unit that nobody sends while its
+  // block finds no room, and another kernel may keep that room until those who wait for the unit have come home. A
+  // block asks once for all of its warps, while it looks for failures.
+  __shared__ int first_sent;
+  if (threadIdx.x == 0 && view.size > 1)
+    first_sent = static_cast<int>(atomicAdd(view.tickets + 1, static_cast<unsigned>(task.senders)));
   const std::uint32_t generation = next_generation(view);
   if (block_failed(view)) return;  // a barrier of the block, behind which the mail is empty
   if (blockIdx.x == 0 && warp == send_warps + home_warps) announce(view, generation);
@@ -250,14 +256,14 @@ __launch_bounds__(sums_threads, 1) TESSERA_KERNEL send_sums_kernel(const __grid_
   if (warp == send_warps + home_warps) {
     post_role(mail, task.senders, view.size > 1, lane, [&](int unit) { post_unit(view, generation, unit); });
   } else {
-    int home = grid * home_warps;  // helps
+    int home = -1;  // helps
     if (warp >= send_warps) {
       home = (warp - send_warps) * grid + block;
     } else if (view.size > 1 && warp < task.senders) {
-      send_role(task, generation, stream, buffers + warp * sum_buffers * sum_piece_bytes, mail, warp,
-                warp * grid + block, grid * task.senders, lane);
+      send_role(task, generation, stream, buffers + warp * sum_buffers * sum_piece_bytes, mail, warp, first_sent + warp,
+                lane);
     }
-    home_role(task, generation, stream, home, grid * home_warps, lane);
+    home_role(task, generation, stream, grid * home_warps, home, lane);
   }
   __syncthreads();
   let_next_start();  // no block waits for other ranks any more

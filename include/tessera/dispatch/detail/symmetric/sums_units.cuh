@@ -120,17 +120,17 @@ struct unit_place {
   int token_end;
 };
 
-// The units of a role as warps of all blocks get them: each its first by its number, the others by a counter. Which
-// warp does a unit does not change its sums.
+// The units of a role as warps of all blocks get them: a counter gives them out. Which warp does a unit does not change
+// its sums.
 class unit_walk {
  public:
-  // @param peers How many the units of `plan` are for. @param counter Gives out units, 0 before. @param first Number of
-  // this warp among `warps` that begin with a unit each; other warps pass `warps`.
-  __device__ unit_walk(const sums_plan& plan, int peers, int num_tokens, std::uint32_t* counter, int first, int warps,
+  // @param peers How many the units of `plan` are for. @param counter Gives out units, 0 before. @param given Units
+  // before those of the counter, which warps begin with. @param first This warp's; less than 0: none, it asks.
+  __device__ unit_walk(const sums_plan& plan, int peers, int num_tokens, std::uint32_t* counter, int given, int first,
                        int lane)
-      : plan_(plan), peers_(peers), num_tokens_(num_tokens), counter_(counter), warps_(warps), lane_(lane) {
+      : plan_(plan), peers_(peers), num_tokens_(num_tokens), counter_(counter), given_(given), lane_(lane) {
     asked_ = static_cast<std::uint32_t>(first);
-    if (first >= warps) ask();
+    if (first < 0) ask();
   }
 
   __device__ bool at_end(const unit_place& at) const { return at.unit >= plan_.units * peers_; }
@@ -156,14 +156,14 @@ class unit_walk {
 
  private:
   __device__ void ask() {
-    if (lane_ == 0) asked_ = static_cast<std::uint32_t>(warps_) + atomicAdd(counter_, 1u);
+    if (lane_ == 0) asked_ = static_cast<std::uint32_t>(given_) + atomicAdd(counter_, 1u);
   }
 
   const sums_plan& plan_;
   int peers_;
   int num_tokens_;
   std::uint32_t* counter_;
-  int warps_;
+  int given_;
   int lane_;
   std::uint32_t asked_;
 };
