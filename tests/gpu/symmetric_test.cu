@@ -17,7 +17,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,11 +68,6 @@ symmetric_options options_of(int timeout_ms, int nccl_timeout_ms = 20000) {
   options.copy_streams = 2;
   options.timeout = milliseconds(timeout_ms);
   options.nccl.timeout = milliseconds(nccl_timeout_ms);
-  return options;
-}
-
-symmetric_options sharing(symmetric_options options, bool share) {
-  options.share_in_process = share;
   return options;
 }
 
@@ -232,12 +226,11 @@ void expect_busy(cudaStream_t stream, const char* what) {
   static_cast<void>(cudaGetLastError());  // it counts as one
 }
 
-TEST_CASE("every rank reaches the memory of every rank at the same offset, through windows and at its own address") {
-  const auto check = [](threads& t, bool share) {
+TEST_CASE("every rank reaches the memory of every rank at the same offset") {
+  on_ranks([](threads& t) {
     rank_memory memory;
-    symmetric comm = symmetric::create(t, sharing(options_of(20000), share));
+    symmetric comm = symmetric::create(t, options_of(20000));
     require(comm.direct() && comm.reason().empty(), comm.reason());
-    require(comm.shared_in_process() == (share && t.size() > 1), "at its own address");
     require(comm.rank() == t.rank() && comm.size() == t.size() && comm.slot() == 0, "what it is");
     require(comm.capacity_bytes() == 65536 && comm.used_bytes() == 0, "nothing is used");
 
@@ -273,36 +266,13 @@ TEST_CASE("every rank reaches the memory of every rank at the same offset, throu
               " has not written word ", i % count);
     }
     t.barrier({});
-  };
-  for (const bool share : {false, true}) on_ranks([&](threads& t) { check(t, share); });
-}
-
-TEST_CASE("memory of ranks of one process lives as long as any of them may write to it") {
-  if (one_gpu()) return;
-  on_ranks([](threads& t) {
-    rank_memory memory;
-    for (int round = 0; round < 20; ++round) {
-      auto comm = std::make_unique<symmetric>(symmetric::create(t, sharing(options_of(20000), true)));
-      require(comm->shared_in_process(), "at its own address");
-      const int count = 3000;
-      const std::size_t array = comm->offset_of(comm->allocate(static_cast<std::size_t>(count * t.size()) * 4));
-      const symmetric_view view = comm->view(symmetric_channel::tables);
-      t.barrier({});
-      if (t.rank() == round % t.size()) comm.reset();  // before the others have written
-      t.barrier({});
-      if (comm != nullptr) {
-        for (int i = 0; i < 50; ++i) write_everywhere_kernel<<<1, 256, 0, memory.raw()>>>(view, array, count);
-        require(cudaStreamSynchronize(memory.raw()) == cudaSuccess, "round ", round, ": memory has gone");
-      }
-      t.barrier({});
-    }
   });
 }
 
 TEST_CASE("5000 operations with ranks that are late at random, and 100 replays of a graph of ten") {
-  const auto check = [](threads& t, bool share) {
+  on_ranks([](threads& t) {
     rank_memory memory;
-    symmetric comm = symmetric::create(t, sharing(options_of(20000), share));
+    symmetric comm = symmetric::create(t, options_of(20000));
     chain c(comm, memory);
     t.barrier({});
     c.enqueue(5000);
@@ -314,8 +284,7 @@ TEST_CASE("5000 operations with ranks that are late at random, and 100 replays o
     c.enqueue(20);
     c.finish("after the graphs", 6020);
     t.barrier({});
-  };
-  for (const bool share : {false, true}) on_ranks([&](threads& t) { check(t, share); });
+  });
 }
 
 TEST_CASE("a rank that does not come is named by the others, and all go on after reset") {

@@ -43,7 +43,6 @@ inline symmetric symmetric::split(int color, int key, const symmetric_options& o
 
 inline bool symmetric::direct() const noexcept { return window_->direct(); }
 inline const std::string& symmetric::reason() const noexcept { return window_->reason(); }
-inline bool symmetric::shared_in_process() const noexcept { return window_->shared_in_process(); }
 
 inline std::byte* symmetric::allocate(std::size_t bytes) { return window_->allocate(bytes); }
 inline void symmetric::release_all() noexcept { window_->release_all(); }

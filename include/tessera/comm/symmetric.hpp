@@ -36,12 +36,7 @@ struct symmetric_options {
   int copy_streams = 0;         ///< Streams of each slot for `transport::copy_engines`, 0 to 8; may differ by rank.
   bool allow_direct = true;     ///< Without, GPUs do not share memory even if they could: to try what happens then.
   bool require_direct = false;  ///< Whether creation throws if GPUs cannot share memory; the same on all ranks.
-  /// Whether ranks that are threads of one process use each other's memory at its own address. Needs all ranks to ask
-  /// for it and all devices to reach it (`shared_in_process` says whether it came to that); otherwise a window of
-  /// NCCL's is used, whose end may abort the process (tests/gpu/nccl_teardown.cu). With it, the memory of all ranks
-  /// lives as long as a handle of any of them.
-  bool share_in_process = false;
-  nccl_options nccl{};  ///< For `create` from a communicator of host memory.
+  nccl_options nccl{};          ///< For `create` from a communicator of host memory.
 };
 
 /// A communicator of GPUs that write into each other's memory: everything that `comm::nccl` does, and one window of
@@ -109,9 +104,6 @@ class symmetric : public nccl {
   bool direct() const noexcept;
   /// Why not, naming a rank; empty if they do. The same on all ranks.
   const std::string& reason() const noexcept;
-  /// Whether kernels use the other ranks' memory at its own address, as `share_in_process` asks for; the same on all
-  /// ranks.
-  bool shared_in_process() const noexcept;
 
   /// Memory of the window, at an offset that is a multiple of 1024 bytes, aligned as much. Not initialised.
   /// @param bytes Size. @throws invalid_argument if less is left. @return its first byte.

@@ -43,9 +43,8 @@ struct rank_card {
   std::int32_t slots;
   std::int32_t require_direct;
   std::int32_t world_rank;
-  std::uint64_t process;  ///< Ranks with the same one find each other's memory; 0: not to be looked for.
-  note problem;           ///< With its options.
-  note obstacle;          ///< Why others cannot reach its memory.
+  note problem;   ///< With its options.
+  note obstacle;  ///< Why others cannot reach its memory.
 };
 
 /// The values of all ranks, on the host. Waits.
@@ -153,23 +152,17 @@ inline std::shared_ptr<shared_window> create(comm::nccl& over, const comm::symme
   own.slots = options.slots;
   own.require_direct = options.require_direct ? 1 : 0;
   own.world_rank = over.world_rank();
-  if (options.share_in_process) {
-    // A rank that cannot say so has no token, and nobody looks for its memory.
-    static_cast<void>(words_of([&] { own.process = process_memory::instance().token(); }));
-  }
   own.problem = to_note(problem_of(options));
   own.obstacle = to_note(obstacle_of(over, options));
   const std::vector<rank_card> cards = gather(over, own);
   expect_cards(cards);
   std::string reason;
-  bool in_process = own.process != 0;
   std::vector<int> world_ranks;
   for (std::size_t r = 0; r < cards.size(); ++r) {
     if (reason.empty() && cards[r].obstacle[0] != '\0') {
       reason = "rank " + std::to_string(r) + ": " + cards[r].obstacle.data();
     }
     world_ranks.push_back(cards[r].world_rank);
-    in_process = in_process && cards[r].process == own.process;  // the same on all ranks
   }
   const auto expect_direct = [&] {
     TESSERA_EXPECTS_AS(nccl_error, reason.empty() || !options.require_direct, "comm::symmetric: " << reason);
@@ -181,19 +174,8 @@ inline std::shared_ptr<shared_window> create(comm::nccl& over, const comm::symme
   const std::string failed = first_note(over, words_of([&] { window->allocate_all(maps); }));
   TESSERA_EXPECTS_AS(cuda_error, failed.empty(), "comm::symmetric: " << failed);
   if (maps) {
-    bool shared = false;
-    if (in_process) {
-      shared_window::block own_block{};  // of no number, which nobody finds
-      static_cast<void>(words_of([&] { own_block = window->own_block(); }));
-      const auto blocks = gather(over, own_block);
-      std::string obstacle;
-      const std::string thrown = words_of([&] { obstacle = window->share(blocks); });
-      shared = first_note(over, thrown.empty() ? obstacle : thrown).empty();
-    }
-    if (!shared) {
-      reason = first_note(over, window->map_peers(over));
-      if (reason.empty()) reason = first_note(over, words_of([&] { window->learn_addresses(); }));
-    }
+    reason = first_note(over, window->map_peers(over));
+    if (reason.empty()) reason = first_note(over, words_of([&] { window->learn_addresses(); }));
     if (reason.empty()) {
       // Words that reach everyone say more than what anybody promises.
       const std::string met = words_of([&] {

@@ -19,7 +19,6 @@
 
 #include <tessera/comm/detail/nccl/state.cuh>
 #include <tessera/comm/detail/symmetric/flags.cuh>
-#include <tessera/comm/detail/symmetric/process_memory.hpp>
 #include <tessera/comm/detail/symmetric/window.cuh>
 #include <tessera/comm/symmetric.hpp>
 #include <tessera/core/error.hpp>
@@ -120,27 +119,16 @@ class shared_window {
   /// Allocates everything but the mappings. @param mappable Whether peers are going to map the memory.
   void allocate_all(bool mappable) {
     holdings& h = *held_;
-    void* memory = nullptr;
     if (mappable) {
-      const ncclResult_t result = ncclMemAlloc(&memory, bytes_ + window_alignment);
+      const ncclResult_t result = ncclMemAlloc(reinterpret_cast<void**>(&h.memory), bytes_ + window_alignment);
+      h.from_nccl = true;
       TESSERA_EXPECTS_AS(cuda_error, result == ncclSuccess,
                          "ncclMemAlloc of " << bytes_ << " bytes: " << nccl::text_of(result, nullptr));
     } else {
-      check_cuda(cudaMalloc(&memory, bytes_ + window_alignment),
+      check_cuda(cudaMalloc(reinterpret_cast<void**>(&h.memory), bytes_ + window_alignment),
                  ("cudaMalloc of " + std::to_string(bytes_) + " bytes").c_str());
     }
-    h.memory = {static_cast<std::byte*>(memory), [device = h.device, mappable](std::byte* allocated) {
-                  int before = device;  // the last to keep it may be of another
-                  static_cast<void>(cudaGetDevice(&before));
-                  static_cast<void>(cudaSetDevice(device));
-                  if (mappable) {
-                    static_cast<void>(ncclMemFree(allocated));
-                  } else {
-                    static_cast<void>(cudaFree(allocated));
-                  }
-                  static_cast<void>(cudaSetDevice(before));
-                }};
-    base_ = reinterpret_cast<std::byte*>(to_alignment(reinterpret_cast<std::size_t>(memory)));
+    base_ = reinterpret_cast<std::byte*>(to_alignment(reinterpret_cast<std::size_t>(h.memory)));
     check_cuda(cudaMalloc(reinterpret_cast<void**>(&h.local), sizeof(failures) + count_bytes()), "cudaMalloc");
     check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&h.seen), sizeof(*h.seen), cudaHostAllocMapped), "cudaHostAlloc");
     check_cuda(cudaHostGetDevicePointer(reinterpret_cast<void**>(&seen_by_device_), h.seen, 0),
@@ -169,32 +157,8 @@ class shared_window {
     forget_failure();
   }
 
-  /// This rank's memory, as others of its process find it.
-  struct block {
-    std::uint64_t number;
-    std::byte* base;
-  };
-  block own_block() const { return {process_memory::instance().offer(held_->memory), base_}; }
-
-  /// Keeps the others' memory and uses it at its own address. @param all Blocks of all ranks, which are of this
-  /// process.
-  /// @return what is in the way, empty if nothing is.
-  std::string share(const std::vector<block>& all) {
-    for (int r = 0; r < size_; ++r) {
-      if (r == rank_) continue;
-      const block& other = all[static_cast<std::size_t>(r)];
-      auto memory = process_memory::instance().find(other.number);
-      if (memory == nullptr || !is_mapped(other.base, held_->device))
-        return "device " + std::to_string(held_->device) + " does not reach the memory of rank " + std::to_string(r);
-      held_->others.push_back(std::move(memory));
-      peers_[static_cast<std::size_t>(r)] = other.base;
-    }
-    return {};
-  }
-
   /// Collective: maps the others' memory. @param over Ranks. @return what is in the way, empty if nothing is.
   std::string map_peers(comm::nccl& over) {
-    held_->others.clear();
     held_->window = std::make_unique<registered_window>(over, base_, bytes_);
     return held_->window->obstacle();
   }
@@ -324,8 +288,6 @@ class shared_window {
   const comm::symmetric_options& options() const noexcept { return options_; }
   bool direct() const noexcept { return reason_.empty(); }
   const std::string& reason() const noexcept { return reason_; }
-  /// Whether peers' memory is used at its own address.
-  bool shared_in_process() const noexcept { return !held_->others.empty(); }
   /// In errors. @param rank Of this communicator.
   int world_rank(int rank) const { return world_ranks_.at(static_cast<std::size_t>(rank)); }
   /// How long the host waits for other ranks.
@@ -349,8 +311,8 @@ class shared_window {
   /// Everything that is freed in the end, in one piece because that may take longer than a destructor should.
   struct holdings {
     int device = 0;
-    std::shared_ptr<std::byte> memory;
-    std::vector<std::shared_ptr<std::byte>> others;  // of ranks of this process whose memory is used at its own address
+    std::byte* memory = nullptr;
+    bool from_nccl = false;
     std::unique_ptr<registered_window> window;
     failures* local = nullptr;  // counts follow
     host_words* seen = nullptr;
@@ -364,8 +326,11 @@ class shared_window {
       static_cast<void>(cudaSetDevice(device));
       static_cast<void>(cudaFree(local));  // waits for what runs on the device
       window.reset();
-      memory.reset();
-      others.clear();
+      if (from_nccl) {
+        if (memory != nullptr) static_cast<void>(ncclMemFree(memory));
+      } else {
+        static_cast<void>(cudaFree(memory));
+      }
       if (seen != nullptr) static_cast<void>(cudaFreeHost(seen));
       for (const side& s : sides) {
         if (s.fork != nullptr) static_cast<void>(cudaEventDestroy(s.fork));

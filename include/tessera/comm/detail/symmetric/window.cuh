@@ -7,7 +7,6 @@
 #include <string>
 #include <utility>
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 #include <nccl.h>
 
@@ -36,23 +35,6 @@ namespace detail::symmetric {
 static __global__ void peer_addresses_kernel(ncclWindow_t window, int size, std::byte** peers) {
   const int r = static_cast<int>(threadIdx.x);
   if (r < size) peers[r] = static_cast<std::byte*>(ncclGetLsaPointer(window, 0, r));
-}
-
-/// Whether a device may read and write memory, perhaps another device's. @param address Of memory of ncclMemAlloc or
-/// cudaMalloc. @param device Its number.
-inline bool is_mapped(const std::byte* address, int device) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  check_cuda(cudaGetDriverEntryPointByVersion("cuMemGetAccess", &function, 10020, cudaEnableDefault, &found),
-             "cudaGetDriverEntryPointByVersion");
-  if (found != cudaDriverEntryPointSuccess || function == nullptr) return false;
-  CUmemLocation location{};
-  location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  location.id = device;
-  unsigned long long access = 0;
-  const CUresult asked =
-      reinterpret_cast<decltype(&cuMemGetAccess)>(function)(&access, &location, reinterpret_cast<CUdeviceptr>(address));
-  return asked == CUDA_SUCCESS && access == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
 }
 
 /// Memory of this rank that the others map, and theirs that this rank maps.
