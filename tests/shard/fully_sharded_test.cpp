@@ -326,7 +326,10 @@ TEST_CASE("calls out of order are refused with the group's name") {
     model.reduce(g);
   }
   CHECK(contains(message_of([&] { model.step({}, 1, 1e-3); }), "'layer 0' is gathered"));
-  CHECK(contains(message_of([&] { model.divide_gradients(0); }), "divisor = 0"));
+  for (const double divisor : {0.0, -1.0, 1e-300, 1e-39, 1e39, std::nan(""), HUGE_VAL}) {
+    CAPTURE(divisor);
+    CHECK(contains(message_of([&] { model.divide_gradients(divisor); }), "it must be between 1.17549e-38 and 3.40282"));
+  }
   model.abandon_step();
   CHECK(contains(message_of([&] { model.gradient_norm(); }), "no gradients"));
   one_step(model, 1);

@@ -114,8 +114,8 @@ class fully_sharded : public sharded_groups<Precision, Moment, Reduction, Comm> 
   void backward(F&& use);
 
   /// Divides the summed gradients of all groups. Not collective. @param divisor The number of tokens of the global
-  /// batch, where losses are sums over tokens. @throws invalid_argument if it is not finite and positive, or a group's
-  /// gradients are not all reduced.
+  /// batch, where losses are sums over tokens. @throws invalid_argument if it is not a normal positive number in the
+  /// type of sums, or a group's gradients are not all reduced.
   void divide_gradients(double divisor);
 
   /// The 2-norm of all gradients, each parameter counted once: exact sums of squares over each group's `ranks` and

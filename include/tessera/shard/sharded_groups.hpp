@@ -168,6 +168,8 @@ class sharded_groups {
   void expect_parameter(int g, int i) const;
   /// @throws invalid_argument if a group's gradients are not all reduced. @param what Who asks.
   void expect_gradients(const char* what) const;
+  /// Checks `divide_gradients`. @param divisor Given to it.
+  void expect_divisor(double divisor) const;
   /// Checks `set`. @param g Group. @param i Parameter. @param count Elements that are given.
   void expect_settable(int g, int i, std::size_t count) const;
   /// Takes a group's slot. @param g Group. @return false if it is gathered or under way.

@@ -6,6 +6,7 @@
 /// Definitions of `sharded_groups.hpp`.
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -121,6 +122,15 @@ void sharded_groups<Precision, Moment, Reduction, Comm>::expect_gradients(const 
           "the last reduce";
     TESSERA_EXPECTS(reason == nullptr, what << ": shard group '" << groups_[index(g)].name << "' has " << reason);
   }
+}
+
+template <precision_policy Precision, storage_type Moment, class Reduction, communicator Comm>
+void sharded_groups<Precision, Moment, Reduction, Comm>::expect_divisor(double divisor) const {
+  // in the type that divides, where 1e-300 may be 0
+  constexpr double least = (std::numeric_limits<accumulate>::min)(), most = (std::numeric_limits<accumulate>::max)();
+  TESSERA_EXPECTS(divisor >= least && divisor <= most,
+                  "divide_gradients: divisor = " << divisor << ", it must be between " << least << " and " << most);
+  expect_gradients("divide_gradients");
 }
 
 template <precision_policy Precision, storage_type Moment, class Reduction, communicator Comm>
