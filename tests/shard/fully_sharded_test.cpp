@@ -177,13 +177,13 @@ void one_step(Model& model, int number) {
 }
 
 TEST_CASE("peak memory is the formula, and a step writes just those bytes") {
-  for (const int prefetch : {0, 1, 2, 7}) {
+  for (const int prefetch : {0, 1, 2, 7, std::numeric_limits<int>::max()}) {
     for (int ranks = 1; ranks <= 4; ++ranks) {
       CAPTURE(prefetch);
       CAPTURE(ranks);
       // what the documentation says, in plain numbers: bf16 parameters, fp32 masters and gradients, bf16 moments
       std::int64_t state = 0, gathered = up(2 * 16 * 5), gradients = 0, largest = 10, row = 0;
-      std::vector<std::int64_t> slots(static_cast<std::size_t>(std::min(3, prefetch + 1)), 0);
+      std::vector<std::int64_t> slots(static_cast<std::size_t>(std::min(2, prefetch) + 1), 0);
       for (std::size_t g = 0; g < 4; ++g) {
         const std::int64_t part = (layer_rows[g] + ranks - 1) / ranks * 16;  // of rank 0
         state += up(2 * part) + up(4 * part) + 2 * up(2 * part);

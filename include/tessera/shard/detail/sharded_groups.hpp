@@ -72,6 +72,7 @@ sharded_groups<Precision, Moment, Reduction, Comm>::sharded_groups(std::vector<g
                   "of " << num_groups() << " shard groups " << with_gather
                         << " have a gather communicator: give one to all groups or to none");
   detail::expect_shapes(shapes, choices_);
+  choices_.prefetch = (std::min)(choices_.prefetch, num_groups());  // more is the same, and sums with it are small
   layouts_ = detail::layouts_of(shapes);
   memory_builder state_builder(state, "sharded state memory");
   memory_builder step_builder(step, "sharded step memory");
