@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: Copyright (c) 2026 The Tessera Authors
 // SPDX-License-Identifier: Apache-2.0
 
+#include <sys/stat.h>
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -321,6 +323,12 @@ TEST_CASE("truncated, missing and exchanged files are told by name") {
   CHECK(contains(damaged.load(), "rank-00000.safetensors: cannot be opened"));
   fs::create_directory(damaged.shard_path());
   CHECK(contains(damaged.load(), "not a regular file"));
+  fs::remove(damaged.shard_path());
+  REQUIRE(::mkfifo(damaged.shard_path().c_str(), 0600) == 0);  // nobody will ever write to it
+  CHECK(contains(damaged.load(), "rank-00000.safetensors: this is not a regular file"));
+  fs::remove(damaged.manifest_path());
+  REQUIRE(::mkfifo(damaged.manifest_path().c_str(), 0600) == 0);
+  CHECK(contains(damaged.load(), "manifest.json: this is not a regular file"));
 }
 
 TEST_CASE("a file whose header says something else than the manifest is refused, with the tensor's name") {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <chrono>
 #include <functional>
 #include <stdexcept>
@@ -74,6 +75,31 @@ TEST_CASE("threads pass all checks of a communicator") {
   for (const int ranks : {1, 2, 3, 4, 8}) {
     CAPTURE(ranks);
     CHECK_NOTHROW(ts::comm::threads::run(ranks, [](ts::comm::threads& c) { comm_checks::check_all(c); }));
+  }
+}
+
+TEST_CASE("a NaN of any rank is the minimum and the maximum on all ranks, with its bits") {
+  // both ways of an all-reduce, and the reduce-scatter
+  for (const std::int64_t count : {1, 70000}) {
+    for (const ts::reduce_op op : {ts::reduce_op::min, ts::reduce_op::max}) {
+      for (unsigned having = 1; having < 8; ++having) {
+        CAPTURE(count);
+        CAPTURE(having);
+        std::atomic<int> wrong{0};
+        ts::comm::threads::run(3, [&](ts::comm::threads& c) {
+          const auto nan_of = [](int rank) { return std::bit_cast<float>(0x7fc00000U + static_cast<unsigned>(rank)); };
+          const float mine = (having >> c.rank() & 1U) != 0 ? nan_of(c.rank()) : static_cast<float>(c.rank() - 1);
+          const std::vector<float> own(static_cast<std::size_t>(3 * count), mine);
+          std::vector<float> all(own.size()), part(own.size() / 3);
+          c.all_reduce({}, own.data(), all.data(), 3 * count, op);
+          c.reduce_scatter({}, own.data(), part.data(), count, op);
+          const auto expected = std::bit_cast<unsigned>(nan_of(std::countr_zero(having)));
+          for (const float x : all) wrong += std::bit_cast<unsigned>(x) != expected;
+          for (const float x : part) wrong += std::bit_cast<unsigned>(x) != expected;
+        });
+        CHECK(wrong == 0);
+      }
+    }
   }
 }
 

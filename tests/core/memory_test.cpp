@@ -114,6 +114,18 @@ TEST_CASE("a negative count, a misaligned buffer and a missing buffer are refuse
   CHECK(contains(message_of([&] { none.take<int>("rows", 1); }), "0 bytes were given"));
 }
 
+TEST_CASE("more bytes than can be addressed are refused while counting too") {
+  ts::memory_builder counting;
+  counting.take<char>("head", 3);
+  CHECK(message_of([&] { counting.take<double>("rows", std::int64_t{1} << 61); }) ==
+        "slice 'rows' of a buffer being counted would have 2305843009213693952 elements of 8 bytes behind byte 256: "
+        "more than there are addresses");
+  counting.take<char>("the longest", std::int64_t{1} << 62);
+  counting.take<char>("the rest", (std::int64_t{1} << 62) - 1024);
+  CHECK(counting.bytes() == (std::size_t{1} << 63) - 768);
+  CHECK_THROWS_AS(counting.take<char>("more", 513), ts::invalid_argument);
+}
+
 TEST_CASE("memory of one lifetime does not pass for memory of another") {
   static_assert(!std::is_convertible_v<ts::saved_memory, ts::workspace_memory>);
   static_assert(!std::is_convertible_v<ts::deferred_memory, ts::saved_memory>);

@@ -377,6 +377,12 @@ TEST_CASE("bad arguments get a sentence with the values, and nothing is written"
   auto w = r.weights();
   w.down_bias = nullptr;
   says(forward(r.rows(), r.x_view(), w, r.y_view()), "have biases by their dims");
+  w = r.weights();
+  w.up_stride = q.width * q.d - 1;
+  says(forward(r.rows(), r.x_view(), w, r.y_view()), "weights have up_stride = 5759, it must be 0 or at least 5760");
+  w.up_stride = q.width * q.d;
+  w.down_stride = -q.d * q.n;
+  says(forward(r.rows(), r.x_view(), w, r.y_view()), "weights have down_stride = -2880, it must be 0 or at least 2880");
   says(forward(r.rows(), {r.y.data(), q.T, q.d}, r.weights(), r.y_view()), "x (");
   says(forward(r.rows(), {reinterpret_cast<const double*>(reinterpret_cast<const char*>(r.x.data()) + 1), q.T, q.d},
                r.weights(), r.y_view()),
@@ -396,6 +402,18 @@ TEST_CASE("bad arguments get a sentence with the values, and nothing is written"
                                     r.gradients(), ts::write::overwrite, r.weights_scratch);
        }),
        "but dy has 3 rows");
+  auto gradients = r.gradients();
+  gradients.down_stride = 1;
+  says(message_of([&] {
+         r.experts.backward_weights({}, r.rows(), r.x_view(), r.dy_view(), r.weighting(), r.saved, r.deferred,
+                                    gradients, ts::write::overwrite, r.weights_scratch);
+       }),
+       "gradients have down_stride = 1");
+  const experts unbiased({.num_local_experts = q.L, .hidden = q.d, .intermediate = q.n});
+  says(message_of([&] {
+         unbiased.forward({}, r.rows(), r.x_view(), r.weighting(), r.weights(), r.saved, r.y_view(), r.forward_scratch);
+       }),
+       "weights have no biases by their dims, but up_bias is 0x");
   ts::memory_builder tight(ts::workspace_memory(r.buffer.data(), 1024), "the workspace");
   says(message_of([&] { r.experts.carve_forward(tight, 100, ts::weight_on::output); }), "'experts.activation'");
 

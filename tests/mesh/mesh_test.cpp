@@ -254,6 +254,9 @@ TEST_CASE("meshes that cannot be are refused with their numbers") {
                        "the mesh 'dp=2,tp' cannot be read at 'tp': write axis=size,axis=size, for example "
                        "dp_shard=2,ep=2",
                        ts::invalid_argument);
+  CHECK_THROWS_WITH_AS(mesh::parse("dp=2,"),
+                       "the mesh 'dp=2,' ends in a comma: write axis=size,axis=size, for example dp_shard=2,ep=2",
+                       ts::invalid_argument);
 }
 
 TEST_CASE("training meshes that cannot be are refused with the nearest right numbers") {

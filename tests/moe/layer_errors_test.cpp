@@ -67,10 +67,31 @@ TEST_CASE("sizes that cannot work are refused with the values") {
   refused("num_shared_experts = -1", [&] { with([](ts::shape& s) { s.num_shared_experts = -1; }); });
   refused("the layout places 4 experts, the shape has num_experts = 6",
           [&] { with([](ts::shape& s) { s.num_experts = 6; }); });
+  refused("num_shared_experts = 4 of intermediate = 536870912", [&] {
+    with([](ts::shape& s) {
+      s.num_shared_experts = 4;
+      s.intermediate = 1 << 29;
+    });
+  });
+  refused("max_tokens = 4611686018427387904 pairs", [&] { with([](ts::shape& s) { s.max_tokens = 1LL << 62; }); });
+  refused("max_tokens * top_k = 4294967292 pairs", [&] { with([](ts::shape& s) { s.max_tokens = INT32_MAX - 1; }); });
   ts::shape s = sizes;
   s.max_tokens = 8;
   refused("rank 1 of a layout over 1 ranks", [&] { layer::sizes(s, placement, 1); });
   refused("chunk_tokens = -1", [&] { layer::sizes(s, placement, 0, {.chunk_tokens = -1}); });
+}
+
+TEST_CASE("sizes refuses what the constructor refuses, with the same sentence") {
+  self comm;
+  const auto check = [&](int num_experts, int top_k, const std::string& sentence) {
+    const ts::shape s{.num_experts = num_experts, .top_k = top_k, .hidden = 6, .intermediate = 4, .max_tokens = 8};
+    const ts::layout::block placement(num_experts, 1);
+    CHECK(message_of([&] { layer::sizes(s, placement, 0); }) == sentence);
+    CHECK(message_of([&] { layer(s, {}, placement, comm, {}); }) == sentence);
+  };
+  check(64, 33, "top_k = 33 exceeds the limit of 32");
+  check(2000, 2, "num_experts = 2000 is outside [1, 1024]");
+  check(4, 0, "top_k = 0, it must be at least 1");
 }
 
 TEST_CASE("a layer that does not fit its communicator, options or state is refused") {

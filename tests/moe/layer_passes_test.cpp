@@ -463,6 +463,23 @@ TEST_CASE("a type without shared experts is the same layer, and refuses them") {
   CHECK(none::sizes(sizes, placement, 0).saved_bytes == layer::sizes(sizes, placement, 0).saved_bytes);
 }
 
+TEST_CASE("a pass writes the losses of its own chunks; rows behind them are those of earlier passes") {
+  auto p = problem();
+  p.chunk_tokens = 5;
+  ts::comm::threads::run(1, [&](ts::comm::threads& comm) {
+    rank_of_layer rank(p, ts::layout::block(num_experts, 1), comm, 0, 24, 24, routing, roomy);
+    REQUIRE(rank.layer->state().max_chunks == 5);
+    rank.forward(ts::pass::train);
+    const std::span losses(rank.layer->state().losses, 5);
+    const std::vector<float> before(losses.begin(), losses.end());
+    rank.count = 8;
+    rank.sequences = {0, 8};
+    rank.forward(ts::pass::train);
+    CHECK(ts::num_chunks(rank.count, p.chunk_tokens) == 2);
+    for (std::size_t c = 0; c < 5; ++c) CHECK((losses[c] == before[c]) == (c >= 2));
+  });
+}
+
 TEST_CASE("the state's arrays have names, types and extents") {
   const auto p = problem();
   on_two_ranks(p, [](rank_of_layer& rank) {

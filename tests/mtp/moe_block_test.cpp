@@ -8,6 +8,7 @@
 #include <tessera/comm/comm.hpp>
 #include <tessera/layout/layout.hpp>
 
+#include "../support/messages.hpp"
 #include "chain_case.hpp"
 
 namespace {
@@ -323,4 +324,40 @@ TEST_CASE("chunks that are not the layer's are refused before anything is comput
     }
     CHECK(model.own[0].moe->state().load[0] == 0);
   });
+}
+
+TEST_CASE("a router that hashes tokens goes by the ids of its rows, and refuses a row without one") {
+  using hash_layer = ts::moe_layer<ts::router<ts::score::sigmoid, ts::select::hash, ts::weigh::normalized>,
+                                   ts::experts<ts::activation::swiglu, ts::precision::fp32>, ts::layout::block,
+                                   ts::comm::self<ts::space::host>>;
+  const std::vector<std::int32_t> table{0, 1, 2, 3, 4, 5};  // of 3 tokens
+  ts::comm::self<ts::space::host> comm;
+  const ts::shape shape{
+      .num_experts = experts, .top_k = top_k, .hidden = int(d), .intermediate = int(n), .max_tokens = 4};
+  const ts::layout::block placement(experts, 1);
+  ts::host_buffer state(hash_layer::sizes(shape, placement, 0).state_bytes);
+  hash_layer layer(shape, {.select = {.table = table.data(), .vocab = 3}}, placement, comm, state);
+  layer.reset_state({});
+  const auto floats = [](std::int64_t count, std::uint32_t seed) { return cast<float>(random_values(count, 1, seed)); };
+  const auto gains = floats(d, 1), gate = floats(experts * d, 2), up = floats(experts * 2 * n * d, 3),
+             down = floats(experts * d * n, 4), x = floats(4 * d, 5);
+  mtp::rms_norm<ts::precision::fp32> norm(d, {gains.data(), nullptr, 0});
+  const mtp::residual_moe<hash_layer> block(layer, norm,
+                                            {.gate = {gate.data(), experts, d}, .experts = {up.data(), down.data()}});
+  ts::host_buffer saved(block.saved_bytes(4)), workspace(block.workspace_bytes(4));
+  std::vector<float> y(x.size(), 99.0F);
+  std::vector<std::int32_t> ids{2, 0, 2, -1};
+  const std::vector<std::int32_t> offsets{0, 4};
+  const auto forward = [&] {
+    block.forward({}, ts::pass::train,
+                  {.depth = 1, .token_ids = ids, .sequence_offsets = offsets, .chunk_offsets = offsets},
+                  {x.data(), 4, d}, {y.data(), 4, d}, saved, workspace);
+  };
+  CHECK(tessera_test::message_of(forward) ==
+        "residual_moe: row 3 of depth 1 has no token (id -1), which select::hash needs: use row_policy::valid");
+  CHECK(y == std::vector<float>(x.size(), 99.0F));
+  ids[3] = 1;
+  forward();
+  const std::vector<std::int64_t> load(layer.state().load, layer.state().load + experts);
+  CHECK(load == std::vector<std::int64_t>{1, 1, 1, 1, 2, 2, 0, 0});
 }

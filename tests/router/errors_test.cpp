@@ -73,6 +73,13 @@ TEST_CASE("scales, epsilons, coefficients and tables that cannot work are refuse
   CHECK_THROWS_WITH_AS(balanced({.num_experts = 8, .top_k = 2, .balance = {{.coefficient = inf}}}),
                        "switch_loss has coefficient = inf, it must be finite", ts::invalid_argument);
   CHECK_THROWS_AS(hashed({.num_experts = 8, .top_k = 2}), ts::invalid_argument);
+  using biased = ts::router<score::sigmoid, select::top_k, weigh::normalized, balance::bias, balance::switch_loss>;
+  for (const float rate : {inf, std::nanf(""), -1.0f}) {
+    CHECK_THROWS_AS(biased({.num_experts = 8, .top_k = 2, .balance = {{.rate = rate}, {}}}), ts::invalid_argument);
+  }
+  CHECK_THROWS_WITH_AS(biased({.num_experts = 8, .top_k = 2, .balance = {{.rate = inf}, {}}}),
+                       "the bias rate is inf, it must be finite and >= 0", ts::invalid_argument);
+  CHECK_NOTHROW(biased({.num_experts = 8, .top_k = 2, .balance = {{.rate = 0}, {}}}));
 }
 
 TEST_CASE("NaN and infinite logits are refused, naming token and expert") {

@@ -357,6 +357,24 @@ struct first_half : identity {
   }
 };
 
+TEST_CASE("scores that nearly underflow have finite gradients with an epsilon, and not without") {
+  const auto gradient = [](float logit, float epsilon) {
+    const ts::router<score::sigmoid, select::top_k, weigh::normalized> r(
+        {.num_experts = 4, .top_k = 2, .weigh = {.epsilon = epsilon}});
+    problem<float> p(1, 4, 2);
+    p.logits = {logit, logit - 1, logit - 2, logit - 3};
+    p.route(r);
+    const std::vector<float> dweights{8, -8};
+    std::vector<float> dlogits(4);
+    r.backward(ts::host_stream{}, p.inputs(), p.out(), ts::matrix_view<const float>{dweights.data(), 1, 2}, p.local(),
+               nullptr, 1.0f, ts::matrix_view<float>{dlogits.data(), 1, 4});
+    return dlogits[0];
+  };
+  CHECK_FALSE(std::isfinite(gradient(-88.5f, 0)));
+  CHECK(std::isfinite(gradient(-88.5f, 1e-20f)));
+  CHECK(gradient(-20, 1e-20f) == gradient(-20, 0));
+}
+
 TEST_CASE("an expert whose score is -inf is never selected; too few others are an error") {
   const ts::router<first_half, select::top_k, weigh::raw> r({.num_experts = 4, .top_k = 2});
   CHECK(route_one(r, {-1.0, 2.0, -3.0, 1.0}).ids_of(0) == ids{1, 3});

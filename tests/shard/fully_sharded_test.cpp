@@ -177,13 +177,13 @@ void one_step(Model& model, int number) {
 }
 
 TEST_CASE("peak memory is the formula, and a step writes just those bytes") {
-  for (const int prefetch : {0, 1, 2, 7}) {
+  for (const int prefetch : {0, 1, 2, 7, std::numeric_limits<int>::max()}) {
     for (int ranks = 1; ranks <= 4; ++ranks) {
       CAPTURE(prefetch);
       CAPTURE(ranks);
       // what the documentation says, in plain numbers: bf16 parameters, fp32 masters and gradients, bf16 moments
       std::int64_t state = 0, gathered = up(2 * 16 * 5), gradients = 0, largest = 10, row = 0;
-      std::vector<std::int64_t> slots(static_cast<std::size_t>(std::min(3, prefetch + 1)), 0);
+      std::vector<std::int64_t> slots(static_cast<std::size_t>(std::min(2, prefetch) + 1), 0);
       for (std::size_t g = 0; g < 4; ++g) {
         const std::int64_t part = (layer_rows[g] + ranks - 1) / ranks * 16;  // of rank 0
         state += up(2 * part) + up(4 * part) + 2 * up(2 * part);
@@ -326,7 +326,10 @@ TEST_CASE("calls out of order are refused with the group's name") {
     model.reduce(g);
   }
   CHECK(contains(message_of([&] { model.step({}, 1, 1e-3); }), "'layer 0' is gathered"));
-  CHECK(contains(message_of([&] { model.divide_gradients(0); }), "divisor = 0"));
+  for (const double divisor : {0.0, -1.0, 1e-300, 1e-39, 1e39, std::nan(""), HUGE_VAL}) {
+    CAPTURE(divisor);
+    CHECK(contains(message_of([&] { model.divide_gradients(divisor); }), "it must be between 1.17549e-38 and 3.40282"));
+  }
   model.abandon_step();
   CHECK(contains(message_of([&] { model.gradient_norm(); }), "no gradients"));
   one_step(model, 1);

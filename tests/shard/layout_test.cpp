@@ -180,4 +180,13 @@ TEST_CASE("experts are divided among expert-parallel ranks first, then among sha
   }
 }
 
+TEST_CASE("an expert with several copies is refused: the norm would count each of them") {
+  const ts::layout::table_storage experts(3, {{0, 1}, {1, 2}});
+  for (int rank = 0; rank < 2; ++rank) {
+    CHECK(tessera_test::message_of([&] {
+            sh::expert_parameter("w", experts.view(), rank, ts::box::whole({3, 4}));
+          }).find("parameter 'w': expert 1 has 2 copies") == 0);
+  }
+}
+
 }  // namespace

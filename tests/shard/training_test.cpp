@@ -6,6 +6,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "mlp.hpp"
@@ -72,12 +73,27 @@ TEST_CASE("micro-batches add up: sums every time, held before the all-reduce, he
           {.shard_ranks = 2, .replicas = replicas, .micro_batches = 3, .accumulation = accumulation});
     }
   }
+}
+
+TEST_CASE(
+    "what is held back before the all-reduce has the same bits from 2 replicas on, those of each micro-batch for 1") {
   // Chunk by chunk over micro-batches, so what is held back before the all-reduce is what is held back altogether.
-  const run_options held{.shard_ranks = 2, .replicas = 2, .micro_batches = 3, .accumulation = run_options::hold_all};
-  run_options half = held;
-  half.accumulation = run_options::hold_all_reduce;
-  const run_result expected = train_unsharded<ts::precision::fp32, float>(held);
-  for (const run_result& r : train<ts::precision::fp32, float, ts::reduction::ordered>(half)) CHECK(r == expected);
+  const auto unsharded = [](auto accumulation) {
+    return train_unsharded<ts::precision::fp32, float>({.micro_batches = 3, .accumulation = accumulation});
+  };
+  const run_result held = unsharded(run_options::hold_all), summed = unsharded(run_options::reduce_all);
+  CHECK_FALSE(held == summed);
+  for (const auto& [shard_ranks, replicas] : {std::pair{2, 2}, std::pair{1, 3}, std::pair{1, 4}, std::pair{2, 1}}) {
+    CAPTURE(shard_ranks);
+    CAPTURE(replicas);
+    const run_options half{.shard_ranks = shard_ranks,
+                           .replicas = replicas,
+                           .micro_batches = 3,
+                           .accumulation = run_options::hold_all_reduce};
+    for (const run_result& r : train<ts::precision::fp32, float, ts::reduction::ordered>(half)) {
+      CHECK(r == (replicas > 1 ? held : summed));
+    }
+  }
 }
 
 TEST_CASE("with native reductions the run is the same but for rounding, on every rank and run after run") {

@@ -16,6 +16,10 @@
 TESSERA_NAMESPACE_BEGIN
 
 /// How a reduction joins the contributions of the ranks.
+///
+/// Where a contribution is NaN, so is the result on the host, whatever the operation: with `min` and `max` it is the
+/// NaN of the lowest rank that has one, the same bits on all ranks. NCCL documents nothing; its minima and maxima are
+/// those of `fmin` and `fmax`, which pass over a NaN where another rank has a number.
 enum class reduce_op {
   sum,  ///< Floating point: `((c0 + c1) + c2) + ...` in rank order on the host; integers wrap around.
   min,  ///< The smallest; of equal ones that of the lowest rank.

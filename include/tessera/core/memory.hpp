@@ -68,7 +68,7 @@ class memory_builder {
   /// A slice of `count` elements, aligned to `memory_alignment`, not initialised; null while counting or when `count`
   /// is 0.
   /// @throws invalid_argument naming the slice if the buffer ends before it does, or, while counting too, if `count` is
-  /// negative.
+  /// negative or the bytes are more than a pointer difference counts.
   template <class T>
   T* take(const char* name, std::int64_t count) {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -91,6 +91,9 @@ class memory_builder {
   std::byte* take_bytes(const char* name, std::int64_t count, std::size_t element_bytes) {
     TESSERA_EXPECTS(count >= 0, "slice '" << name << "' of " << what_ << " would have " << count << " elements");
     const std::size_t begin = (bytes_ + memory_alignment - 1) / memory_alignment * memory_alignment;
+    TESSERA_EXPECTS(static_cast<std::size_t>(count) <= (most_bytes - begin) / element_bytes,
+                    "slice '" << name << "' of " << what_ << " would have " << count << " elements of " << element_bytes
+                              << " bytes behind byte " << begin << ": more than there are addresses");
     bytes_ = begin + static_cast<std::size_t>(count) * element_bytes;
     if (counting_ || count == 0) return nullptr;
     TESSERA_EXPECTS(base_ != nullptr && bytes_ <= capacity_, what_ << " is too small: slice '" << name
@@ -98,6 +101,8 @@ class memory_builder {
                                                                    << ") and " << capacity_ << " bytes were given");
     return base_ + begin;
   }
+
+  static constexpr std::size_t most_bytes = PTRDIFF_MAX / memory_alignment * memory_alignment;
 
   std::byte* base_ = nullptr;
   std::size_t capacity_ = 0;

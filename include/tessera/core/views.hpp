@@ -121,11 +121,30 @@ inline void expect_disjoint(const void* a, std::int64_t a_bytes, const char* a_n
                                    << b_bytes << " bytes)");
 }
 
-/// `expect_disjoint` of two matrices.
+namespace detail {
+
+/// Whether rows `[a, a + a_bytes)` and `[b, b + b_bytes)` are different columns of one matrix, whatever rows they have:
+/// both are repeated every `stride` bytes.
+inline bool are_apart(std::uintptr_t a, std::uintptr_t a_bytes, std::uintptr_t b, std::uintptr_t b_bytes,
+                      std::uintptr_t stride) {
+  const std::uintptr_t b_column = b >= a ? (b - a) % stride : (stride - (a - b) % stride) % stride;
+  return b_column >= a_bytes && b_column + b_bytes <= stride;
+}
+
+}  // namespace detail
+
+/// `expect_disjoint` of two matrices: their spans, gaps between rows included, unless the strides are the same and the
+/// columns are different ones, as the halves of one matrix are.
 template <class T, class U>
 void expect_disjoint(const matrix_view<T>& a, const char* a_name, const matrix_view<U>& b, const char* b_name) {
-  expect_disjoint(a.data, a.span_elements() * static_cast<std::int64_t>(sizeof(T)), a_name, b.data,
-                  b.span_elements() * static_cast<std::int64_t>(sizeof(U)), b_name);
+  constexpr auto a_size = static_cast<std::int64_t>(sizeof(T)), b_size = static_cast<std::int64_t>(sizeof(U));
+  const std::int64_t stride = a.stride * a_size;
+  if (stride > 0 && stride == b.stride * b_size &&
+      detail::are_apart(reinterpret_cast<std::uintptr_t>(a.data), static_cast<std::uintptr_t>(a.cols * a_size),
+                        reinterpret_cast<std::uintptr_t>(b.data), static_cast<std::uintptr_t>(b.cols * b_size),
+                        static_cast<std::uintptr_t>(stride)))
+    return;
+  expect_disjoint(a.data, a.span_elements() * a_size, a_name, b.data, b.span_elements() * b_size, b_name);
 }
 
 TESSERA_NAMESPACE_END

@@ -93,13 +93,19 @@ struct dispatch_bounds {
     TESSERA_EXPECTS(options.row_bound >= dispatch_options::full_row_bound,
                     "row_bound = " << options.row_bound << ": give a number of pairs, 0 or full_row_bound");
     TESSERA_EXPECTS(options.capacity_factor >= 0, "capacity_factor = " << options.capacity_factor << " is negative");
+    const auto expect_numbered = [](const char* what, std::int64_t pairs) {
+      TESSERA_EXPECTS(pairs < INT32_MAX,
+                      what << " = " << pairs << " pairs; at most " << INT32_MAX - 1 << " can be numbered");
+    };
+    // One factor after the other, so that no product overflows.
+    expect_numbered("max_tokens", max_tokens);
     const std::int64_t sent = max_tokens * top_k;
+    expect_numbered("max_tokens * top_k", sent);
     const std::int64_t full = sent * num_ranks;
+    expect_numbered("num_ranks * max_tokens * top_k", full);
     // One rank keeps all of its pairs, so no bound below the full one makes sense unless it is asked for.
     std::int64_t bound = options.row_bound > 0 ? std::min(options.row_bound, full) : std::min(full, 2 * sent);
     if (options.row_bound == dispatch_options::full_row_bound) bound = full;
-    TESSERA_EXPECTS(full < INT32_MAX, "num_ranks * max_tokens * top_k = " << full << " pairs; at most " << INT32_MAX - 1
-                                                                          << " can be numbered");
     return {num_ranks, num_experts, num_local_experts, top_k, max_tokens, bound};
   }
 

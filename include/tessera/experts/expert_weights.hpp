@@ -33,8 +33,8 @@ struct expert_weights {
   S* down = nullptr;             ///< `[L, d, n]`, or `[L, n, d]`; aligned to its element.
   S* up_bias = nullptr;          ///< `[L, U]` packed, in the order of the up-projection's outputs; null without biases.
   S* down_bias = nullptr;        ///< `[L, d]` packed; null without biases.
-  std::int64_t up_stride = 0;    ///< Elements from one expert's up-projection to the next; 0: packed.
-  std::int64_t down_stride = 0;  ///< Elements from one expert's down-projection to the next; 0: packed.
+  std::int64_t up_stride = 0;    ///< Elements from one expert's up-projection to the next, at least `U d`; 0: packed.
+  std::int64_t down_stride = 0;  ///< Elements from one expert's down-projection to the next, at least `d n`; 0: packed.
 
   /// Weights to be written are weights to be read.
   template <class T>

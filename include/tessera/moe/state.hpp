@@ -47,7 +47,10 @@ struct layer_state {
   /// `[num_losses]`, in the order of the router's balances; may be changed between calls.
   float* coefficients = nullptr;
   float* loss_scale = nullptr;  ///< One: factor of the losses' gradients. 1 after `reset_state`.
-  A* losses = nullptr;  ///< `[max_chunks, num_losses]` of the last `train` or `recompute` pass, coefficients included.
+  /// `[max_chunks, num_losses]` of the last `train` or `recompute` pass, coefficients included. A pass over T tokens
+  /// writes its first `num_chunks(T, chunk_tokens)` rows alone: the rows behind are those of earlier, longer passes,
+  /// and do not belong to a sum.
+  A* losses = nullptr;
   std::int64_t* dropped_by_capacity = nullptr;  ///< One: pairs of this rank since `reset_state`.
   std::int64_t* dropped_by_bound = nullptr;  ///< One: pairs of this rank since `reset_state`; between GPUs pairs that
                                              ///< this rank's bound dropped.

@@ -24,8 +24,9 @@ namespace mtp {
 /// `y = x + moe(norm(x))`: the second half of a transformer layer, or all of a small block.
 ///
 /// The `moe_layer` is the depth's own: it has its own state, so its bias, counters and losses are apart from the main
-/// model's, and the engine ends its steps (`end_step`) as it does for the other layers. It may have its own router.
-/// Calls are collectives of the layer's communicator.
+/// model's, and the engine ends its steps (`end_step`) as it does for the other layers. It may have its own router: one
+/// with `select::hash` goes by the ids of the tokens that the depth embeds, `t_{i+k}`, and so needs
+/// `row_policy::valid`, where every row has one. Calls are collectives of the layer's communicator.
 ///
 /// The layer's chunks have a fixed number of tokens. Contributions fit a chain's chunks if `chunk_tokens` is the number
 /// of rows of a chunk at this depth: with chunks of s sequences of T tokens that is `s * T` under `row_policy::all`,
@@ -36,6 +37,8 @@ template <class Layer, class Norm = rms_norm<typename Layer::experts_type::preci
 class residual_moe {
   static_assert(std::is_same_v<typename Layer::space, space::host>,
                 "residual_moe: the first argument must be a moe_layer over a communicator of host memory");
+  static_assert(!Layer::router_type::needs_expert_ids,
+                "residual_moe: a chain has no expert ids to give to select::external. Use another selection");
   static_assert(row_layer<Norm, typename Layer::storage>,
                 "residual_moe: the second argument, the norm, must be a row layer. Model: rms_norm");
 
@@ -84,10 +87,12 @@ class residual_moe {
   /// @param stream Host stream. @param mode Given on to the layer. @param rows Documents, ids and chunks.
   /// @param x `[R, d]`. @param y `[R, d]`, overwritten; does not overlap x. @param saved `saved_bytes`.
   /// @param workspace `workspace_bytes`.
-  /// @throws invalid_argument if chunks are not `chunk_tokens` rows each; and what the layer throws.
+  /// @throws invalid_argument if chunks are not `chunk_tokens` rows each, or a row has no token that `select::hash`
+  /// needs; and what the layer throws.
   void forward(host_stream stream, pass mode, const depth_rows& rows, matrix_view<const storage> x,
                matrix_view<storage> y, saved_memory saved, workspace_memory workspace) const {
     if (mode != pass::eval) expect_fitting_chunks(rows, x.rows);
+    if constexpr (Layer::router_type::needs_token_ids) expect_tokens(rows);
     const saved_view kept = saved_of(saved, x);
     norm_->forward(stream, mode, rows, x, kept.normed, kept.norm, workspace);
     typename Layer::inputs in = inputs(rows, kept.normed);
@@ -162,6 +167,14 @@ class residual_moe {
 
   typename Layer::inputs inputs(const depth_rows& rows, const matrix_view<storage>& normed) const {
     return {.x = normed, .token_ids = rows.token_ids, .sequence_offsets = rows.sequence_offsets};
+  }
+
+  static void expect_tokens(const depth_rows& rows) {
+    for (std::size_t i = 0; i < rows.token_ids.size(); ++i)
+      TESSERA_EXPECTS(rows.token_ids[i] >= 0, "residual_moe: row " << i << " of depth " << rows.depth
+                                                                   << " has no token (id " << rows.token_ids[i]
+                                                                   << "), which select::hash needs: use "
+                                                                      "row_policy::valid");
   }
 
   void expect_fitting_chunks(const depth_rows& rows, std::int64_t count) const {

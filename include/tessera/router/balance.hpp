@@ -80,7 +80,8 @@ concept balance_has_derivative = B::by == balance_by::selection_bias ||
                                     { B::derivative(d, d, options) } -> std::same_as<double>;
                                   });
 
-/// A balance. Functions are `TESSERA_HD` templates over float and double.
+/// A balance. Functions are `TESSERA_HD` templates over float and double. Optional: `static void check(const
+/// options&)`, which throws `invalid_argument`.
 template <class B>
 concept balance_policy = balance_has_options<B> && balance_states_by<B> && balance_has_name<B> &&
     balance_has_coefficient<B> && balance_has_value<B> && balance_has_derivative<B>;
@@ -93,7 +94,6 @@ inline constexpr bool balance_is_loss = B::by != balance_by::selection_bias;
 template <class B>
 inline constexpr bool balance_on_load = B::by == balance_by::batch_load || B::by == balance_by::sequence_load;
 
-/// Balance policies.
 namespace detail {
 
 inline void check_bias_rate(float rate) {
@@ -102,6 +102,7 @@ inline void check_bias_rate(float rate) {
 
 }  // namespace detail
 
+/// Balance policies.
 namespace balance {
 
 /// `coefficient * E / (K T) * sum_i count_i * mean_t p_ti` (Switch Transformer, GShard; MegaBlocks'
@@ -175,6 +176,8 @@ struct bias {
   };
   static constexpr balance_by by = balance_by::selection_bias;  ///< A bias on the keys.
   static constexpr std::string_view name = "bias";              ///< In metrics and checkpoints.
+  /// @throws invalid_argument if the rate is negative or not finite.
+  static void check(const options& options) { detail::check_bias_rate(options.rate); }
 };
 
 /// One step of the bias rule: `bias[e] -= rate` where `load[e]` is above the mean, `+= rate` where it is below,

@@ -89,6 +89,11 @@ struct raw {
 
 /// `scale * (score / (sum + epsilon))`: normalised first, then scaled. Where `sum + epsilon` is 0 (every selected score
 /// underflowed) the weights are 0.
+///
+/// Derivatives divide by `sum + epsilon`. With `epsilon` 0 they overflow where the sum of the selected scores is
+/// subnormal, as with `score::sigmoid` in fp32 where all selected logits are below about -87 (and above -89, where
+/// scores are 0); the gradients of that token's logits are then not finite. An epsilon such as 1e-20 avoids it, and
+/// changes no weight of a token whose sum is above 1e-12.
 struct normalized {
   /// Values.
   struct options {

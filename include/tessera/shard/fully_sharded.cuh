@@ -7,7 +7,6 @@
 /// file that includes this.
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <sstream>
@@ -316,9 +315,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::reduce(device_stream str
 
 template <precision_policy Precision, storage_type Moment, class Reduction, device_communicator Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::divide_gradients(device_stream stream, double divisor) {
-  TESSERA_EXPECTS(std::isfinite(divisor) && divisor > 0,
-                  "divide_gradients: divisor = " << divisor << ", it must be finite and positive");
-  this->expect_gradients("divide_gradients");
+  this->expect_divisor(divisor);
   join(stream);
   if (num_tiles_ == 0) return;
   const adamw_device_list<storage, accumulate, Moment> list{memory_.tables.tensors, static_cast<int>(tensors_.size()),

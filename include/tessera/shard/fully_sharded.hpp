@@ -45,7 +45,8 @@ namespace shard {
 ///   experts, which see the tokens of all expert-parallel ranks, are not scaled by another one: write gradients of the
 ///   sum of token losses, and divide by the number of tokens of the global batch.
 /// - **Bits**: with `reduction::ordered` and fixed chunks, every step has the same bits for every number of shard ranks
-///   and replicas; the norm and AdamW never depend on the sharding.
+///   and replicas (with `set_requires_all_reduce(false)`: from 2 replicas on); the norm and AdamW never depend on the
+///   sharding.
 ///
 /// Collective calls (`end_gather`, `reduce`, `gradient_norm`; `begin_gather` without a gather communicator) throw
 /// `comm_error` when another rank does not do its part. Calls return when done; after construction none allocates (but
@@ -113,8 +114,8 @@ class fully_sharded : public sharded_groups<Precision, Moment, Reduction, Comm> 
   void backward(F&& use);
 
   /// Divides the summed gradients of all groups. Not collective. @param divisor The number of tokens of the global
-  /// batch, where losses are sums over tokens. @throws invalid_argument if it is not finite and positive, or a group's
-  /// gradients are not all reduced.
+  /// batch, where losses are sums over tokens. @throws invalid_argument if it is not a normal positive number in the
+  /// type of sums, or a group's gradients are not all reduced.
   void divide_gradients(double divisor);
 
   /// The 2-norm of all gradients, each parameter counted once: exact sums of squares over each group's `ranks` and

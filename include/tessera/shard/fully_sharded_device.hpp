@@ -115,8 +115,8 @@ class fully_sharded<Precision, Moment, Reduction, Comm> : public sharded_groups<
   void backward(device_stream stream, F&& use);
 
   /// Divides the summed gradients of all groups. Not collective. @param stream Where. @param divisor The number of
-  /// tokens of the global batch, where losses are sums over tokens. @throws invalid_argument if it is not finite and
-  /// positive, or a group's gradients are not all reduced.
+  /// tokens of the global batch, where losses are sums over tokens. @throws invalid_argument if it is not a normal
+  /// positive number in the type of sums, or a group's gradients are not all reduced.
   void divide_gradients(device_stream stream, double divisor);
 
   /// The 2-norm of all gradients, as in host memory, and the factor `clip_factor(norm, max_norm)` for the next `step`.

@@ -35,7 +35,7 @@ struct group_shape {
 
 /// Choices that hold for all groups.
 struct options {
-  /// Groups that may be gathered while another one is in use, at least 0.
+  /// Groups that may be gathered while another one is in use, at least 0. As many as there are means all.
   int prefetch = 1;
   /// Whether micro-batches may leave their whole gradients unreduced (`set_requires_gradient_sync(false)`): every group
   /// then has memory for its whole gradients, instead of all sharing that of the largest one.

@@ -58,18 +58,25 @@ struct parameter {
 
 /// A parameter of experts as one expert-parallel rank holds it: `[num_slots, ...]` of the logical `[E, ...]`. The split
 /// among expert-parallel ranks comes first, the one among the ranks of the shard communicator inside of it (what
-/// DTensor calls a strided shard). Where there are more shard ranks than slots, divide another dimension. Host: set-up
-/// code.
+/// DTensor calls a strided shard). Where there are more shard ranks than slots, divide another dimension. An expert may
+/// have one copy only: copies would each count in the gradient norm, and nothing here adds their gradients up, so they
+/// would train apart. Host: set-up code.
 /// @param name      Fully qualified.
 /// @param placement Which rank holds which expert.
 /// @param rank      Expert-parallel rank.
 /// @param tensor    `box::whole({E, ...})`.
 /// @param dim       Dimension that the shard ranks divide.
 /// @param decays    Whether weight decay applies.
-/// @throws invalid_argument if there is no such rank, or the tensor's first extent is not the number of experts.
+/// @throws invalid_argument if there is no such rank, the tensor's first extent is not the number of experts, or an
+///         expert has several copies.
 template <expert_layout Layout>
 parameter expert_parameter(std::string name, const Layout& placement, int rank, const box& tensor, int dim = 0,
                            bool decays = true) {
+  for (int e = 0; e < placement.num_experts(); ++e) {
+    TESSERA_EXPECTS(placement.num_replicas(e) == 1,
+                    "parameter '" << name << "': expert " << e << " has " << placement.num_replicas(e)
+                                  << " copies; experts of a sharded parameter must have one copy each");
+  }
   parameter result{std::move(name), tensor, dim, decays, tensor, held_boxes(placement, rank, tensor)};
   result.local.size[0] = placement.num_slots(rank);
   return result;

@@ -132,7 +132,11 @@ class sharded_groups {
 
   /// Whether `reduce` communicates. @throws invalid_argument for false without `options::accumulate_unsharded`.
   void set_requires_gradient_sync(bool required);
-  /// Whether `reduce` sums over replicas, or keeps sums of this replica alone. Must be on in the last micro-batch.
+  /// Whether `reduce` sums over replicas, or keeps sums of this replica alone. Must be on in the last micro-batch. With
+  /// `reduction::ordered` the chunks that are kept add up over micro-batches before they are summed: the bits of
+  /// `set_requires_gradient_sync(false)` where gradients have the type of sums, whatever the number of replicas, from 2
+  /// on. Where there is one replica there is nothing to wait for and this changes nothing: each micro-batch is summed
+  /// by itself, which rounds differently.
   void set_requires_all_reduce(bool required) { all_reduce_ = required; }
 
  protected:
@@ -164,6 +168,8 @@ class sharded_groups {
   void expect_parameter(int g, int i) const;
   /// @throws invalid_argument if a group's gradients are not all reduced. @param what Who asks.
   void expect_gradients(const char* what) const;
+  /// Checks `divide_gradients`. @param divisor Given to it.
+  void expect_divisor(double divisor) const;
   /// Checks `set`. @param g Group. @param i Parameter. @param count Elements that are given.
   void expect_settable(int g, int i, std::size_t count) const;
   /// Takes a group's slot. @param g Group. @return false if it is gathered or under way.

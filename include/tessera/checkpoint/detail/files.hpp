@@ -38,7 +38,12 @@ inline void notify(const io_observer& observer, io_kind kind, std::string_view p
 /// An open file. Moves; closes itself.
 class file {
  public:
-  static file open(const std::string& path) { return file(path, O_RDONLY | O_CLOEXEC, "cannot be opened"); }
+  /// To read. @throws checkpoint_error if it is no regular file: opening a pipe would wait for who writes to it.
+  static file open(const std::string& path) {
+    file result(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK, "cannot be opened");
+    if (!S_ISREG(result.status().st_mode)) throw checkpoint_error(path + ": this is not a regular file");
+    return result;
+  }
   static file create(const std::string& path, const io_observer& observer) {
     notify(observer, io_kind::create, path);
     return file(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, "cannot be created");
@@ -57,12 +62,7 @@ class file {
   bool is_open() const { return descriptor_ >= 0; }
   const std::string& path() const { return path_; }
 
-  std::int64_t size() const {
-    struct stat status {};
-    if (::fstat(descriptor_, &status) != 0) fail_io(path_, "its size is not known", errno);
-    if (!S_ISREG(status.st_mode)) throw checkpoint_error(path_ + ": this is not a regular file");
-    return static_cast<std::int64_t>(status.st_size);
-  }
+  std::int64_t size() const { return static_cast<std::int64_t>(status().st_size); }
 
   void read(void* data, std::int64_t bytes, std::int64_t offset, const io_observer& observer) const {
     notify(observer, io_kind::read, path_, bytes, offset);
@@ -122,6 +122,12 @@ class file {
       descriptor_ = ::open(path.c_str(), flags, 0666);
     } while (descriptor_ < 0 && errno == EINTR);
     if (descriptor_ < 0) fail_io(path, failure, errno);
+  }
+
+  struct stat status() const {
+    struct stat result {};
+    if (::fstat(descriptor_, &result) != 0) fail_io(path_, "its kind and size are not known", errno);
+    return result;
   }
 
   std::string path_;

@@ -6,6 +6,7 @@
 /// Reductions of several sources in a fixed order, and the division of elements among ranks.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -29,6 +30,17 @@ constexpr slice slice_of(std::int64_t count, int parts, int index) {
   return {index * base + (index < longer ? index : longer), base + (index < longer ? 1 : 0)};
 }
 
+/// Whether `next` takes the place of `have`, the smallest (or with `Max` the largest) so far. A NaN stays and comes
+/// first, which comparisons alone would leave to the order of ranks.
+template <bool Max, reducible T>
+bool takes_place(T have, T next) {
+  if constexpr (std::is_floating_point_v<T>) {
+    if (std::isnan(have)) return false;
+    if (std::isnan(next)) return true;
+  }
+  return Max ? have < next : next < have;
+}
+
 /// `into[i] = op(into[i], from[i])`.
 template <reducible T>
 void reduce_into(reduce_op op, T* TESSERA_RESTRICT into, const T* TESSERA_RESTRICT from, std::int64_t count) {
@@ -44,10 +56,10 @@ void reduce_into(reduce_op op, T* TESSERA_RESTRICT into, const T* TESSERA_RESTRI
       }
       break;
     case reduce_op::min:
-      for (std::int64_t i = 0; i < count; ++i) into[i] = from[i] < into[i] ? from[i] : into[i];
+      for (std::int64_t i = 0; i < count; ++i) into[i] = takes_place<false>(into[i], from[i]) ? from[i] : into[i];
       break;
     case reduce_op::max:
-      for (std::int64_t i = 0; i < count; ++i) into[i] = into[i] < from[i] ? from[i] : into[i];
+      for (std::int64_t i = 0; i < count; ++i) into[i] = takes_place<true>(into[i], from[i]) ? from[i] : into[i];
       break;
   }
 }

@@ -69,18 +69,29 @@ inline void expect_capacity(const any_matrix& m, std::int64_t num_rows, std::int
                   name << " starts at " << m.data << ", an address aligned to " << m.alignment << " bytes is needed");
 }
 
-/// Checks that weights or gradients are there. @param what How the message calls them.
-inline void expect_weights(const expert_weights<const void>& w, std::int32_t num_groups, bool bias, const char* what) {
+/// Checks that weights or gradients are those of `sizes`: there, no expert in another one's matrix, and no biases that
+/// nobody would read or write. @param width Outputs U of the up-projection. @param what How the message calls them.
+inline void expect_weights(const expert_weights<const void>& w, std::int32_t num_groups, const expert_dims& sizes,
+                           std::int64_t width, const char* what) {
   if (num_groups == 0) return;
   TESSERA_EXPECTS(w.up != nullptr && w.down != nullptr,
                   what << " are missing: up is " << w.up << ", down is " << w.down);
   TESSERA_EXPECTS(
-      !bias || (w.up_bias != nullptr && w.down_bias != nullptr),
+      !sizes.bias || (w.up_bias != nullptr && w.down_bias != nullptr),
       what << " have biases by their dims, but up_bias is " << w.up_bias << " and down_bias is " << w.down_bias);
+  TESSERA_EXPECTS(
+      sizes.bias || (w.up_bias == nullptr && w.down_bias == nullptr),
+      what << " have no biases by their dims, but up_bias is " << w.up_bias << " and down_bias is " << w.down_bias);
+  const auto expect_stride = [&](std::int64_t stride, std::int64_t packed, const char* name) {
+    TESSERA_EXPECTS(num_groups == 1 || stride == 0 || stride >= packed,
+                    what << " have " << name << " = " << stride << ", it must be 0 or at least " << packed);
+  };
+  expect_stride(w.up_stride, width * sizes.hidden, "up_stride");
+  expect_stride(w.down_stride, std::int64_t{sizes.hidden} * sizes.intermediate, "down_stride");
 }
 template <class S>
 expert_weights<const void> untyped(const expert_weights<S>& w) {
-  return {w.up, w.down, w.up_bias, w.down_bias};
+  return {w.up, w.down, w.up_bias, w.down_bias, w.up_stride, w.down_stride};
 }
 
 /// The same matrices, with rows and columns exchanged.
@@ -183,7 +194,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(host_stream, co
   detail::expect_capacity(y, P, d, "y");
   detail::expect_capacity(scratch.activation, P, n, "the activation scratch");
   if (weighted_input) detail::expect_capacity(scratch.input, P, d, "the weighted input scratch");
-  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_.bias, "the experts' weights");
+  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_, U, "the experts' weights");
   if (P == 0) return;
   expect_disjoint(x, "x", y, "y");
   expect_disjoint(x, "x", saved.h, "the saved h");
@@ -225,7 +236,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
     detail::expect_capacity(x, P == 0 ? 0 : 1, d, "x");
     detail::expect_capacity(scratch.dinput, P, d, "the dinput scratch");
   }
-  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_.bias, "the experts' weights");
+  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_, U, "the experts' weights");
   if (P == 0) return;
   expect_disjoint(dy, "dy", dx, "dx");
   expect_disjoint(dy, "dy", saved.h, "the saved h");
@@ -269,7 +280,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
   detail::expect_capacity(saved.h, P, U, "the saved h");
   detail::expect_capacity(deferred.activation, P, n, "the deferred activation");
   if (weighted_input) detail::expect_capacity(scratch.input, P, d, "the weighted input scratch");
-  detail::expect_weights(detail::untyped(g), groups.num_local_experts, dims_.bias, "the experts' gradients");
+  detail::expect_weights(detail::untyped(g), groups.num_local_experts, dims_, U, "the experts' gradients");
 
   gemm::row_operand<storage> input{x.data, x.stride, groups.gather};
   if (weighted_input) {

@@ -33,9 +33,9 @@ void for_each_axis_in(std::string_view text, Visit&& visit) {
       good = read.ec == std::errc() && read.ptr == end;
     }
     const bool ends_in_comma = comma != std::string_view::npos && comma + 1 == rest.size();
-    TESSERA_EXPECTS(good && !ends_in_comma, "the mesh '"
-                                                << text << "' cannot be read at '" << item
-                                                << "': write axis=size,axis=size, for example dp_shard=2,ep=2");
+    constexpr const char* right = ": write axis=size,axis=size, for example dp_shard=2,ep=2";
+    TESSERA_EXPECTS(good, "the mesh '" << text << "' cannot be read at '" << item << "'" << right);
+    TESSERA_EXPECTS(!ends_in_comma, "the mesh '" << text << "' ends in a comma" << right);
     visit(item.substr(0, equals), size);
     rest = comma == std::string_view::npos ? std::string_view() : rest.substr(comma + 1);
   }

@@ -178,7 +178,7 @@ struct layer_forward_scratch {
     block_counts =
         b.take<std::uint8_t>("counts of blocks", p.on_device ? router_workspace::block_count_bytes(s.num_experts) : 0);
     if (p.travels) capacity = capacity_workspace<A>::layout(b, p.bounds, p.dispatch);
-    gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
+    gate_parts = b.take<S>("parts of the gate", p.on_device ? std::int64_t{3} * s.num_experts * s.hidden : 0);
     if (p.on_host) rows = dispatch_workspace<S>::layout(b, p.bounds, s.hidden);
     pairs = b.take<S>("expert outputs", p.bounds.max_pairs * s.hidden);
     experts = p.experts.carve_forward(b, p.bounds.max_pairs, p.weights_on);
@@ -272,7 +272,7 @@ struct layer_backward_scratch {
     if (p.on_host) sums = combine_workspace<S, A>::layout(b, p.bounds, s.hidden, typename Layer::combine_type{});
     routed = b.take<A>("routed gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
     gate = b.take<A>("gate's input gradients", p.on_device ? 0 : s.max_tokens * s.hidden);
-    gate_parts = b.take<S>("parts of the gate", p.on_device ? 3 * s.num_experts * s.hidden : 0);
+    gate_parts = b.take<S>("parts of the gate", p.on_device ? std::int64_t{3} * s.num_experts * s.hidden : 0);
     shared_dx = b.take<S>("shared gradients", p.has_shared() ? s.max_tokens * s.hidden : 0);
     token_offsets = b.take<std::int32_t>("token offsets", 2);
     if (p.has_shared())

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include <tessera/core/nvtx.hpp>
 #include <tessera/moe/detail/layer_checks.hpp>
@@ -10,6 +11,7 @@
 #include <tessera/moe/detail/layer_host.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/moe/moe_layer.hpp>
+#include <tessera/router/detail/checks.hpp>
 
 TESSERA_NAMESPACE_BEGIN
 
@@ -37,14 +39,14 @@ inline const shape& checked_shape(const shape& sizes, int layout_experts) {
   const auto positive = [](const char* name, std::int64_t value) {
     TESSERA_EXPECTS(value > 0, name << " = " << value << ", it must be positive");
   };
-  positive("num_experts", sizes.num_experts);
-  positive("top_k", sizes.top_k);
+  check_sizes(sizes.num_experts, sizes.top_k);  // what the router will refuse, before bytes are counted with it
   positive("hidden", sizes.hidden);
   positive("intermediate", sizes.intermediate);
   positive("max_tokens", sizes.max_tokens);
-  TESSERA_EXPECTS(sizes.top_k <= sizes.num_experts,
-                  "top_k = " << sizes.top_k << " exceeds num_experts = " << sizes.num_experts);
   TESSERA_EXPECTS(sizes.num_shared_experts >= 0, "num_shared_experts = " << sizes.num_shared_experts << " is negative");
+  TESSERA_EXPECTS(std::int64_t{sizes.num_shared_experts} * sizes.intermediate <= INT32_MAX,
+                  "num_shared_experts = " << sizes.num_shared_experts << " of intermediate = " << sizes.intermediate
+                                          << " make an expert wider than " << INT32_MAX);
   TESSERA_EXPECTS(
       layout_experts == sizes.num_experts,
       "the layout places " << layout_experts << " experts, the shape has num_experts = " << sizes.num_experts);

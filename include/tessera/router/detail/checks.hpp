@@ -12,6 +12,7 @@
 
 #include <tessera/core/error.hpp>
 #include <tessera/core/views.hpp>
+#include <tessera/router/balance.hpp>
 #include <tessera/router/detail/token.hpp>
 #include <tessera/router/routing.hpp>
 
@@ -29,6 +30,12 @@ inline void check_sizes(int num_experts, int top_k) {
 
 inline void check_coefficient(float coefficient, std::string_view name) {
   TESSERA_EXPECTS(is_finite(coefficient), name << " has coefficient = " << coefficient << ", it must be finite");
+}
+
+template <class Balance>
+void check_balance(const typename Balance::options& options) {
+  if constexpr (balance_is_loss<Balance>) check_coefficient(options.coefficient, Balance::name);
+  if constexpr (requires { Balance::check(options); }) Balance::check(options);
 }
 
 /// Calls `f(first, last)` for each sequence that has a token.

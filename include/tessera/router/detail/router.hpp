@@ -21,9 +21,7 @@ router<Score, Select, Weigh, Balances...>::router(const options& chosen) : optio
     Select::check(chosen.select, chosen.num_experts, chosen.top_k);
   }
   if constexpr (requires { Weigh::check(chosen.weigh); }) Weigh::check(chosen.weigh);
-  detail::for_each_loss<Balances...>(chosen.balance, [](auto tag, const auto& policy, int) {
-    detail::check_coefficient(policy.coefficient, decltype(tag)::type::name);
-  });
+  std::apply([](const auto&... policies) { (detail::check_balance<Balances>(policies), ...); }, chosen.balance);
 }
 
 template <class Score, class Select, class Weigh, class... Balances>

@@ -190,9 +190,7 @@ void fully_sharded<Precision, Moment, Reduction, Comm>::reduce(int g) {
 
 template <precision_policy Precision, storage_type Moment, class Reduction, class Comm>
 void fully_sharded<Precision, Moment, Reduction, Comm>::divide_gradients(double divisor) {
-  TESSERA_EXPECTS(std::isfinite(divisor) && divisor > 0,
-                  "divide_gradients: divisor = " << divisor << ", it must be finite and positive");
-  this->expect_gradients("divide_gradients");
+  this->expect_divisor(divisor);
   const auto by = static_cast<accumulate>(divisor);
   std::size_t next = 0;
   for (auto& m : memory_.groups) {

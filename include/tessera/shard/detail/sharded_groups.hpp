@@ -6,6 +6,7 @@
 /// Definitions of `sharded_groups.hpp`.
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -71,6 +72,7 @@ sharded_groups<Precision, Moment, Reduction, Comm>::sharded_groups(std::vector<g
                   "of " << num_groups() << " shard groups " << with_gather
                         << " have a gather communicator: give one to all groups or to none");
   detail::expect_shapes(shapes, choices_);
+  choices_.prefetch = (std::min)(choices_.prefetch, num_groups());  // more is the same, and sums with it are small
   layouts_ = detail::layouts_of(shapes);
   memory_builder state_builder(state, "sharded state memory");
   memory_builder step_builder(step, "sharded step memory");
@@ -121,6 +123,15 @@ void sharded_groups<Precision, Moment, Reduction, Comm>::expect_gradients(const 
           "the last reduce";
     TESSERA_EXPECTS(reason == nullptr, what << ": shard group '" << groups_[index(g)].name << "' has " << reason);
   }
+}
+
+template <precision_policy Precision, storage_type Moment, class Reduction, communicator Comm>
+void sharded_groups<Precision, Moment, Reduction, Comm>::expect_divisor(double divisor) const {
+  // in the type that divides, where 1e-300 may be 0
+  constexpr double least = (std::numeric_limits<accumulate>::min)(), most = (std::numeric_limits<accumulate>::max)();
+  TESSERA_EXPECTS(divisor >= least && divisor <= most,
+                  "divide_gradients: divisor = " << divisor << ", it must be between " << least << " and " << most);
+  expect_gradients("divide_gradients");
 }
 
 template <precision_policy Precision, storage_type Moment, class Reduction, communicator Comm>

@@ -60,7 +60,7 @@ struct sharded_memory {
 inline int num_slots(std::span<const group_shape> shapes, const options& choices) {
   int turning = 0;
   for (const group_shape& s : shapes) turning += s.reshard_after_forward ? 1 : 0;
-  return (std::min)(turning, choices.prefetch + 1);
+  return choices.prefetch < turning ? choices.prefetch + 1 : turning;
 }
 
 /// Bytes since the last call.
