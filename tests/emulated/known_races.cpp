@@ -9,5 +9,5 @@ extern "C" const char* __tsan_default_suppressions() {
   return
       // The word that tells of a failure is read by volatile reads: whoever sees it late does a little more.
       "race:symmetric::failed\n"
-      "race:symmetric::write_down\n";
+      "race:write_down\n";
 }

@@ -110,6 +110,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::forward(device_stream s
   static_assert(detail::device_precision<Precision>(),
                 "experts: the device half computes in bf16 with fp32 sums: use precision::bf16 or "
                 "precision::bf16_gradients, or the host half");
+  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_, up_width(), "the experts' weights");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
   const auto products = detail::device_products<Gemm>(scratch.tile_counter).beside(scratch.share.shares);
@@ -144,6 +145,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_input(
     const Weighting& weighting, const weights& w, const saved_view& saved, const deferred_view& deferred,
     matrix_view<storage> dx, accumulate* dpair_weights, const backward_input_scratch& scratch) const {
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
+  detail::expect_weights(detail::untyped(w), rows.num_local_experts, dims_, up_width(), "the experts' weights");
   using layout = detail::device_layout<WeightLayout>;
   using gemm::hopper::gathered;
   const auto products = detail::device_products<Gemm>(scratch.tile_counter).beside(scratch.share.shares);
@@ -197,6 +199,7 @@ void experts<Activation, Precision, WeightLayout, Gemm>::backward_weights(
     const Weighting& weighting, const saved_view& saved, const deferred_view& deferred, const gradients& g, write mode,
     const backward_weights_scratch& scratch) const {
   static_assert(detail::device_precision<Precision>(), "experts: the device half computes in bf16 with fp32 sums");
+  detail::expect_weights(detail::untyped(g), groups.num_local_experts, dims_, up_width(), "the experts' gradients");
   const auto products = detail::device_products<Gemm>(scratch.tile_counter).beside(scratch.share.shares);
   const auto first = products.limited(scratch.share.first_sms);
   const std::int64_t d = dims_.hidden, n = dims_.intermediate;
