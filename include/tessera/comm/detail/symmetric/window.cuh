@@ -100,7 +100,7 @@ class registered_window {
 
  private:
   void release() noexcept {
-    if (own_.failed()) return;  // aborted with its windows; and a thread of NCCL's may write the handle yet
+    if (own_.failed()) return;  // aborted, and NCCL knows what of it is left; a thread of its may write the handle yet
     if (*window_ != nullptr) static_cast<void>(ncclCommWindowDeregister(own_.native(), *window_));
     delete window_;
   }
