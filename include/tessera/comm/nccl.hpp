@@ -65,8 +65,9 @@ struct nccl_options {
 ///
 /// The last handle finalises the communicator: it waits, at most for the timeout, until the operations of this rank
 /// are done, and aborts it then; destroy it when all ranks are done with it. NCCL frees the communicators of all GPUs
-/// of a process when the last of them goes. A handle, its copies and its sub-communicators are used by one thread at a
-/// time; a communicator that was split off may be used by another thread than its origin.
+/// of a process when the last of them goes; a pause of a quarter of a second keeps that apart from what its threads
+/// free. A handle, its copies and its sub-communicators are used by one thread at a time; a communicator that was split
+/// off may be used by another thread than its origin.
 class nccl {
  public:
   using space = tessera::space::device;  ///< Buffers are device memory.
