@@ -164,6 +164,15 @@ TEST_CASE("a mirrored place that no micro-batch passes adds nothing, and gets th
   }
 }
 
+TEST_CASE("a rank that holds a stage twice is refused when memory is sized") {
+  pl::schedule s = pl::dualpipe(2, 4);
+  const pl::place first = s.routes[0][0];
+  s.routes[1][0] = {first.rank, 1 - first.chunk};
+  for (const auto order : {pl::gradient_order::schedule, pl::gradient_order::micro_batch})
+    CHECK(contains(message_of([&] { pl::sum_mirrored_gradients_workspace_bytes<float>(s, order, 2); }),
+                   "rank 0 holds stage 0 twice"));
+}
+
 TEST_CASE("unordered addition of mirrored stages is the same up to rounding, with one row of gradients") {
   const pl::schedule s = pl::dualpipe(4, 10);
   const auto rows = ragged_rows(10, 4);

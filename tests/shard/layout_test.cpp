@@ -51,6 +51,17 @@ TEST_CASE("what cannot be divided is refused by name") {
   CHECK(refusal({{.name = "t", .whole = ts::box::whole({})}}, 2).find("scalar") != std::string::npos);
   CHECK(refusal({{.name = "t", .whole = ts::box::whole({4}), .dim = 1}}, 2).find("dimension 1") != std::string::npos);
   CHECK(refusal({}, 0).find("at least 1 rank") != std::string::npos);
+  const ts::box whole = ts::box::whole({8, 3}), local = ts::box::whole({2, 3});
+  const auto with_held = [&](const ts::box& logical, const ts::box& in_local) {
+    return refusal({{.name = "e", .whole = whole, .local = local, .held = {{logical, in_local}}}}, 2);
+  };
+  ts::box last = local, behind = local;
+  last.offset[0] = 6;
+  behind.offset[0] = 7;
+  CHECK(with_held(last, local).empty());
+  CHECK(with_held(behind, local).find("'e': held part 0") != std::string::npos);
+  CHECK(with_held(local, last).find("'e': held part 0") != std::string::npos);
+  CHECK(with_held(ts::box::whole({1, 3}), local).find("same extents") != std::string::npos);
 }
 
 // Element k of a tensor, told apart from those of other tensors.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <utility>
 #include <vector>
@@ -31,8 +32,8 @@ class group_layout {
   group_layout() = default;
 
   /// @param parameters What is divided. @param ranks Among how many.
-  /// @throws invalid_argument for fewer than 1 rank, a scalar, a dimension that does not exist, and a dimension other
-  /// than 0 that `ranks` does not divide; the message names the parameter.
+  /// @throws invalid_argument for fewer than 1 rank, a scalar, a dimension that does not exist, a dimension other than
+  /// 0 that `ranks` does not divide, and a held part outside of its tensors; the message names the parameter.
   group_layout(std::vector<parameter> parameters, int ranks) : parameters_(std::move(parameters)), ranks_(ranks) {
     TESSERA_EXPECTS(ranks >= 1, "a shard group needs at least 1 rank, ranks = " << ranks);
     for (const parameter& p : parameters_) {
@@ -47,6 +48,13 @@ class group_layout {
                       "parameter '" << p.name << "': its dimension " << p.dim << " has " << tensor.size[p.dim]
                                     << " elements, which " << ranks
                                     << " ranks do not divide; only dimension 0 may be divided unevenly");
+      for (std::size_t h = 0; h < p.held.size(); ++h) {
+        const held_box& held = p.held[h];
+        TESSERA_EXPECTS(at_origin(tensor).contains(held.local) && p.whole.contains(held.logical) &&
+                            std::ranges::equal(held.local.size, held.logical.size),
+                        "parameter '" << p.name << "': held part " << h
+                                      << " does not lie in the local and in the whole tensor with the same extents");
+      }
     }
     for (int rank = 0; rank < ranks; ++rank) row_ = (std::max)(row_, shard_elements(rank));
   }
@@ -65,8 +73,7 @@ class group_layout {
   /// @param rank Rank.
   box part(int i, int rank) const {
     const parameter& p = at(i);
-    box result = p.divided();
-    for (int d = 0; d < result.rank; ++d) result.offset[d] = 0;
+    box result = at_origin(p.divided());
     const chunk own = chunk_of(result.size[p.dim], ranks_, rank);
     result.offset[p.dim] = own.begin;
     result.size[p.dim] = own.length;
@@ -95,9 +102,7 @@ class group_layout {
       result.push_back(piece);
     };
     if (p.held.empty()) {
-      box origin = p.divided();
-      for (int d = 0; d < origin.rank; ++d) origin.offset[d] = 0;
-      add({p.divided(), origin});
+      add({p.divided(), at_origin(p.divided())});
     } else {
       for (const held_box& held : p.held) add(held);
     }
@@ -158,6 +163,11 @@ class group_layout {
   }
 
  private:
+  static box at_origin(box tensor) {
+    std::fill(std::begin(tensor.offset), std::end(tensor.offset), 0);
+    return tensor;
+  }
+
   std::vector<parameter> parameters_;
   int ranks_ = 1;
   std::int64_t row_ = 0;

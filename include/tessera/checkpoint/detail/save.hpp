@@ -44,7 +44,9 @@ std::string saver<Comm>::save(const save_plan& plan, std::span<const source_piec
   wait();
   job work = begin(plan, pieces, state);
   work.plan = &plan;
-  write(work, detail::find_sources(plan, comm_->rank(), pieces));
+  detail::chunk_sources sources;
+  work.result = detail::attempt([&] { sources = detail::find_sources(plan, comm_->rank(), pieces); });
+  if (!work.result.failed) write(work, sources);
   return commit(work);
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include <tessera/pipeline/mirrored_gradients.hpp>
@@ -76,9 +78,8 @@ std::size_t sum_mirrored_gradients_workspace_bytes(const schedule& s, gradient_o
                   "sum_mirrored_gradients: block_elements = " << block_elements << ", at least 1 is needed");
   std::int64_t most = 0;
   for (int stage = 0; stage < s.num_stages; ++stage) {
-    std::int64_t rows = 0;
-    for (const route& way : s.routes) rows += gradient_rows_of(s, way[static_cast<std::size_t>(stage)], order);
-    most = std::max(most, rows);
+    const std::vector<std::int64_t> rows = detail::mirrored_stage(s, stage, order).rows;
+    most = std::max(most, std::accumulate(rows.begin(), rows.end(), std::int64_t{0}));
   }
   memory_builder counting;
   counting.take<G>("sum", block_elements);
