@@ -327,6 +327,26 @@ TEST_CASE("a failure of any access on any rank is told on all ranks, and a whole
   }
 }
 
+TEST_CASE("what a rank finds wrong after a save has begun is told on all, and the folder goes") {
+  temporary_folder folder;
+  ts::comm::threads::run(2, [&](ts::comm::threads& comm) {
+    const model_rank model(comm.rank(), 2, 1, 1);
+    std::vector<ck::source_piece> pieces = model.sources();
+    const auto lose = [&](const ck::io_event& e) {
+      if (e.kind == ck::io_kind::create_directory) pieces[0].data = nullptr;  // rank 0 alone makes it
+    };
+    ck::saver saver(comm, {.directory = folder.str(), .observer = lose});
+    const auto save = [&] { saver.save(model_plan(2, 1), pieces, {.step = 1}); };
+    if (const std::string text = message_of<ts::checkpoint_error>(save);
+        !contains(text, "rank 0: tensor 'experts.up' has no data"))
+      throw std::runtime_error(text);
+    saver.save(model_plan(2, 1), model.sources(), {.step = 2});  // the communicator is usable
+  });
+  CHECK(ck::list_steps(folder.str()) == std::vector<std::int64_t>{2});
+  for (const auto& entry : fs::directory_iterator(folder.str()))
+    CHECK_FALSE(contains(entry.path().filename().string(), ".tmp-"));
+}
+
 TEST_CASE("ranks that disagree about the plan or the step are told so") {
   temporary_folder folder;
   ts::comm::threads::run(2, [&](ts::comm::threads& comm) {

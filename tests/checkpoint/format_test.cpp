@@ -451,7 +451,32 @@ TEST_CASE("where no checkpoint is whole that is an error, not a run that has non
   CHECK(contains(refused(), "no checkpoint in " + folder.str() + " is whole: "));
   CHECK(contains(refused(), "step-3/manifest.json"));
   CHECK_THROWS_AS(ck::resume(comm, folder.str(), model.targets()), ts::checkpoint_error);
-  CHECK_THROWS_AS(saver.save(model_plan(1, 1), model.sources(), {.step = 1'000'000'000'000'000'000}), ts::error);
+  saver.save(model_plan(1, 1), model.sources(), {.step = 4});
+  write_file(folder / "step-4/manifest.json", "{");
+  CHECK(contains(refused(), "step-4/manifest.json"));  // of several the first that was looked at
+  const auto save = [&](std::int64_t step) {
+    return message_of<ts::error>([&] { saver.save(model_plan(1, 1), model.sources(), {.step = step}); });
+  };
+  CHECK(contains(save(1'000'000'000'000'000'000), "it must be 0 to 999999999999999999"));
+  CHECK(contains(ck::step_name(999'999'999'999'999'999), "999999999999999999"));
+  fs::remove_all(folder / "step-3");
+  fs::remove_all(folder / "step-4");
+  write_file(folder / "latest", "step-9\n");
+  CHECK(contains(refused(), "step-9"));  // what `latest` names has gone, and nothing else is there
+}
+
+TEST_CASE("a manifest that loading would refuse is not published, and nothing older is deleted") {
+  temporary_folder folder;
+  ts::comm::self<ts::space::host> comm;
+  const model_rank model(0, 1, 1, 1);
+  ck::saver saver(comm, {.directory = folder.str(), .keep_last = 1, .sync = false});
+  ck::save_plan plan = model_plan(1, 1);
+  saver.save(plan, model.sources(), {.step = 1});
+  plan.block_bytes *= 1 << 30;  // beyond max_block_bytes
+  CHECK(contains(message_of<ts::checkpoint_error>([&] { saver.save(plan, model.sources(), {.step = 2}); }),
+                 "manifest.json: block_bytes is "));
+  CHECK(ck::list_steps(folder.str()) == std::vector<std::int64_t>{1});
+  CHECK(ck::find_checkpoint(folder.str()) == folder / "step-1");
 }
 
 TEST_CASE("parts are whole where the size to split at is as large as can be") {

@@ -148,6 +148,13 @@ void names_different_sizes() {
   }
 }
 
+// No time of a clock overflows.
+void waits_with_the_longest_timeout() {
+  ts::comm::mpi c(MPI_COMM_WORLD, {.timeout = milliseconds::max()});
+  if (c.rank() == 1) std::this_thread::sleep_for(milliseconds(50));
+  c.barrier({});
+}
+
 // Runs a check on all ranks; true where it holds on this one.
 bool holds(const char* name, const std::function<void()>& check, int rank) {
   bool good = true;
@@ -177,6 +184,7 @@ int main() {
     good &= holds("gives the same bits as threads", gives_the_bits_of_threads, rank);
     good &= holds("cuts large messages into pieces", cuts_large_messages, rank);
     good &= holds("refuses bad options", refuses_bad_options, rank);
+    good &= holds("waits with the longest timeout", waits_with_the_longest_timeout, rank);
     good &= holds("names a failing rank on all others", names_a_failing_rank, rank);
     good &= holds("names a stalled rank on all others", names_a_stalled_rank, rank);
     good &= holds("names ranks that wait for one another", names_ranks_that_wait_for_one_another, rank);

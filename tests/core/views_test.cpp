@@ -134,6 +134,8 @@ TEST_CASE("expect_disjoint lets the columns of one matrix be, with the same stri
   CHECK_FALSE(apart(columns(0, 0, 4), columns(1, 0, 4)));
   CHECK_FALSE(apart(columns(0, 0, 4), columns(0, 6, 4)));  // ends in the next row's columns 0 and 1
   CHECK_FALSE(apart(columns(0, 0, 4), columns(0, 4, 4, 9)));
+  const ts::matrix_view<float> no_columns(data.data(), 4, 0, 0);
+  CHECK(apart(no_columns, no_columns));
   // elements of another size, with rows as long
   const ts::matrix_view<double> wide(reinterpret_cast<double*>(data.data() + 4), 4, 2, 4);
   CHECK(apart(columns(0, 0, 4), wide));

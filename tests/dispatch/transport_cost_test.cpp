@@ -214,18 +214,18 @@ TEST_CASE("copies ask for room on the way home for what goes to each peer, and f
 
 // Medians of the slowest rank on 2 and 4 H200, in microseconds, of bench/results/gpu_ranks_2.json and gpu_ranks_4.json:
 // dispatch_cached and combine_expert_rows, and with SMs given dispatch_cached and combine_expert_rows of 4096 tokens.
-// Those of four ranks are of the state before 16 SMs sent rows and fewer warps sums.
+// Those of four ranks are of the state before 16 SMs sent rows and fewer warps sums, all of these by a counter.
 TEST_CASE("the model agrees with what was measured on 2 and 4 H200 within 15 per cent") {
   struct figure {
     int ranks;
     std::int64_t tokens;
     double dispatch_us, combine_us;
   };
-  for (const figure& f : {figure{2, 512, 29.1, 39.8},
-                          {2, 1024, 49.2, 62.5},
-                          {2, 2048, 89.6, 104.0},
-                          {2, 4096, 168.9, 191.1},
-                          {2, 8192, 327.2, 355.1},
+  for (const figure& f : {figure{2, 512, 28.8, 39.9},
+                          {2, 1024, 48.9, 61.1},
+                          {2, 2048, 89.6, 101.8},
+                          {2, 4096, 168.5, 189.9},
+                          {2, 8192, 326.9, 354.9},
                           {4, 512, 64.9, 76.7},
                           {4, 1024, 125.5, 138.8},
                           {4, 2048, 240.4, 251.5},
@@ -243,9 +243,9 @@ TEST_CASE("the model agrees with what was measured on 2 and 4 H200 within 15 per
     double dispatch_us, combine_us;
   };
   for (const budget& b :
-       {budget{2, 4, 576.0, 2417.8}, {2, 8, 294.0, 1219.8},  {2, 12, 198.7, 817.9}, {2, 16, 168.8, 616.7},
-        {2, 24, 170.2, 417.0},       {2, 32, 169.8, 317.3},  {2, 48, 170.1, 222.9}, {2, 64, 170.0, 204.8},
-        {2, 96, 170.6, 197.9},       {2, 132, 170.6, 191.2}, {4, 4, 1044.0, 3360},  {4, 8, 534.7, 1693.3},
+       {budget{2, 4, 576.1, 2390.0}, {2, 8, 295.0, 1199.9},  {2, 12, 199.5, 807.4}, {2, 16, 168.6, 609.2},
+        {2, 24, 170.7, 412.0},       {2, 32, 170.3, 313.8},  {2, 48, 170.5, 221.3}, {2, 64, 170.4, 206.3},
+        {2, 96, 170.9, 197.4},       {2, 132, 170.9, 190.0}, {4, 4, 1044.0, 3360},  {4, 8, 534.7, 1693.3},
         {4, 12, 460.6, 1133.9},      {4, 16, 460.7, 857.2},  {4, 24, 461.2, 581.2}, {4, 32, 461.2, 479.0},
         {4, 48, 463.8, 482.8},       {4, 64, 465.1, 481.9},  {4, 96, 465.2, 482.5}, {4, 132, 464.9, 481.8}}) {
     CAPTURE(b.ranks);
@@ -254,7 +254,7 @@ TEST_CASE("the model agrees with what was measured on 2 and 4 H200 within 15 per
     CHECK(ts::dispatch_time(kind::all_to_all, c).us == doctest::Approx(b.dispatch_us).epsilon(0.15));
     CHECK(ts::combine_time(kind::all_to_all, c).us == doctest::Approx(b.combine_us).epsilon(0.15));
   }
-  CHECK(ts::dispatch_time(kind::all_gather, sizes(2, 4096)).us == doctest::Approx(168.7).epsilon(0.15));
+  CHECK(ts::dispatch_time(kind::all_gather, sizes(2, 4096)).us == doctest::Approx(168.5).epsilon(0.15));
   CHECK(ts::dispatch_time(kind::all_gather, sizes(4, 4096)).us == doctest::Approx(513.9).epsilon(0.15));
 }
 
@@ -264,9 +264,9 @@ TEST_CASE("the model agrees with measured copies by copy engines within 15 per c
     std::int64_t tokens;
     double dispatch_us, combine_us;
   };
-  for (const copied& f : {copied{2, 1, 128, 23.2, 82.9},
-                          {2, 1, 1024, 62.6, 140.2},
-                          {2, 1, 4096, 178.9, 316.2},
+  for (const copied& f : {copied{2, 1, 128, 21.7, 80.9},
+                          {2, 1, 1024, 62.3, 138.0},
+                          {2, 1, 4096, 178.9, 314.2},
                           {4, 1, 128, 41.5, 116.5},
                           {4, 1, 1024, 148.5, 290.8},
                           {4, 1, 4096, 490.4, 707.0},
@@ -282,21 +282,21 @@ TEST_CASE("the model agrees with measured copies by copy engines within 15 per c
     CHECK(ts::combine_time(kind::copy_engines, c).us == doctest::Approx(f.combine_us).epsilon(0.15));
   }
   // copies alone
-  CHECK(ts::copies_us(sizes(2, 128), {}) == doctest::Approx(8.3).epsilon(0.15));
+  CHECK(ts::copies_us(sizes(2, 128), {}) == doctest::Approx(8.2).epsilon(0.15));
   CHECK(ts::copies_us(sizes(4, 128), {}) == doctest::Approx(29.4).epsilon(0.15));
-  CHECK(ts::copies_us(sizes(2, 4096), {}) == doctest::Approx(153.7).epsilon(0.15));
+  CHECK(ts::copies_us(sizes(2, 4096), {}) == doctest::Approx(153.8).epsilon(0.15));
   CHECK(ts::copies_us(sizes(4, 4096), {}) == doctest::Approx(481.8).epsilon(0.15));
 }
 
 // A launch is not all of the fixed time: it grows with the first rows. Two ranks that bring 128 tokens home take 14 us,
-// and the model says two fifths more. What is chosen for few tokens does not hang on this: copies take 83 and 117 us
+// and the model says two fifths more. What is chosen for few tokens does not hang on this: copies take 81 and 117 us
 // to bring them home.
 TEST_CASE("the model is worse where few tokens travel") {
   struct figure {
     int ranks;
     double dispatch_us, combine_us, combine_tolerance;
   };
-  for (const figure& f : {figure{2, 10.9, 14.0, 0.4}, {4, 20.5, 27.3, 0.15}}) {
+  for (const figure& f : {figure{2, 11.3, 14.2, 0.4}, {4, 20.5, 27.3, 0.15}}) {
     CAPTURE(f.ranks);
     CHECK(ts::dispatch_time(kind::all_to_all, sizes(f.ranks, 128)).us == doctest::Approx(f.dispatch_us).epsilon(0.2));
     CHECK(ts::combine_time(kind::all_to_all, sizes(f.ranks, 128)).us ==

@@ -380,6 +380,11 @@ TEST_CASE("bad arguments get a sentence with the values, and nothing is written"
   w = r.weights();
   w.up_stride = q.width * q.d - 1;
   says(forward(r.rows(), r.x_view(), w, r.y_view()), "weights have up_stride = 5759, it must be 0 or at least 5760");
+  says(message_of([&] {
+         r.experts.backward_input({}, r.rows(), r.x_view(), r.dy_view(), r.weighting(), w, r.saved, r.deferred,
+                                  r.dx_view(), r.dweight.data(), r.input_scratch);
+       }),
+       "weights have up_stride = 5759");
   w.up_stride = q.width * q.d;
   w.down_stride = -q.d * q.n;
   says(forward(r.rows(), r.x_view(), w, r.y_view()), "weights have down_stride = -2880, it must be 0 or at least 2880");

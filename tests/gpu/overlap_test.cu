@@ -59,6 +59,11 @@ __global__ void spin_kernel(record* r, long long ns, ts::sm_share share) {
 
 constexpr int blocks_without_limit = 4;
 
+// What no failed call throws.
+struct refused : std::logic_error {
+  using std::logic_error::logic_error;
+};
+
 // A chunk whose phases are spinning kernels with as many blocks as their lane has multiprocessors.
 struct spinning_chunk {
   using element = float;
@@ -70,7 +75,7 @@ struct spinning_chunk {
 
   int num_layers() const { return layers; }
   void launch(pl::phase what, int layer, const pl::lane<ts::space::device>& where) {
-    if (layer == throw_at_layer) throw std::runtime_error("refused");
+    if (layer == throw_at_layer) throw refused("refused");
     const int blocks = where.num_sms == 0 ? blocks_without_limit : where.num_sms;
     const long long ns = pl::is_communication(what) ? communication_ns : compute_ns;
     spin_kernel<<<blocks, 32, 0, where.stream.get()>>>(records + static_cast<int>(what) * layers + layer, ns,
@@ -245,7 +250,7 @@ TEST_CASE("a phase that throws leaves the streams joined and the lanes usable") 
   overlap_case c;
   spinning_chunk chunk{.records = c.records.data(), .throw_at_layer = 1};
   pl::overlap_stage<spinning_chunk, pl::device_lanes> stage(chunk, c.lanes);
-  CHECK_THROWS_AS(stage.overlapped(c.stream, {}, {}, {}, stage, {}, {}, {}, {}), std::runtime_error);
+  CHECK_THROWS_AS(stage.overlapped(c.stream, {}, {}, {}, stage, {}, {}, {}, {}), refused);
   require(cudaStreamSynchronize(c.stream), "cudaStreamSynchronize");
   c.check_order(c.run_pair(c.lanes));
 }

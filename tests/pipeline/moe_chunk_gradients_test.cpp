@@ -25,6 +25,7 @@
 #include <tessera/pipeline/moe_chunk.hpp>
 #include <tessera/pipeline/one_f_one_b.hpp>
 
+#include "../support/messages.hpp"
 #include "pipeline_fixture.hpp"
 
 namespace {
@@ -526,4 +527,26 @@ TEST_CASE("a phase that throws inside an overlapped pair reaches every rank of e
   throw_in_mixer = false;
   CHECK(told == s.num_ranks * expert_ranks);
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(10));
+}
+
+TEST_CASE("a micro-batch whose row of gradients a block does not have is refused with the numbers") {
+  using chunk_type = pl::moe_chunk<layer, test_mixer>;
+  threads::run(expert_ranks, [](threads& world) {
+    threads group = world.split(0, 0);
+    stage_parts parts(group, 1, 3, 1, 1, true);
+    test_layer& l = *parts.layers[0];
+    const std::vector<chunk_type::block> blocks{
+        {.before = parts.mixers[0].get(), .layer = &l.moe, .weights = l.weights(), .gradients = l.rows}};
+    const auto bytes = chunk_type::sizes(blocks, tokens, hidden, 1);
+    ts::host_buffer saved(bytes.saved_bytes), deferred(bytes.deferred_bytes), workspace(bytes.workspace_bytes);
+    chunk_type chunk(blocks, tokens, hidden, 1, saved, deferred, workspace);
+    for (const int row : {-1, 1}) {
+      chunk_type::backward_type call{};
+      call.item = {.stage = 1, .micro_batch = 4, .gradient_row = row};
+      for (const auto phase : {&chunk_type::backward_mlp_weights, &chunk_type::backward_attention_weights})
+        CHECK(tessera_test::message_of([&] { (chunk.*phase)(call); }) ==
+              "moe_chunk: block 0 has 1 rows of gradients, micro-batch 4 adds to row " + std::to_string(row) +
+                  ": give execution_plan::gradient_rows of the chunk");
+    }
+  });
 }

@@ -49,7 +49,8 @@ manifest read_manifest(const std::string& path, const io_observer& observer = {}
 /// @param log       Gets a note about everything that was passed over.
 /// @param observer  Sees the accesses.
 /// @return The folder of the checkpoint; nothing if there is none.
-/// @throws checkpoint_error if the folder cannot be read, or if there are checkpoints and none is whole, saying why.
+/// @throws checkpoint_error if the folder cannot be read, or if there are checkpoints, if only one that `latest` names
+/// and that is gone, and none is whole, saying why.
 std::optional<std::string> find_checkpoint(const std::string& directory, const log_sink& log = {},
                                            const io_observer& observer = {});
 

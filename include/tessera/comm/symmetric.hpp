@@ -59,11 +59,11 @@ struct symmetric_options {
 /// wait for ranks while these run, such as NCCL's collectives on another stream, count too. The library's choice leaves
 /// them room beside dispatch, and combine needs none to be left: what peers wait for is sent by the blocks that have
 /// room. Rows in the order of experts (`dispatch_expanded_begin`) take all: give them a budget (`num_sms`) that leaves
-/// room, or order such collectives before or after them.
-/// Streams that share a hardware queue wait for each other: with slots that overlap, or with more streams than eight,
-/// set CUDA_DEVICE_MAX_CONNECTIONS=32. Loading a kernel when it is first launched may wait for kernels that wait for
-/// another rank's: a layer loads its kernels when it is made, and engines with kernels of their own call `load_kernels`
-/// (`comm/load_kernels.cuh`) in their files, or set CUDA_MODULE_LOADING=EAGER.
+/// room, or order such collectives before or after them. Streams that share a hardware queue wait for each other: with
+/// slots that overlap, or with more streams than eight, set CUDA_DEVICE_MAX_CONNECTIONS=32. Loading a kernel when it is
+/// first launched may wait for kernels that wait for another rank's: a layer loads its kernels when it is made, and
+/// engines with kernels of their own call `load_kernels` (`comm/load_kernels.cuh`) in their files, or set
+/// CUDA_MODULE_LOADING=EAGER.
 ///
 /// **Failure.** A kernel that waits for another rank longer than the timeout writes down whom it waited for and ends;
 /// later operations of this rank do nothing. `failure` looks without waiting, `check` throws, `wait` does so for a

@@ -7,8 +7,9 @@
 /// `TESSERA_ENABLE_NVTX` is defined, the same in every translation unit of a program; the toolkit's header is needed
 /// then. Off, they cost nothing and need nothing.
 ///
-/// They are named as the calls they stand for, "tessera::moe_layer::forward": those of `moe_layer`, of `fully_sharded`
-/// in host memory, `pipeline::executor::run`, and saving and loading of checkpoints.
+/// They are named as the calls they stand for, "tessera::moe_layer::forward": the passes and `end_step` of `moe_layer`,
+/// `begin_gather`, `reduce` and `step` of `fully_sharded` in host memory, `pipeline::executor::run`, and of checkpoints
+/// `load` and the saver's `save`, `save_async` and `wait`.
 
 #include <tessera/core/config.hpp>
 

@@ -9,8 +9,10 @@
 /// costs 3.5 s in each nvcc translation unit. Any mdspan converts to a view instead, `std::` or `cuda::std::`.
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include <tessera/core/error.hpp>
 

@@ -44,9 +44,9 @@ struct transport_case {
   double compute_us = 0;
 };
 
-/// Constants of a machine. Defaults: H200 behind NVSwitch, fitted by least squares of relative errors to the figures of
-/// 2 and 4 of them in bench/results/gpu_ranks_2.json and gpu_ranks_4.json; tests/dispatch/transport_cost_test.cpp
-/// compares them.
+/// Constants of a machine. Defaults: H200 behind NVSwitch, fitted by least squares of relative errors to figures of 2
+/// and 4 of them; tests/dispatch/transport_cost_test.cpp compares them with bench/results/gpu_ranks_2.json and
+/// gpu_ranks_4.json.
 struct transport_machine {
   int num_sms = 132;               ///< Of a GPU.
   double store_gb_s = 350;         ///< Out of a GPU by bulk stores, all SMs together.

@@ -10,7 +10,6 @@
 /// the same members composes as these do; `examples/custom_activation.cpp` shows one.
 
 #include <concepts>
-#include <type_traits>
 
 #include <tessera/core/dtype.hpp>
 #include <tessera/experts/detail/activation_math.hpp>

@@ -154,11 +154,14 @@ class experts {
   /// @param saved    H is written; its number of rows bounds P. For evaluation it may lie in workspace.
   /// @param y        `[>= P, d]`; rows from P on are not touched.
   /// @param scratch  From `carve_forward`.
-  /// @throws invalid_argument if shapes disagree, P exceeds a buffer or a gather index is out of range.
+  /// @throws invalid_argument if shapes disagree, P exceeds a buffer, a gather index is out of range, or the weights
+  /// are not those of `dims()`: missing, with biases that dims do not have or without those they have, or with a stride
+  /// that is not 0 and less than one expert's matrix.
   void forward(host_stream stream, const expert_rows& rows, matrix_view<const storage> x,
                pair_weights<accumulate> weighting, const weights& w, const saved_view& saved, matrix_view<storage> y,
                const forward_scratch& scratch) const;
-  /// Device half: enqueues on `stream`; all pointers, those in `rows` included, are device memory.
+  /// Device half: enqueues on `stream`; all pointers, those in `rows` included, are device memory. Of what the host
+  /// half refuses it sees the weights alone.
   /// @tparam Rows `expert_rows`, or a type that says more. @tparam Weighting `pair_weights`, or a type that says more.
   template <class Rows = expert_rows, class Weighting = pair_weights<accumulate>>
   requires std::derived_from<Rows, expert_rows> && std::derived_from<Weighting, pair_weights<accumulate>>
@@ -184,7 +187,8 @@ class experts {
                       matrix_view<const storage> dy, pair_weights<accumulate> weighting, const weights& w,
                       const saved_view& saved, const deferred_view& deferred, matrix_view<storage> dx,
                       accumulate* dpair_weights, const backward_input_scratch& scratch) const;
-  /// Device half: enqueues on `stream`; all pointers, those in `rows` included, are device memory.
+  /// Device half: enqueues on `stream`; all pointers, those in `rows` included, are device memory. Of what the host
+  /// half refuses it sees the weights alone.
   /// @tparam Rows `expert_rows`, or a type that says more. @tparam Weighting `pair_weights`, or a type that says more.
   template <class Rows = expert_rows, class Weighting = pair_weights<accumulate>>
   requires std::derived_from<Rows, expert_rows> && std::derived_from<Weighting, pair_weights<accumulate>>
@@ -211,7 +215,8 @@ class experts {
                         matrix_view<const storage> dy, pair_weights<accumulate> weighting, const saved_view& saved,
                         const deferred_view& deferred, const gradients& g, write mode,
                         const backward_weights_scratch& scratch) const;
-  /// Device half: enqueues on `stream`; all pointers, those in `groups` included, are device memory.
+  /// Device half: enqueues on `stream`; all pointers, those in `groups` included, are device memory. Of what the host
+  /// half refuses it sees the gradients' arrays alone.
   /// @tparam Rows `expert_rows`, or a type that says more. @tparam Weighting `pair_weights`, or a type that says more.
   template <class Rows = expert_rows, class Weighting = pair_weights<accumulate>>
   requires std::derived_from<Rows, expert_rows> && std::derived_from<Weighting, pair_weights<accumulate>>

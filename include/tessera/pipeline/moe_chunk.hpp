@@ -107,8 +107,7 @@ class moe_chunk_blocks {
   }
 
  protected:
-  using accumulate = typename Layer::accumulate;  ///< Type of sums.
-  struct memory;                                  ///< Of one block and slot.
+  struct memory;  ///< Of one block and slot.
 
   /// Checks and lays out. @param blocks,max_rows,width,num_slots,saved,deferred,workspace As for `moe_chunk`.
   moe_chunk_blocks(std::span<const block> blocks, std::int64_t max_rows, std::int64_t width, int num_slots,
@@ -164,7 +163,8 @@ class moe_chunk_blocks {
 ///
 /// Token ids, given expert ids and sequence offsets, where the router's policies need them, come from a member of the
 /// mixer, `typename Layer::inputs inputs(const work_item&)`, whose `x` and `residual` are not read and whose memory
-/// stays until `backward_attention_weights`; without it the rows of a micro-batch are one sequence.
+/// stays until `backward_attention_weights`; without it the rows of a micro-batch are one sequence. With losses
+/// `forward_combine` asks it, too, with `host_lanes` from another thread while other members may run.
 ///
 /// All blocks have the same width d. Layers may share one expert-parallel communicator; all its ranks run the same
 /// schedule. With `host_lanes` the communicator is used from two threads, one at a time.
@@ -218,7 +218,6 @@ class moe_chunk : public moe_chunk_blocks<Layer, Mixer> {
   void backward_attention_weights(const backward_type& call);
 
  private:
-  using accumulate = typename base::accumulate;
   using memory = typename base::memory;
 
   tessera::detail::host_forward_steps<Layer> steps_of(const forward_type& call, const typename Layer::inputs& in);
@@ -240,7 +239,6 @@ class moe_chunk : public moe_chunk_blocks<Layer, Mixer> {
   using base::output_gradient;
   using base::residual_;
   using base::view;
-  using base::width_;
 };
 
 }  // namespace pipeline

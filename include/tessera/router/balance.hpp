@@ -7,8 +7,12 @@
 
 #include <cmath>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include <tessera/core/dtype.hpp>
 #include <tessera/core/error.hpp>
@@ -95,6 +99,23 @@ template <class B>
 inline constexpr bool balance_on_load = B::by == balance_by::batch_load || B::by == balance_by::sequence_load;
 
 namespace detail {
+
+/// Calls `f(std::type_identity<Balance>{}, options, loss_index)` for each balance that is a loss.
+template <class... Balances, class F>
+void for_each_loss(const std::tuple<typename Balances::options...>& options, F&& f) {
+  int loss = 0;
+  [[maybe_unused]] const auto visit = [&](auto tag, const auto& balance_options) {
+    if constexpr (balance_is_loss<typename decltype(tag)::type>) f(tag, balance_options, loss++);
+  };
+  [&]<std::size_t... Index>(std::index_sequence<Index...>) {
+    (visit(std::type_identity<Balances>{}, std::get<Index>(options)), ...);
+  }
+  (std::index_sequence_for<Balances...>{});
+  (void)loss;
+}
+
+template <balance_by By, class... Balances>
+inline constexpr bool has_balance = (false || ... || (Balances::by == By));
 
 inline void check_bias_rate(float rate) {
   TESSERA_EXPECTS(std::isfinite(rate) && rate >= 0.0f, "the bias rate is " << rate << ", it must be finite and >= 0");

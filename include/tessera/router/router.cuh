@@ -72,6 +72,7 @@ void router<Score, Select, Weigh, Balances...>::backward(device_stream stream, c
                                                          const routing<A>& routed, matrix_view<const A> dweights,
                                                          const_balance_counts global_counts, const float* coefficients,
                                                          const float* loss_scale, matrix_view<A> dlogits) const {
+  TESSERA_EXPECTS(loss_scale != nullptr, "router::backward: loss_scale is null, a number in device memory is needed");
   detail::backward_on_device<Score, Select, Weigh, Balances...>(stream, *this, in, routed.expert_ids, dweights,
                                                                 global_counts, coefficients, A(1), loss_scale, dlogits);
 }

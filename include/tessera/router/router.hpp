@@ -6,7 +6,6 @@
 /// The router: logits in, routing out, and the joint backward of weights and balance losses. Includes the whole room.
 
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <string_view>
 #include <tuple>
@@ -90,7 +89,7 @@ class router {
   template <accumulate_type A>
   using inputs = router_inputs<A>;
 
-  /// @throws invalid_argument if sizes, groups, table, scale or coefficients cannot work.
+  /// @throws invalid_argument if sizes, groups, table, scale, coefficients or the bias rate cannot work.
   explicit router(const options& chosen);
 
   /// E.
@@ -192,7 +191,7 @@ class router {
   void backward(device_stream stream, const router_inputs<A>& in, const routing<A>& routed,
                 matrix_view<const A> dweights, const_balance_counts global_counts, const float* coefficients,
                 A loss_scale, matrix_view<A> dlogits) const;
-  /// The same with `loss_scale` a device scalar, so that graphs see a schedule. Parameters as there.
+  /// The same with `loss_scale` a device scalar, not null, so that graphs see a schedule. The rest as there.
   template <accumulate_type A>
   void backward(device_stream stream, const router_inputs<A>& in, const routing<A>& routed,
                 matrix_view<const A> dweights, const_balance_counts global_counts, const float* coefficients,

@@ -45,8 +45,8 @@ namespace shard {
 ///   experts, which see the tokens of all expert-parallel ranks, are not scaled by another one: write gradients of the
 ///   sum of token losses, and divide by the number of tokens of the global batch.
 /// - **Bits**: with `reduction::ordered` and fixed chunks, every step has the same bits for every number of shard ranks
-///   and replicas (with `set_requires_all_reduce(false)`: from 2 replicas on); the norm and AdamW never depend on the
-///   sharding.
+///   and replicas (after `set_requires_all_reduce(false)` for every number from 2 on, one replica rounds differently);
+///   the norm and AdamW never depend on the sharding.
 ///
 /// Collective calls (`end_gather`, `reduce`, `gradient_norm`; `begin_gather` without a gather communicator) throw
 /// `comm_error` when another rank does not do its part. Calls return when done; after construction none allocates (but

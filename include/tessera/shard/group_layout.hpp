@@ -6,6 +6,7 @@
 /// Who holds what of a group of parameters, and its communication buffer.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <iterator>
 #include <span>

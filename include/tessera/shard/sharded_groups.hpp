@@ -133,10 +133,9 @@ class sharded_groups {
   /// Whether `reduce` communicates. @throws invalid_argument for false without `options::accumulate_unsharded`.
   void set_requires_gradient_sync(bool required);
   /// Whether `reduce` sums over replicas, or keeps sums of this replica alone. Must be on in the last micro-batch. With
-  /// `reduction::ordered` the chunks that are kept add up over micro-batches before they are summed: the bits of
-  /// `set_requires_gradient_sync(false)` where gradients have the type of sums, whatever the number of replicas, from 2
-  /// on. Where there is one replica there is nothing to wait for and this changes nothing: each micro-batch is summed
-  /// by itself, which rounds differently.
+  /// `reduction::ordered` and 2 or more replicas, kept chunks add up over micro-batches before they are summed: where
+  /// gradients have the type of sums, the bits are those of `set_requires_gradient_sync(false)`. With one replica this
+  /// changes nothing: each micro-batch is summed by itself, which rounds differently.
   void set_requires_all_reduce(bool required) { all_reduce_ = required; }
 
  protected:

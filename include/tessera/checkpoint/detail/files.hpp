@@ -38,8 +38,9 @@ inline void notify(const io_observer& observer, io_kind kind, std::string_view p
 /// An open file. Moves; closes itself.
 class file {
  public:
-  /// To read. @throws checkpoint_error if it is no regular file: opening a pipe would wait for who writes to it.
+  /// To read. @throws checkpoint_error if it cannot be opened, or is no regular file.
   static file open(const std::string& path) {
+    // O_NONBLOCK: a pipe would wait for its writer
     file result(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK, "cannot be opened");
     if (!S_ISREG(result.status().st_mode)) throw checkpoint_error(path + ": this is not a regular file");
     return result;

@@ -127,9 +127,11 @@ inline std::vector<collected_tensor> collect_tensors(const std::vector<std::vect
   return tensors;
 }
 
-/// Sorts what ranks hold of a tensor, cut where parts overlap, so that equal parts are together.
-inline void expect_tiling(collected_tensor& tensor, std::vector<box>& parts) {
+/// Sorts what ranks hold of a tensor, cut where parts overlap, so that equal parts are together. @throws
+/// invalid_argument if they do not cover the tensor.
+inline void expect_tiling(collected_tensor& tensor) {
   const piece_info& first = *tensor.first;
+  std::vector<box> parts;
   std::string wrong = distinct_parts(first.whole, tensor.held, parts);
   if (!wrong.empty() && first.whole.rank > 0) {
     cut_parts(tensor.held);
@@ -166,7 +168,6 @@ inline void add_slices(const shared_part& whole, std::int64_t element_bytes, std
 /// The distinct parts of each tensor and who holds them, large ones divided. Names the plan's tensors.
 inline shared_parts divide_parts(std::vector<collected_tensor>& tensors, std::int64_t split_bytes, save_plan& plan) {
   shared_parts all;
-  std::vector<box> parts;
   for (collected_tensor& tensor : tensors) {
     const piece_info& first = *tensor.first;
     const std::vector<held_part>& held = tensor.held;
@@ -177,7 +178,7 @@ inline shared_parts divide_parts(std::vector<collected_tensor>& tensors, std::in
       all.holders.push_back(tensor.first_rank);
       continue;
     }
-    expect_tiling(tensor, parts);
+    expect_tiling(tensor);
     for (std::size_t begin = 0; begin < held.size();) {
       std::size_t end = begin;
       const auto first_holder = static_cast<std::int64_t>(all.holders.size());

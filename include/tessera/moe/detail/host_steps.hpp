@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include <tessera/core/chunks.hpp>
@@ -21,17 +22,6 @@ namespace detail {
 // Products with the gate go through the default backend, whatever the experts use: the gate is small, and its bits
 // decide the routing.
 using gate_gemm = gemm::host_backend<gemm::automatic>;
-
-template <class Layer>
-router_inputs<typename Layer::accumulate> router_view(const layer_saved<Layer>& saved, const Layer& layer,
-                                                      const typename Layer::inputs& in) {
-  const shape& s = layer.dims();
-  return {.logits = {saved.logits, in.x.rows, s.num_experts},
-          .bias = layer.state().bias,
-          .token_ids = in.token_ids,
-          .expert_ids = in.expert_ids,
-          .sequence_offsets = in.sequence_offsets};
-}
 
 // to = round(from + to), summed in A.
 template <class A, class S>
@@ -51,14 +41,15 @@ class host_forward_steps {
 
   host_forward_steps(const host_forward_steps&) = delete;
   host_forward_steps& operator=(const host_forward_steps&) = delete;
-  // @param in What the router reads is needed by `route` and `count` alone, the residual by `combine`.
+  // @param in Token ids, expert ids and sequence offsets are needed by `route`, and with losses by `count`; the
+  // residual by `combine`.
   host_forward_steps(const Layer& owner, pass mode, const inputs& in, const weights& params, saved_memory saved,
                      workspace_memory workspace)
       : layer_(owner),
         mode_(mode),
         in_(in),
         params_(params),
-        plan_(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()),
+        plan_(owner),
         scratch_builder_(workspace, "workspace"),
         saved_builder_(saved, "saved memory"),
         window_(scratch_builder_, plan_),
@@ -85,7 +76,7 @@ class host_forward_steps {
                      scratch_.plan);
     dispatch_begin(stream, comm, saved_.handle, in_.x, received(), scratch_.rows);
   }
-  // Waits for rows.
+  // Waits for rows; on the host nothing is left to wait for.
   void receive(host_stream stream) {
     dispatch_end(stream, layer_.comm(), saved_.handle, in_.x, received(), scratch_.rows);
   }
@@ -177,14 +168,14 @@ class host_backward_steps {
 
   host_backward_steps(const host_backward_steps&) = delete;
   host_backward_steps& operator=(const host_backward_steps&) = delete;
-  // @param in What the router reads is needed by `gate` alone.
+  // @param in Token ids, expert ids and sequence offsets are needed by `gate` alone.
   host_backward_steps(const Layer& owner, const inputs& in, matrix_view<const S> dy, const weights& params,
                       saved_memory saved, deferred_memory deferred, workspace_memory workspace)
       : layer_(owner),
         in_(in),
         dy_(dy),
         params_(params),
-        plan_(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()),
+        plan_(owner),
         saved_builder_(saved, "saved memory"),
         deferred_builder_(deferred, "deferred memory"),
         scratch_builder_(workspace, "workspace"),
@@ -198,7 +189,7 @@ class host_backward_steps {
                     "saved memory is of a forward pass over " << saved_tokens << " tokens, x has " << num_tokens());
   }
 
-  // dy, to the owners of experts: the adjoint of combine is dispatch ...
+  // dy, to the owners of experts: the adjoint of combine.
   void send(host_stream stream) {
     dispatch_begin(stream, layer_.comm(), saved_.handle, dy_, room(deferred_.dy_received), scratch_.rows);
   }
@@ -225,7 +216,7 @@ class host_backward_steps {
                                  params_.experts, saved_.experts, deferred_.experts, dpairs(), scratch_.dpair_weights,
                                  scratch_.experts);
   }
-  // ... and of dispatch, combine: sums of rows home, and the gradients of the routing weights.
+  // The adjoint of dispatch: sums of rows home, and the gradients of the routing weights.
   void combine(host_stream stream) {
     using combine_type = typename Layer::combine_type;
     const matrix_view<const S> rows = dpairs();
@@ -295,7 +286,7 @@ class host_weight_steps {
                     deferred_memory deferred)
       : x_(x),
         dy_(dy),
-        plan_(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()),
+        plan_(owner),
         saved_builder_(saved, "saved memory"),
         deferred_builder_(deferred, "deferred memory"),
         saved_(saved_builder_, plan_),

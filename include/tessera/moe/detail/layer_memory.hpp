@@ -51,6 +51,8 @@ struct layer_plan {
                                   s.num_shared_experts == 0 ? 1 : s.num_shared_experts, s.expert_bias),
                chosen.activation),
         max_chunks(num_chunks(s.max_tokens, chosen.chunk_tokens)) {}
+  explicit layer_plan(const Layer& layer)
+      : layer_plan(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()) {}
 
   bool has_shared() const { return Layer::may_have_shared && sizes.num_shared_experts > 0; }
   // Whether the host waits for the counts of what travels.
@@ -279,6 +281,18 @@ struct layer_backward_scratch {
       shared = carve_backward_input<typename Layer::space>(p.shared, b, s.max_tokens, weight_on::output);
   }
 };
+
+// What the router reads. @param in Of the layer.
+template <class Layer>
+router_inputs<typename Layer::accumulate> router_view(const layer_saved<Layer>& saved, const Layer& layer,
+                                                      const typename Layer::inputs& in) {
+  const shape& s = layer.dims();
+  return {.logits = {saved.logits, in.x.rows, s.num_experts},
+          .bias = layer.state().bias,
+          .token_ids = in.token_ids,
+          .expert_ids = in.expert_ids,
+          .sequence_offsets = in.sequence_offsets};
+}
 
 // The rows that other ranks sent, during forward and behind it; null at one rank.
 template <class Layer>

@@ -173,6 +173,7 @@ void moe_chunk_blocks<Layer, Mixer>::expect_room(const work_item& item) const {
 }
 
 // What the layer is given where its router reads nothing: a mixer may be running in the other lane, and is not asked.
+// Losses alone need it all the same, in `forward_combine`.
 template <class Layer, class Mixer>
 template <class Call>
 typename Layer::inputs moe_chunk<Layer, Mixer>::rows_alone(const Call& call) {

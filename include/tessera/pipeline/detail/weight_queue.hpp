@@ -59,8 +59,6 @@ class weight_queue {
     return micro_batch;
   }
 
-  /// Whether nothing is put off.
-  bool empty() const noexcept { return waiting_.empty() && requested_.empty(); }
   /// The most micro-batches whose weight part was not yet requested at one time.
   std::size_t most_waiting() const noexcept { return most_waiting_; }
 

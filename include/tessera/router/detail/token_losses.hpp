@@ -22,23 +22,6 @@ TESSERA_NAMESPACE_BEGIN
 
 namespace detail {
 
-/// Calls `f(std::type_identity<Balance>{}, options, loss_index)` for each balance that is a loss.
-template <class... Balances, class F>
-void for_each_loss(const std::tuple<typename Balances::options...>& options, F&& f) {
-  int loss = 0;
-  [[maybe_unused]] const auto visit = [&](auto tag, const auto& balance_options) {
-    if constexpr (balance_is_loss<typename decltype(tag)::type>) f(tag, balance_options, loss++);
-  };
-  [&]<std::size_t... Index>(std::index_sequence<Index...>) {
-    (visit(std::type_identity<Balances>{}, std::get<Index>(options)), ...);
-  }
-  (std::index_sequence_for<Balances...>{});
-  (void)loss;
-}
-
-template <balance_by By, class... Balances>
-inline constexpr bool has_balance = (false || ... || (Balances::by == By));
-
 /// `load[e] = E / (K T) * counts[e]`.
 template <accumulate_type A, class Count>
 void loads(const Count* counts, int num_experts, int top_k, std::int64_t num_tokens, A* load) {

@@ -187,9 +187,9 @@ class rank_state {
   ~rank_state() {
     if (owned_ && comm_ != nullptr && !failed() &&
         settled(ncclCommFinalize(comm_), after(options_.timeout)) == ncclSuccess) {
-      call_within(patience(), [device = device_, comm = std::exchange(comm_, nullptr), pause = service_pause()] {
+      if (size_ > 1) std::this_thread::sleep_for(service_pause);
+      call_within(patience(), [device = device_, comm = std::exchange(comm_, nullptr)] {
         static_cast<void>(cudaSetDevice(device));
-        std::this_thread::sleep_for(pause);
         static_cast<void>(ncclCommDestroy(comm));
       });
     }
@@ -369,7 +369,7 @@ class rank_state {
   // Between finalizing and destroying. After the first, NCCL's service threads free their buffers in their own time;
   // the last rank of a process to destroy unmaps those of all its ranks, having waited for the threads of its own
   // alone. Both at once abort the process now and then (NCCL 2.28.9; tests/gpu/nccl_teardown.cu).
-  std::chrono::milliseconds service_pause() const noexcept { return std::chrono::milliseconds(size_ > 1 ? 250 : 0); }
+  static constexpr std::chrono::milliseconds service_pause{250};
 
   // NCCL's word on the communicator as soon as it is not ncclInProgress, or that after the deadline.
   ncclResult_t settled(ncclResult_t result, clock::time_point deadline) noexcept {

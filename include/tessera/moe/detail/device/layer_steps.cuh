@@ -10,7 +10,6 @@
 #include <tessera/moe/detail/device/residual.cuh>
 #include <tessera/moe/detail/device/state_kernels.cuh>
 #include <tessera/moe/detail/layer_checks.hpp>
-#include <tessera/moe/detail/layer_host.hpp>
 #include <tessera/moe/detail/layer_memory.hpp>
 #include <tessera/router/router.cuh>
 
@@ -77,7 +76,7 @@ class layer_forward_steps {
         mode_(mode),
         in_(in),
         params_(params),
-        plan_(layer.dims(), layer.placement(), comm.rank(), layer.get_options()),
+        plan_(layer),
         scratch_builder_(workspace, "workspace"),
         saved_builder_(saved, "saved memory"),
         window_(scratch_builder_, plan_),
@@ -181,7 +180,7 @@ class layer_backward_steps {
       : layer_(layer),
         in_(in),
         params_(params),
-        plan_(layer.dims(), layer.placement(), comm.rank(), layer.get_options()),
+        plan_(layer),
         saved_builder_(saved, "saved memory"),
         deferred_builder_(deferred, "deferred memory"),
         scratch_builder_(workspace, "workspace"),
@@ -279,7 +278,7 @@ class layer_weight_steps {
   layer_weight_steps(const Layer& layer, const inputs& in, matrix_view<const S> dy, saved_memory saved,
                      deferred_memory deferred)
       : layer_(layer),
-        plan_(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()),
+        plan_(layer),
         saved_builder_(saved, "saved memory"),
         deferred_builder_(deferred, "deferred memory"),
         saved_(saved_builder_, plan_),

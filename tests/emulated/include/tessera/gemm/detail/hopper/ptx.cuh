@@ -20,8 +20,12 @@ namespace detail::hopper {
 inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - symmetric::shared_bytes);
 }
-inline void barrier_init(std::uint32_t address, int) {
+inline void barrier_init(std::uint32_t address, int arrivals) {
   const emulated::unseen own_work;
+  if (arrivals != 1) {
+    std::fprintf(stderr, "barriers of %d arrivals are not emulated\n", arrivals);
+    std::abort();
+  }
   emulated::block::own()->barrier(address) = emulated::transaction_barrier{};
 }
 inline void barrier_init_fence() {}
