@@ -51,8 +51,8 @@ struct layer_plan {
                                   s.num_shared_experts == 0 ? 1 : s.num_shared_experts, s.expert_bias),
                chosen.activation),
         max_chunks(num_chunks(s.max_tokens, chosen.chunk_tokens)) {}
-  explicit layer_plan(const Layer& layer)
-      : layer_plan(layer.dims(), layer.placement(), layer.comm().rank(), layer.get_options()) {}
+  explicit layer_plan(const Layer& owner)
+      : layer_plan(owner.dims(), owner.placement(), owner.comm().rank(), owner.get_options()) {}
 
   bool has_shared() const { return Layer::may_have_shared && sizes.num_shared_experts > 0; }
   // Whether the host waits for the counts of what travels.
